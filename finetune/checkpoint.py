@@ -1,0 +1,144 @@
+"""Looks at a model folder before anything is loaded from it, and says in one message what is wrong with it.
+
+Only headers are read: a safetensors file begins with the length of a JSON header that places every tensor, so a
+truncated shard shows in the file's size, without reading its gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError, ModelError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file, as its header states it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def read_json(path: Path, *, kind: type[FinetuneError] = ModelError) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        FinetuneError: of the given kind, if the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise kind(
+            f"there is no {path.name}", where=str(path.parent), fix="name a folder that transformers or peft saved"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise kind(f"{path.name} is not valid JSON: {error}", where=str(path), fix="copy the file again") from None
+    if not isinstance(content, dict):
+        raise kind(f"{path.name} does not hold a JSON object", where=str(path), fix="copy the file again")
+    return content
+
+
+def check_model_folder(folder: Path) -> dict[str, Any]:
+    """Checks config, index and every shard of a model folder; returns the parsed config.json.
+
+    Raises:
+        ModelError: no folder, no config, no safetensors, a missing, truncated or corrupt shard.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"the model folder {str(folder)!r} does not exist",
+            where="model.path",
+            allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
+            fix="check the path" + _nearby(folder),
+        )
+    config = read_json(folder / "config.json")
+    for shard in shard_files(folder):
+        check_safetensors(shard)
+    return config
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, by its index if it has one.
+
+    Raises:
+        ModelError: no safetensors at all, or files that the index names are missing.
+    """
+    if (folder / _INDEX).exists():
+        names = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise ModelError(
+                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}",
+                where=str(folder / _INDEX),
+                fix="download or copy the missing files again",
+            )
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    raise ModelError(
+        "the folder holds no safetensors weights",
+        where=str(folder),
+        allowed=f"{_SINGLE} or {_INDEX} with its shards",
+        fix="convert the checkpoint to safetensors, or name the folder that holds it",
+    )
+
+
+def check_safetensors(file: Path, *, kind: type[FinetuneError] = ModelError) -> None:
+    """Checks that a safetensors file has a whole header and as many bytes as the header places.
+
+    Raises:
+        FinetuneError: of the given kind.
+    """
+    for _ in read_tensor_infos(file, kind=kind):
+        pass
+
+
+def read_tensor_infos(file: Path, *, kind: type[FinetuneError] = ModelError) -> Iterator[TensorInfo]:
+    """The tensors that the file's header names.
+
+    Raises:
+        FinetuneError: of the given kind, if header or size are wrong.
+    """
+    size = file.stat().st_size
+
+    def broken(what: str) -> FinetuneError:
+        return kind(f"{file.name} is {what}", where=str(file), fix="download or copy the file again")
+
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise broken(f"truncated: {size} bytes are too few for a safetensors header")
+        (length,) = struct.unpack("<Q", prefix)
+        if 8 + length > size:
+            raise broken(f"truncated or corrupt: its header claims {length} bytes, the file has {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise broken("corrupt: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise broken("corrupt: its header is not a JSON object")
+    tensors = {name: info for name, info in header.items() if name != "__metadata__"}
+    try:
+        expected = 8 + length + max((info["data_offsets"][1] for info in tensors.values()), default=0)
+        infos = [TensorInfo(name, info["dtype"], tuple(info["shape"]), file) for name, info in tensors.items()]
+    except (KeyError, TypeError, IndexError):
+        raise broken("corrupt: its header does not place its tensors") from None
+    if size != expected:
+        raise broken(f"truncated or corrupt: {size} bytes where its header places {expected}")
+    yield from infos
+
+
+def _nearby(folder: Path) -> str:
+    parent = folder.parent
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    return f"; {str(parent)!r} holds {', '.join(names[:8])}" if names else ""

@@ -1,0 +1,114 @@
+"""NF4 with double quantization, for a stack of equally shaped expert matrices.
+
+Each expert's matrix is quantized by itself along its contiguous input dimension: blocks of 64 weights share one
+scale (absmax), and the scales, less their mean, are quantized to 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314,
+section 3). That makes an expert's bytes independent of its neighbours, so the same bytes can train, be saved,
+offloaded and served, and equal `bitsandbytes.functional.quantize_4bit` of the matrix. Quantizing the fused
+[E, out, in] tensor in one go would not: its 8-bit scales differ by 0.28% (relative), since the mean is shared.
+
+The codec's arithmetic is bitsandbytes' own operators (CPU and CUDA). `dequantize_reference` is the same in plain
+torch, as the truth for tests.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+BLOCK = 64  # weights per scale
+NESTED_BLOCK = 256  # scales per nested scale
+
+
+class Nf4Stack(NamedTuple):
+    """E matrices of shape [out, in] in NF4. `in` is a multiple of 64; N = out * in / 64 scales a matrix.
+
+    packed: uint8 [E, out, in / 2], the even column in the high nibble.
+    absmax: uint8 [E, N], indices into bitsandbytes' dynamic map.
+    nested_absmax: float32 [E, ceil(N / 256)], the scales of the scales.
+    offset: float32 [E], the mean that was taken off the scales.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of one matrix, in weights."""
+        _, out, half = self.packed.shape
+        return out, 2 * half
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
+
+
+def empty_stack(experts: int, out: int, in_: int, device: torch.device | str) -> Nf4Stack:
+    """An uninitialised stack with the right shapes and dtypes (the meta device serves for placeholders)."""
+    assert in_ % BLOCK == 0, f"input dimension {in_} is not a multiple of {BLOCK}"
+    scales = out * in_ // BLOCK
+    return Nf4Stack(
+        torch.empty(experts, out, in_ // 2, dtype=torch.uint8, device=device),
+        torch.empty(experts, scales, dtype=torch.uint8, device=device),
+        torch.empty(experts, -(-scales // NESTED_BLOCK), dtype=torch.float32, device=device),
+        torch.empty(experts, dtype=torch.float32, device=device),
+    )
+
+
+def quantize_stack(weight_EOI: Tensor) -> Nf4Stack:
+    """Quantizes [E, out, in] (any float dtype) expert by expert; the result lives on the same device."""
+    experts, out, in_ = weight_EOI.shape
+    stack = empty_stack(experts, out, in_, weight_EOI.device)
+    for expert, matrix in enumerate(weight_EOI):
+        packed, state = bnb.quantize_4bit(
+            matrix.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        stack.packed[expert] = packed.view(out, in_ // 2)
+        stack.absmax[expert] = state.absmax
+        stack.nested_absmax[expert] = state.state2.absmax
+        stack.offset[expert] = state.offset
+    return stack
+
+
+def dynamic_map(device: torch.device) -> Tensor:
+    """float32 [256]: bitsandbytes' signed dynamic 8-bit code, in which the scales are kept."""
+    if device not in _DYNAMIC_MAPS:
+        _DYNAMIC_MAPS[device] = bnb.create_dynamic_map().to(device)
+    return _DYNAMIC_MAPS[device]
+
+
+_DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
+
+
+def dequantize_expert(stack: Nf4Stack, expert: int, dtype: torch.dtype) -> Tensor:
+    """[out, in] of one expert in `dtype` (float32, bfloat16 or float16), by bitsandbytes' operators."""
+    packed = stack.packed[expert]
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        stack.absmax[expert], stack.nested_absmax[expert], dynamic_map(packed.device), NESTED_BLOCK, torch.float32
+    )
+    absmax = absmax + stack.offset[expert]
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", stack.matrix_shape, dtype)
+
+
+def dequantize_reference(stack: Nf4Stack, dtype: torch.dtype) -> Tensor:
+    """[E, out, in] in `dtype`, in plain torch: code[nibble] * (map[absmax] * nested_absmax + offset) in float32."""
+    experts, (out, in_) = stack.packed.shape[0], stack.matrix_shape
+    code = torch.tensor(NF4_CODE, dtype=torch.float32, device=stack.packed.device)
+    nibbles = torch.stack([stack.packed >> 4, stack.packed & 0xF], dim=-1).view(experts, -1, BLOCK)
+    scales = dynamic_map(stack.packed.device)[stack.absmax.long()]
+    nested = stack.nested_absmax.repeat_interleave(NESTED_BLOCK, dim=1)[:, : scales.shape[1]]
+    scales = scales * nested + stack.offset[:, None]
+    return (code[nibbles.long()] * scales[..., None]).view(experts, out, in_).to(dtype)
+
+
+# The 16 quantiles of the standard normal that NF4 uses (QLoRA, appendix E; the same float32 values as bitsandbytes).
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip

@@ -1,0 +1,19 @@
+"""The transformers quantizer plugin that really stores fused experts in 4-bit.
+
+Importing this package registers it: afterwards `from_pretrained(..., quantization_config=Moe4bitConfig())` quantizes
+while loading, and folders saved from such a model load by themselves.
+"""
+
+from finetune.quant.census import Census, require_quantized_experts, take_census
+from finetune.quant.config import Moe4bitConfig
+from finetune.quant.experts import Nf4Experts
+from finetune.quant.quantizer import Moe4bitQuantizer
+
+__all__ = [
+    "Census",
+    "Moe4bitConfig",
+    "Moe4bitQuantizer",
+    "Nf4Experts",
+    "require_quantized_experts",
+    "take_census",
+]

@@ -1,0 +1,105 @@
+"""What is really in memory: bytes by role and dtype, counted tensor by tensor before the first step.
+
+transformers 5 with `load_in_4bit` leaves Mixtral's experts in bf16 without a word; the census is the proof that ours
+are not. It counts storage, so shared (tied) tensors count once and bitsandbytes' hidden quantization state counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.arch import role_of
+from finetune.errors import ModelError
+from finetune.quant.experts import Nf4Experts
+
+
+@dataclass(frozen=True)
+class CensusRow:
+    """Bytes of one role in one dtype, over `tensors` tensors."""
+
+    role: str
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Census:
+    rows: tuple[CensusRow, ...]
+    unquantized_experts: tuple[tuple[str, int], ...]
+    """(name, bytes) of every expert weight that is not in 4-bit."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "total_bytes": self.total_bytes,
+            "rows": [vars(row) for row in self.rows],
+            "unquantized_experts": [{"name": name, "bytes": size} for name, size in self.unquantized_experts],
+        }
+
+
+def take_census(model: nn.Module) -> Census:
+    """Counts every parameter and buffer of `model`; parameters on the meta device count with their full size."""
+    from bitsandbytes.nn import Params4bit
+
+    totals: dict[tuple[str, str], list[int]] = {}
+    unquantized: list[tuple[str, int]] = []
+    nf4_modules = {name for name, module in model.named_modules() if isinstance(module, Nf4Experts)}
+    for name, tensor in _tensors(model):
+        role, dtype = role_of(name), str(tensor.dtype).removeprefix("torch.")
+        pieces = [tensor]
+        if isinstance(tensor, Params4bit):
+            dtype = tensor.quant_state.quant_type
+            state, nested = tensor.quant_state, tensor.quant_state.state2
+            pieces += [state.absmax, state.code, state.offset, nested.absmax, nested.code]
+        elif role == "experts" and name.rpartition(".")[0] in nf4_modules and not tensor.is_meta:
+            dtype = "nf4"
+        elif role == "experts":
+            unquantized.append((name, tensor.nbytes))
+        entry = totals.setdefault((role, dtype), [0, 0])
+        entry[0] += 1
+        entry[1] += sum(piece.nbytes for piece in pieces)
+    rows = tuple(CensusRow(role, dtype, *entry) for (role, dtype), entry in sorted(totals.items()))
+    return Census(rows, tuple(unquantized))
+
+
+def require_quantized_experts(census: Census) -> None:
+    """Refuses a model with an expert that is not in 4-bit.
+
+    Raises:
+        ModelError: names the tensors, their bytes, and the way out.
+    """
+    left = census.unquantized_experts
+    if not left and any(row.role == "experts" for row in census.rows):
+        return
+    if not left:
+        raise ModelError(
+            "the model holds no experts at all",
+            where="byte census",
+            fix="load a mixture of experts with quantization_config=Moe4bitConfig()",
+        )
+    size = sum(size for _, size in left)
+    names = ", ".join(name for name, _ in left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+    raise ModelError(
+        f"{len(left)} expert tensors ({size / 2**30:.2f} GiB) are not in 4-bit",
+        where=names,
+        allowed="NF4 experts only",
+        fix="load through `finetune` or with quantization_config=Moe4bitConfig(); "
+        "transformers' load_in_4bit does not reach fused experts",
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    persistent = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, torch.Tensor) and name in persistent:
+            yield name, buffer

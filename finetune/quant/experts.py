@@ -1,0 +1,72 @@
+"""The module that stands in for a transformers experts module, with its weights in NF4.
+
+Same call as transformers >= 5 experts modules: (hidden_states, top_k_index, top_k_weights) -> hidden_states. The
+tensors are frozen parameters, not buffers, so that DDP does not broadcast 23 GB of them every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.arch import EXPERT_PROJECTIONS
+from finetune.kernels.frozen_experts import frozen_experts
+from finetune.kernels.nf4 import Nf4Stack, empty_stack, quantize_stack
+
+
+class Nf4Experts(nn.Module):
+    """E SwiGLU experts: gate_up_proj [E, 2F, H] and down_proj [E, H, F], each as the four tensors of an `Nf4Stack`
+    named `<projection>_<field>`.
+
+    While a full-precision checkpoint is loading, `<projection>` itself is a meta parameter that tells transformers
+    where the fused tensor belongs; `set_stack` removes it.
+    """
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, *, awaits_fused: bool = False):
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, intermediate
+        shapes = dict(zip(EXPERT_PROJECTIONS, ((2 * intermediate, hidden), (hidden, intermediate)), strict=True))
+        for projection, (out, in_) in shapes.items():
+            if awaits_fused:
+                fused = torch.empty(experts, out, in_, device="meta")
+                self.register_parameter(projection, nn.Parameter(fused, requires_grad=False))
+            else:
+                self.set_stack(projection, empty_stack(experts, out, in_, "meta"))
+
+    def set_stack(self, projection: str, stack: Nf4Stack) -> None:
+        """Takes the stack as this projection's weights."""
+        self._parameters.pop(projection, None)
+        for field, tensor in stack._asdict().items():
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not re-init it
+            self.register_parameter(f"{projection}_{field}", parameter)
+
+    def quantize(self, projection: str, weight_EOI: Tensor) -> None:
+        """Quantizes a fused tensor [E, out, in] and keeps only its NF4 form."""
+        self.set_stack(projection, quantize_stack(weight_EOI))
+
+    def stack(self, projection: str) -> Nf4Stack:
+        return Nf4Stack(*(self._parameters[f"{projection}_{field}"] for field in Nf4Stack._fields))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H] in hidden_states' dtype."""
+        x, device = hidden_states, hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        gate_up, down = (self.stack(projection) for projection in EXPERT_PROJECTIONS)
+        return frozen_experts(x, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves devices but keeps dtypes: `model.to(torch.bfloat16)` must not round the float32 scales."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, nf4"

@@ -1,0 +1,186 @@
+"""The transformers quantizer: experts become `Nf4Experts`, attention optionally bitsandbytes' `Linear4bit`.
+
+transformers >= 5 merges a hub checkpoint's per-expert matrices into one fused tensor a layer and then runs the
+quantizer's operation on it, one tensor at a time (`core_model_loading.convert_and_load_state_dict_in_model`). Ours
+quantizes the fused tensor expert by expert and sets the result on the module itself, as upstream's MXFP4 quantizer
+does, so at most one layer's fused tensor is alive. A folder that holds NF4 tensors already matches the module's
+parameter names and is read as it is.
+
+Left to upstream: 4-bit attention in all its parts (bitsandbytes' layer, its quantize and deserialize operations).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize, replace_with_bnb_linear
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.errors import ModelError
+from finetune.kernels.nf4 import BLOCK
+from finetune.quant.config import QUANT_METHOD, Moe4bitConfig
+from finetune.quant.experts import Nf4Experts
+
+# NF4 with double quantization: 0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales a weight.
+NF4_BYTES_PER_WEIGHT = 0.5 + 1 / BLOCK + 4 / (BLOCK * 256)
+
+# Every tensor of a bitsandbytes 4-bit weight in a saved folder; the bare weight last, since transformers < 5.2x
+# takes the first pattern that matches.
+_LINEAR4BIT_NAMES = [
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_map",
+    "weight.absmax",
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight",
+]
+
+
+@register_quantizer(QUANT_METHOD)
+class Moe4bitQuantizer(HfQuantizer):
+    """Loads and saves models under a `Moe4bitConfig`."""
+
+    requires_calibration = False
+    quantization_config: Moe4bitConfig
+
+    # ---- before loading: give the skeleton its quantized modules -------------------------------------------
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Without a device map the model goes where quantizing is fastest: the GPU if there is one."""
+        if device_map is None:
+            return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        arch = MoeArch.from_config(model.config.to_dict(), where=type(model).__name__)
+        _require_silu(model)
+        _require_multiples_of_block(arch)
+        for layer in range(arch.layers):
+            experts = Nf4Experts(
+                arch.experts, arch.hidden, arch.intermediate, awaits_fused=not self.pre_quantized
+            )
+            model.set_submodule(experts_path(layer), experts)
+        if self.quantization_config.attention == "nf4":
+            # The head is the only other nn.Linear; the router is a module of its own.
+            replace_with_bnb_linear(
+                model,
+                modules_to_not_convert=["lm_head"],
+                quantization_config=_linear4bit_config(model.dtype),
+                pre_quantized=self.pre_quantized,
+            )
+        return model
+
+    # ---- while loading ----------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, Nf4Experts):
+            return name in EXPERT_PROJECTIONS
+        return _is_linear4bit(module) and name == "weight"
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes a weight will take; upstream reserves device memory by it before loading."""
+        if self.param_needs_quantization(model, param_name):
+            return NF4_BYTES_PER_WEIGHT
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if self.pre_quantized and self.quantization_config.attention == "nf4":
+            return [WeightConverter(_LINEAR4BIT_NAMES, "weight", [Bnb4bitDeserialize(self)])]
+        return []
+
+    # ---- after loading ----------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # peft and TRL look at this flag to find bitsandbytes layers; it says nothing about our experts.
+        model.is_loaded_in_4bit = self.quantization_config.attention == "nf4"
+        # The hub's per-expert names cannot be written back from 4-bit: save the module's own names.
+        model._weight_conversions = []
+        for module in model.modules():
+            if isinstance(module, Nf4Experts):
+                module.requires_grad_(False)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Tells transformers' Trainer that a model without an adapter may train: its non-MoE parameters are floats."""
+        return self.quantization_config.attention == "16bit"
+
+
+class _Quantize(ConversionOps):
+    """Fused experts into their module; attention by upstream's operation."""
+
+    def __init__(self, quantizer: Moe4bitQuantizer):
+        self.linear = Bnb4bitQuantize(quantizer)
+
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        model: nn.Module | None = None,
+        full_layer_name: str | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        assert full_layer_name is not None
+        module, name = get_module_from_name(model, full_layer_name)
+        if not isinstance(module, Nf4Experts):
+            return self.linear.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
+        (fused,) = input_dict.values()
+        module.quantize(name, fused[0] if isinstance(fused, list) else fused)
+        assert missing_keys is not None
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+def _is_linear4bit(module: nn.Module) -> bool:
+    # Imported late by upstream too: bitsandbytes' layers pull in its compiled library.
+    from bitsandbytes.nn import Linear4bit
+
+    return isinstance(module, Linear4bit)
+
+
+def _linear4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def _require_silu(model: PreTrainedModel) -> None:
+    if model.config.hidden_act != "silu":
+        raise ModelError(
+            f"experts with activation {model.config.hidden_act!r} are not supported",
+            where="config.json: hidden_act",
+            allowed="silu",
+            fix="use a checkpoint with SwiGLU experts",
+        )
+
+
+def _require_multiples_of_block(arch: MoeArch) -> None:
+    for name, (_, in_) in {**arch.expert_shapes(), **arch.attention_shapes()}.items():
+        if in_ % BLOCK:
+            raise ModelError(
+                f"the input dimension {in_} of {name} is not a multiple of {BLOCK}, so a block would span two rows",
+                where="config.json",
+                allowed=f"hidden, intermediate and attention widths that {BLOCK} divides",
+                fix="use another checkpoint",
+            )

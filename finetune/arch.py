@@ -24,6 +24,14 @@ _KEYS = {
     "olmoe": ("num_experts", "intermediate_size"),
 }
 SUPPORTED_MODEL_TYPES = tuple(_KEYS)
+_COMMON_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class MoeArch:
         """Reads the shape from a model config as a mapping (`config.to_dict()` or a parsed config.json).
 
         Raises:
-            ModelError: the model type is not one of `SUPPORTED_MODEL_TYPES`, or not every layer is sparse.
+            ModelError: the model type is not one of `SUPPORTED_MODEL_TYPES`, not every layer is sparse, attention
+                has biases, or keys are missing.
         """
         model_type = config.get("model_type")
         if model_type not in _KEYS:
@@ -71,7 +80,24 @@ class MoeArch:
                 allowed="models whose every layer holds experts",
                 fix="use a checkpoint without dense layers",
             )
+        if config.get("attention_bias"):
+            raise ModelError(
+                f"this {model_type} has biases in its attention projections",
+                where=f"{where}: attention_bias",
+                allowed="false",
+                fix="use a checkpoint without attention biases",
+            )
         experts_key, intermediate_key = _KEYS[model_type]
+        # Not defaulted here: transformers' defaults differ from class to class, and every saved config has them.
+        missing = [key for key in (*_COMMON_KEYS, intermediate_key) if key not in config]
+        # transformers' own attribute_map lets Qwen3-MoE and OLMoE configs carry either key.
+        experts = config.get(experts_key) or config.get("num_local_experts")
+        if missing or not experts:
+            raise ModelError(
+                f"the config lacks {', '.join(missing + ([] if experts else [experts_key]))}",
+                where=where,
+                fix="use the config.json that belongs to the checkpoint",
+            )
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         head_dim = config.get("head_dim") or hidden // heads
@@ -81,8 +107,7 @@ class MoeArch:
             layers=config["num_hidden_layers"],
             hidden=hidden,
             intermediate=config[intermediate_key],
-            # transformers' own attribute_map lets Qwen3-MoE and OLMoE configs carry either key.
-            experts=config.get(experts_key) or config["num_local_experts"],
+            experts=experts,
             top_k=config["num_experts_per_tok"],
             heads=heads,
             kv_heads=kv_heads,
@@ -149,9 +174,7 @@ class MoeArch:
 
     def non_moe_params(self, *, router: bool = False) -> int:
         """Everything but the experts: attention, norms, embeddings, head, and the router when asked."""
-        return (
-            self.attention_params + self.norm_params + self.embedding_params + (self.router_params if router else 0)
-        )
+        return self.attention_params + self.norm_params + self.embedding_params + (self.router_params if router else 0)
 
 
 def experts_path(layer: int) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from finetune.errors import FinetuneError, ModelError
 
 _INDEX = "model.safetensors.index.json"
@@ -56,7 +58,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ModelError(
-            f"the model folder {str(folder)!r} does not exist",
+            f"the model folder {str(folder)!r} " + ("is a file" if folder.exists() else "does not exist"),
             where="model.path",
             allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
             fix="check the path" + _nearby(folder),
@@ -68,23 +70,31 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, by its index if it has one.
+    """The folder's safetensors files: the single one if it is there, as transformers does, else those of its index.
 
     Raises:
-        ModelError: no safetensors at all, or files that the index names are missing.
+        ModelError: no safetensors at all, an index that names no files, or names files that are missing.
     """
-    if (folder / _INDEX).exists():
-        names = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(
+                f"{_INDEX} names no shards",
+                where=str(folder / _INDEX),
+                allowed='"weight_map": {tensor: file, ...}',
+                fix="copy the index again",
+            )
+        names = sorted({str(name) for name in weight_map.values()})
         missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
+        if missing:
             raise ModelError(
                 f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}",
                 where=str(folder / _INDEX),
                 fix="download or copy the missing files again",
             )
         return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
     raise ModelError(
         "the folder holds no safetensors weights",
         where=str(folder),
@@ -94,13 +104,19 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def check_safetensors(file: Path, *, kind: type[FinetuneError] = ModelError) -> None:
-    """Checks that a safetensors file has a whole header and as many bytes as the header places.
+    """Checks that a safetensors file has a whole header, as many bytes as the header places, and that the library
+    that will read it accepts its dtypes, shapes and offsets.
 
     Raises:
         FinetuneError: of the given kind.
     """
     for _ in read_tensor_infos(file, kind=kind):
         pass
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise _broken(file, f"corrupt: {error}", kind) from None
 
 
 def read_tensor_infos(file: Path, *, kind: type[FinetuneError] = ModelError) -> Iterator[TensorInfo]:
@@ -112,7 +128,7 @@ def read_tensor_infos(file: Path, *, kind: type[FinetuneError] = ModelError) -> 
     size = file.stat().st_size
 
     def broken(what: str) -> FinetuneError:
-        return kind(f"{file.name} is {what}", where=str(file), fix="download or copy the file again")
+        return _broken(file, what, kind)
 
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -136,6 +152,10 @@ def read_tensor_infos(file: Path, *, kind: type[FinetuneError] = ModelError) -> 
     if size != expected:
         raise broken(f"truncated or corrupt: {size} bytes where its header places {expected}")
     yield from infos
+
+
+def _broken(file: Path, what: str, kind: type[FinetuneError]) -> FinetuneError:
+    return kind(f"{file.name} is {what}", where=str(file), fix="download or copy the file again")
 
 
 def _nearby(folder: Path) -> str:

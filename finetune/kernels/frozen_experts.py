@@ -12,8 +12,8 @@ ds is always computed, also for a frozen router: the router's logits depend on t
 
 How: the (token, choice) pairs are sorted by expert (stable, so the row order is deterministic and there are no
 atomics), each expert that got rows is dequantized into a temporary and multiplied, and the sums over a token's
-choices run in float32. Kept for backward: x, the routing, and the gate_up output (2 * top_k * F elements a token);
-dequantized weights are never kept.
+choices run in float32. Kept for backward: the routing and the gate_up output (2 * top_k * F elements a token); the
+input is not needed, and dequantized weights are never kept.
 
 What it leaves out: fused kernels and a grouped GEMM. One expert's bf16 weights (0.35 GB for Mixtral 8x7B) is all the
 workspace, at the price of one host synchronization a pass for the row counts.
@@ -60,15 +60,14 @@ class _FrozenExperts(torch.autograd.Function):
             h_S2F = x_TH.new_empty(tokens * top_k, gate_up.matrix_shape[0])
             y_SH = x_TH.new_empty(tokens * top_k, x_TH.shape[1])
             for expert, rows in _expert_rows(counts):
-                torch.mm(
-                    x_TH[token_S[rows]], dequantize_expert(gate_up, expert, x_TH.dtype).T, out=h_S2F[rows]
-                )
+                torch.mm(x_TH[token_S[rows]], dequantize_expert(gate_up, expert, x_TH.dtype).T, out=h_S2F[rows])
                 torch.mm(_swiglu(h_S2F[rows]), dequantize_expert(down, expert, x_TH.dtype).T, out=y_SH[rows])
             ctx.save_for_backward(h_S2F, weight_TK, order_S)
             # Not saved as tensors: they are frozen and outlive the graph, and hooks on saved tensors (offloading,
             # checkpointing) must not copy gigabytes of weights.
             ctx.counts, ctx.gate_up, ctx.down = counts, gate_up, down
-            scaled = _unsort(y_SH, order_S).view(tokens, top_k, -1).float() * weight_TK.float().unsqueeze(-1)
+            y_TKH = _unsort(y_SH, order_S).view(tokens, top_k, x_TH.shape[1])
+            scaled = y_TKH.float() * weight_TK.float().unsqueeze(-1)
             return scaled.sum(1).to(x_TH.dtype)
 
     @staticmethod
@@ -84,7 +83,8 @@ class _FrozenExperts(torch.autograd.Function):
                 v = grad_TH[token_S[rows]].to(h_S2F.dtype) @ dequantize_expert(ctx.down, expert, h_S2F.dtype)
                 grad_h, grad_weight_S[rows] = _swiglu_backward(h_S2F[rows], v, weight_S[rows])
                 torch.mm(grad_h, dequantize_expert(ctx.gate_up, expert, h_S2F.dtype), out=grad_x_SH[rows])
-            grad_x = _unsort(grad_x_SH, order_S).view(tokens, top_k, -1).float().sum(1).to(grad_TH.dtype)
+            grad_x_TKH = _unsort(grad_x_SH, order_S).view(tokens, top_k, grad_TH.shape[1])
+            grad_x = grad_x_TKH.float().sum(1).to(grad_TH.dtype)
             grad_weight = _unsort(grad_weight_S, order_S).view(tokens, top_k).to(weight_TK.dtype)
         return grad_x, None, grad_weight, None, None
 

@@ -12,11 +12,13 @@ torch, as the truth for tests.
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
-from torch import Tensor
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
 
 BLOCK = 64  # weights per scale
 NESTED_BLOCK = 256  # scales per nested scale
@@ -60,7 +62,7 @@ def empty_stack(experts: int, out: int, in_: int, device: torch.device | str) ->
 
 
 def quantize_stack(weight_EOI: Tensor) -> Nf4Stack:
-    """Quantizes [E, out, in] (any float dtype) expert by expert; the result lives on the same device."""
+    """Quantizes [E, out, in] (float32, bfloat16 or float16) expert by expert; the result lives on the same device."""
     experts, out, in_ = weight_EOI.shape
     stack = empty_stack(experts, out, in_, weight_EOI.device)
     for expert, matrix in enumerate(weight_EOI):
@@ -92,6 +94,16 @@ def dequantize_expert(stack: Nf4Stack, expert: int, dtype: torch.dtype) -> Tenso
     )
     absmax = absmax + stack.offset[expert]
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", stack.matrix_shape, dtype)
+
+
+def dequantize_linear(layer: nn.Linear) -> Tensor:
+    """float32 [out, in] of a linear layer's weight, whether bitsandbytes 4-bit or plain."""
+    weight = layer.weight.detach()
+    if not isinstance(layer, Linear4bit):
+        return weight.float()
+    state = copy.copy(layer.weight.quant_state)  # type: ignore[attr-defined]  # Params4bit carries it
+    state.dtype = torch.float32  # else bitsandbytes rounds to the dtype that was quantized
+    return bnb.dequantize_4bit(weight, state)
 
 
 def dequantize_reference(stack: Nf4Stack, dtype: torch.dtype) -> Tensor:

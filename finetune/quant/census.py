@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finetune.arch import role_of
@@ -51,12 +50,13 @@ def take_census(model: nn.Module) -> Census:
     from bitsandbytes.nn import Params4bit
 
     totals: dict[tuple[str, str], list[int]] = {}
+    counted: set[int] = set()
     unquantized: list[tuple[str, int]] = []
     nf4_modules = {name for name, module in model.named_modules() if isinstance(module, Nf4Experts)}
     for name, tensor in _tensors(model):
         role, dtype = role_of(name), str(tensor.dtype).removeprefix("torch.")
         pieces = [tensor]
-        if isinstance(tensor, Params4bit):
+        if isinstance(tensor, Params4bit) and tensor.quant_state is not None:
             dtype = tensor.quant_state.quant_type
             state, nested = tensor.quant_state, tensor.quant_state.state2
             pieces += [state.absmax, state.code, state.offset, nested.absmax, nested.code]
@@ -66,7 +66,7 @@ def take_census(model: nn.Module) -> Census:
             unquantized.append((name, tensor.nbytes))
         entry = totals.setdefault((role, dtype), [0, 0])
         entry[0] += 1
-        entry[1] += sum(piece.nbytes for piece in pieces)
+        entry[1] += sum(_bytes_once(piece, counted) for piece in pieces)
     rows = tuple(CensusRow(role, dtype, *entry) for (role, dtype), entry in sorted(totals.items()))
     return Census(rows, tuple(unquantized))
 
@@ -99,7 +99,13 @@ def require_quantized_experts(census: Census) -> None:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
-    persistent = model.state_dict(keep_vars=True)
-    for name, buffer in model.named_buffers():
-        if isinstance(buffer, torch.Tensor) and name in persistent:
-            yield name, buffer
+    yield from model.named_buffers()
+
+
+def _bytes_once(tensor: Tensor, counted: set[int]) -> int:
+    """Bytes of a tensor, none if its memory was counted before (4-bit layers share one map of 8-bit scales)."""
+    if not tensor.is_meta:
+        if tensor.data_ptr() in counted:
+            return 0
+        counted.add(tensor.data_ptr())
+    return tensor.nbytes

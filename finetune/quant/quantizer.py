@@ -50,6 +50,11 @@ class Moe4bitQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Moe4bitConfig
 
+    def __init__(self, quantization_config: Moe4bitConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        # Weights to quantize whose shape is not the config's, found while loading: name -> (checkpoint's, model's).
+        self.misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
     # ---- before loading: give the skeleton its quantized modules -------------------------------------------
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -63,9 +68,7 @@ class Moe4bitQuantizer(HfQuantizer):
         _require_silu(model)
         _require_multiples_of_block(arch)
         for layer in range(arch.layers):
-            experts = Nf4Experts(
-                arch.experts, arch.hidden, arch.intermediate, awaits_fused=not self.pre_quantized
-            )
+            experts = Nf4Experts(arch.experts, arch.hidden, arch.intermediate, awaits_fused=not self.pre_quantized)
             model.set_submodule(experts_path(layer), experts)
         if self.quantization_config.attention == "nf4":
             # The head is the only other nn.Linear; the router is a module of its own.
@@ -102,13 +105,19 @@ class Moe4bitQuantizer(HfQuantizer):
     # ---- after loading ----------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.misshapen:
+            raise _misshapen_error(self.misshapen)
         # peft and TRL look at this flag to find bitsandbytes layers; it says nothing about our experts.
-        model.is_loaded_in_4bit = self.quantization_config.attention == "nf4"
+        model.is_loaded_in_4bit = self.quantization_config.attention == "nf4"  # type: ignore[assignment]
         # The hub's per-expert names cannot be written back from 4-bit: save the module's own names.
-        model._weight_conversions = []
+        model._weight_conversions = []  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, Nf4Experts):
                 module.requires_grad_(False)
+            elif _is_linear4bit(module):
+                # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weight in place for a kernel
+                # that has no gradient, and round its scales to bf16: what is saved would not be what was loaded.
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
@@ -128,9 +137,10 @@ class _Quantize(ConversionOps):
     """Fused experts into their module; attention by upstream's operation."""
 
     def __init__(self, quantizer: Moe4bitQuantizer):
+        self.quantizer = quantizer
         self.linear = Bnb4bitQuantize(quantizer)
 
-    def convert(
+    def convert(  # type: ignore[override]  # upstream passes every argument by name
         self,
         input_dict: dict[str, list[Tensor]],
         model: nn.Module | None = None,
@@ -140,13 +150,37 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Tensor]:
         assert full_layer_name is not None
         module, name = get_module_from_name(model, full_layer_name)
+        (values,) = input_dict.values()
+        value = values[0] if isinstance(values, list) else values
+        expected = module.get_parameter(name).shape
+        if value.shape != expected:
+            assert missing_keys is not None
+            missing_keys.discard(full_layer_name)
+            # Upstream skips its own check for weights that are quantized, and would bury an error raised here in a
+            # log: told when loading has ended.
+            self.quantizer.misshapen[full_layer_name] = (tuple(value.shape), tuple(expected))
+            return {}
         if not isinstance(module, Nf4Experts):
             return self.linear.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
-        (fused,) = input_dict.values()
-        module.quantize(name, fused[0] if isinstance(fused, list) else fused)
+        module.quantize(name, value)
         assert missing_keys is not None
         missing_keys.discard(full_layer_name)
         return {}
+
+
+def _misshapen_error(misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> ModelError:
+    name, (found, expected) = next(iter(misshapen.items()))
+    others = f" and {len(misshapen) - 1} more" if len(misshapen) > 1 else ""
+    if len(found) == 3 and found[0] != expected[0]:
+        what = f"the checkpoint holds {found[0]} of {expected[0]} experts"
+    else:
+        what = f"a weight of the checkpoint has the shape {list(found)}"
+    return ModelError(
+        what,
+        where=name + others,
+        allowed=f"{list(expected)} by config.json",
+        fix="download the checkpoint again, or use the config.json that belongs to it",
+    )
 
 
 def _is_linear4bit(module: nn.Module) -> bool:

@@ -1,0 +1,255 @@
+"""The `finetune` command: thin subcommands over the rooms, errors as one message and exit status 2.
+
+Heavy imports stand inside the subcommands, so that `--help` and a recipe's faults do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.console import Report, gib
+from finetune.errors import FinetuneError, OutputError
+from finetune.recipe import load_recipe, provenance, recipe_schema, resolved_yaml
+
+app = typer.Typer(
+    name="finetune",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="QLoRA for Mixtral-class models whose experts really are 4-bit.",
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+app.add_typer(recipe_app, name="recipe")
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. training.max_steps=10.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, logs elsewhere.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in output.dir.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in output.dir.")] = False,
+    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model: to measure speed.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune by a recipe."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        quiet_libraries()
+        from finetune.train import train as run
+
+        summary = run(loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
+        if summary:
+            report.finish(summary)
+
+
+@app.command()
+def preflight(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu_gib: Annotated[float | None, typer.Option(help="Estimate for a GPU of this size, at hand or not.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Estimate the device memory of a recipe, without a GPU and without weights."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        quiet_libraries()
+        from torch import device as torch_device
+
+        from finetune.model import resolve_device
+        from finetune.preflight import preflight as run
+        from finetune.preflight import show_memory
+
+        bytes_given = None if gpu_gib is None else int(gpu_gib * 2**30)
+        device = torch_device("cuda") if gpu_gib is not None else resolve_device(loaded.model.device)
+        memory = run(loaded, device, device_bytes=bytes_given)
+        show_memory(memory, report)
+        report.finish(memory.to_dict())
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)],
+    output: Output,
+    attention: Annotated[str, typer.Option(help="nf4 or 16bit.")] = "nf4",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model once; the folder then loads without quantizing again."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries()
+        from finetune.export.quantized import write_quantized
+
+        census = write_quantized(model, output, attention=attention, revision=revision, device=device)
+        rows = [(row.role, row.dtype, gib(row.bytes)) for row in census.rows]
+        report.table(f"Quantized model in {output}", ("role", "dtype", "size"), rows)
+        report.finish({"output": str(output), **census.to_dict()})
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run saved.", show_default=False)],
+    output: Output,
+    base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out conversations to compare on.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into a 16-bit attention; the experts keep their 4-bit bytes."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries()
+        from finetune.export.merge import merge_adapter
+
+        fidelity = merge_adapter(adapter, output, base_path=base, data=data, max_rows=rows, device=device)
+        if fidelity is None:
+            report.line(f"Merged model in {output} (no held-out text: not compared with the live adapter)")
+        else:
+            table = [
+                ("tokens compared", f"{fidelity.tokens:,}"),
+                ("completion loss, live adapter", f"{fidelity.reference_loss:.4f} nats"),
+                ("completion loss, merged", f"{fidelity.candidate_loss:.4f} nats"),
+                ("KL(live || merged)", f"{fidelity.kl:.2e} nats"),
+                ("greedy agreement", f"{fidelity.greedy_agreement:.2%}"),
+                ("top-k expert overlap", f"{fidelity.top_k_overlap:.2%}"),
+            ]
+            report.table(f"Merged model in {output}", ("against the live adapter", "value"), table)
+        report.finish({"output": str(output), "fidelity": None if fidelity is None else fidelity.to_dict()})
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; may be given several times.")],
+    against: Annotated[str | None, typer.Option(help="Another model to answer the same, side by side.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: int = 0,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it stands, without the chat template.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts, streamed."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries()
+        from finetune.infer.generate import Sampling
+        from finetune.infer.generate import generate as answer
+        from finetune.model import load
+
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        stdout = report.stdout
+        loaded = load(model, base_path=base, device=device)
+
+        def stream(text: str) -> None:
+            stdout.write(text)
+            stdout.flush()
+
+        streams = not as_json and against is None
+        answers = []
+        for text in prompt:
+            answers.append(answer(loaded, text, sampling, raw=raw, write=stream if streams else None))
+            if streams:
+                stream("\n")
+        document: dict[str, Any] = {
+            "model": model,
+            "answers": [{"prompt": text, **vars(made)} for text, made in zip(prompt, answers, strict=True)],
+        }
+        if against is not None:
+            del loaded
+            other = load(against, device=device)
+            others = [answer(other, text, sampling, raw=raw) for text in prompt]
+            document |= {"against": against, "against_answers": [vars(made) for made in others]}
+            table = [(text, o.text, a.text) for text, o, a in zip(prompt, others, answers, strict=True)]
+            report.prose_table("Side by side", ("prompt", against, model), table)
+        report.finish(document)
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Print the fully resolved recipe, with package versions and the commit."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        if not as_json:
+            about = provenance()
+            for name, value in {**about["packages"], "python": about["python"], "git": about["git"]}.items():
+                report.stdout.write(f"# {name}: {value}\n")
+            report.stdout.write(resolved_yaml(loaded))
+        report.finish({"recipe": loaded.model_dump(mode="json"), **provenance()})
+
+
+@recipe_app.command("schema")
+def recipe_show_schema(debug: Debug = False) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    with reporting(True, debug) as report:
+        report.finish(recipe_schema())
+
+
+@contextlib.contextmanager
+def reporting(as_json: bool, debug: bool) -> Iterator[Report]:
+    """Gives a command its report, and turns a user's mistake into one message and exit status 2."""
+    report = Report(as_json=as_json)
+    try:
+        with report.working():
+            yield report
+    except FinetuneError as error:
+        if debug:
+            raise
+        fail(error)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(
+            OutputError(
+                "no space left on the disk",
+                where=str(error.filename or "output folder"),
+                fix="free some space; a training run then continues with --resume",
+            )
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; a training run continues with --resume\n")
+        raise typer.Exit(130) from None
+
+
+def fail(error: FinetuneError) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    raise typer.Exit(2)
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # transformers 5.2x renames arguments that 5.17 knows only by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,0 +1,65 @@
+"""Where words go: reports to standard output, logs and progress to standard error.
+
+With --json, standard output carries one JSON document and nothing else, also if a library prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Report:
+    """Tables and lines for people, or one JSON document for programs.
+
+    Args:
+        as_json: collect instead of print; `finish` then prints the document.
+    """
+
+    def __init__(self, *, as_json: bool = False):
+        self.as_json = as_json
+        self.stdout = sys.stdout
+        self._console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
+
+    def line(self, text: str = "") -> None:
+        self._console.print(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first column is left-aligned and whose others are right-aligned."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    def prose_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of texts, all left-aligned, with a line between the rows."""
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", show_lines=True)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While it lasts, whatever a library prints goes to standard error."""
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+    def finish(self, document: Mapping[str, Any]) -> None:
+        """Prints the document if this report is JSON."""
+        if self.as_json:
+            json.dump(document, self.stdout, indent=2, allow_nan=False)
+            self.stdout.write("\n")
+            self.stdout.flush()
+
+
+def gib(size: float) -> str:
+    """Bytes as text, in GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

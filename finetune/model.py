@@ -1,0 +1,302 @@
+"""The one loader: training, evaluation, merging, generating and serving all get their model here.
+
+A model folder or hub id becomes a quantized causal LM; an adapter folder becomes its base with the adapter on it.
+What a run saves beside its weights (`base.json`) is enough to load the same thing again, and its router fingerprint
+refuses an adapter on another base, even one of equal shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.arch import MoeArch, router_path
+from finetune.checkpoint import check_model_folder, read_json
+from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
+from finetune.quant import Moe4bitConfig
+from finetune.quant.config import QUANT_METHOD, AttentionStorage
+from finetune.quant.random_weights import build_random_model
+from finetune.trainable import load_adapter, load_non_moe, read_adapter_kind
+
+BASE_FILE = "base.json"
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which base, and how it is stored in memory; saved beside every adapter.
+
+    `path` is a folder or hub id, `fingerprint` the hash of the base's routers (empty until loaded).
+    """
+
+    path: str
+    revision: str | None = None
+    attention: AttentionStorage = "nf4"
+    fingerprint: str = ""
+
+    def save(self, folder: Path) -> None:
+        (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> BaseSpec:
+        content = read_json(folder / BASE_FILE, kind=AdapterError)
+        try:
+            return cls(**content)
+        except TypeError:
+            raise AdapterError(
+                f"{BASE_FILE} has the keys {sorted(content)}",
+                where=str(folder),
+                allowed="path, revision, attention, fingerprint",
+                fix="use the adapter folder as `finetune train` wrote it",
+            ) from None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with the tokenizer and the facts it was loaded from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    arch: MoeArch
+    base: BaseSpec
+    device: torch.device
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda"; each process of a launch gets its own GPU.
+
+    Raises:
+        DeviceError: "cuda" without a GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "the recipe asks for a GPU and torch sees none",
+            where="model.device: cuda",
+            allowed="auto, cpu, cuda",
+            fix="set model.device=auto, or install a CUDA build of torch and check nvidia-smi",
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the GPU has it, float16 on older GPUs, float32 on a CPU."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a folder or hub id, without loading weights.
+
+    Raises:
+        ModelError: unknown folder or hub id.
+    """
+    if _is_local(path):
+        folder = Path(path)
+        return read_json(folder / "config.json") if folder.is_dir() else check_model_folder(folder)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision).to_dict()
+    except (OSError, ValueError) as error:
+        raise _hub_error(path, error) from None
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; </s> stays a token of its own, so padding is <unk> when none is set.
+
+    Raises:
+        ModelError: no tokenizer there.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer could be read: {_first_line(error)}",
+            where=path,
+            fix="put tokenizer.json and tokenizer_config.json into the model folder",
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    base: BaseSpec,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "sdpa",
+    random_weights_seed: int | None = None,
+) -> LoadedModel:
+    """Loads a base model with its experts in NF4.
+
+    Args:
+        random_weights_seed: builds the shape of `base.path`'s config.json from random weights instead.
+
+    Raises:
+        ModelError: missing, damaged, incomplete or unsupported checkpoint, or one stored otherwise than asked.
+        DeviceError: the device does not exist.
+    """
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    if random_weights_seed is None and _is_local(base.path):
+        check_model_folder(Path(base.path))
+    config = read_config(base.path, base.revision)
+    arch = MoeArch.from_config(config, where=base.path)
+    _require_same_storage(config, base)
+    if random_weights_seed is not None:
+        model = build_random_model(
+            AutoConfig.from_pretrained(base.path, revision=base.revision),
+            Moe4bitConfig(attention=base.attention),
+            dtype=torch_dtype,
+            device=where,
+            attn_implementation=attn_implementation,
+            seed=random_weights_seed,
+        )
+    else:
+        model = _from_pretrained(base, config, torch_dtype, where, attn_implementation)
+    tokenizer = load_tokenizer(base.path, base.revision)
+    if len(tokenizer) > arch.vocab:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {arch.vocab}",
+            where=base.path,
+            fix="use the tokenizer that belongs to the model",
+        )
+    fingerprint = router_fingerprint(model, arch)
+    if base.fingerprint and base.fingerprint != fingerprint:
+        raise AdapterError(
+            "the adapter was trained on another base: the routers differ",
+            where=base.path,
+            allowed=f"a base with router fingerprint {base.fingerprint[:12]} (this one has {fingerprint[:12]})",
+            fix="load the base that the adapter's base.json names",
+        )
+    spec = BaseSpec(base.path, base.revision, base.attention, fingerprint)
+    return LoadedModel(model, tokenizer, arch, spec, where)
+
+
+def load(
+    path: str,
+    *,
+    base_path: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "sdpa",
+    attention: AttentionStorage | None = None,
+) -> LoadedModel:
+    """Loads whatever `path` is: a base or merged model, or an adapter (LoRA or non-MoE) with its base.
+
+    Args:
+        base_path: overrides the base that the adapter names.
+        attention: storage for a base that is not quantized yet; a saved folder knows its own.
+
+    Raises:
+        FinetuneError: as `load_base`; `AdapterError` if adapter and base do not fit.
+    """
+    kind = read_adapter_kind(Path(path)) if _is_local(path) else None
+    if kind is None:
+        saved = _saved_quantization(read_config(path)).get("attention")
+        spec = BaseSpec(path, attention=saved or attention or "nf4")
+        return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    spec = BaseSpec.read(Path(path))
+    if base_path is not None:
+        spec = BaseSpec(base_path, None, spec.attention, spec.fingerprint)
+    loaded = load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    if kind == "lora":
+        model: Any = load_adapter(loaded.model, loaded.arch, Path(path))
+    else:
+        model = loaded.model
+        load_non_moe(model, Path(path), dtype=model.dtype)
+    return LoadedModel(model, load_tokenizer(path), loaded.arch, loaded.base, loaded.device)
+
+
+def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:
+    """SHA-256 over all router weights in bfloat16: they are never quantized, so every storage of a base agrees."""
+    digest = hashlib.sha256()
+    for layer in range(arch.layers):
+        weight = model.get_submodule(router_path(layer)).get_parameter("weight")
+        digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_pretrained(
+    base: BaseSpec, config: dict[str, Any], dtype: torch.dtype, device: torch.device, attn_implementation: str
+) -> PreTrainedModel:
+    quantization = None if _saved_quantization(config) else Moe4bitConfig(attention=base.attention)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            revision=base.revision,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except FinetuneError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"the model could not be loaded: {_first_line(error)}",
+            where=base.path,
+            fix="check the folder with `finetune quantize`, or run again with --debug",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing from the checkpoint",
+            where=", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
+            fix="download the checkpoint again; a model with random weights in it would train and answer nonsense",
+        )
+    return model
+
+
+def _saved_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("quantization_config") or {}
+
+
+def _require_same_storage(config: dict[str, Any], base: BaseSpec) -> None:
+    saved = _saved_quantization(config)
+    if not saved:
+        return
+    method = saved.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ModelError(
+            f"the checkpoint is already quantized with {method}",
+            where=f"{base.path}: config.json: quantization_config",
+            allowed=f"an unquantized checkpoint, or one saved by this toolkit ({QUANT_METHOD})",
+            fix="start from the original 16-bit checkpoint",
+        )
+    if saved.get("attention") != base.attention:
+        raise ModelError(
+            f"the folder keeps attention in {saved.get('attention')}, the recipe asks for {base.attention}",
+            where=f"{base.path}: quantization.attention",
+            allowed=str(saved.get("attention")),
+            fix=f"set quantization.attention={saved.get('attention')}, or start from the original checkpoint",
+        )
+
+
+def _is_local(path: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything with a dot, a root or more parts, or that exists, is a path."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _hub_error(path: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path!r} is neither a local folder nor a model that could be fetched from the hub: {_first_line(error)}",
+        where="model.path",
+        allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
+        fix="check the spelling, the network, and for gated models the HF_TOKEN",
+    )

@@ -1,0 +1,103 @@
+"""A recipe file and `--set` options to a checked `Recipe`, and back to YAML.
+
+    text --yaml12--> values and places --overrides--> values --schema--> Recipe
+
+Whatever is wrong along the way is collected and raised as one `RecipeError`, each fault with its line. Only
+what two sections contradict each other about has to wait until each of them is right by itself.
+Whether the named model, data or device exists is not asked here: that is the business of who opens them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune.errors import FinetuneError, RecipeError
+from finetune.recipe import yaml12
+from finetune.recipe.explain import explain, fill_empty_sections
+from finetune.recipe.faults import located, shown
+from finetune.recipe.overrides import apply_overrides
+from finetune.recipe.schema import Recipe
+
+_LARGEST = 1_000_000  # bytes; a recipe has about a thousand, a checkpoint given by mistake many millions
+
+# Values that may name a file or a folder, and whether "./" starts at the recipe (outputs start where one works).
+_PATHS = {("model", "path"): True, ("data", "train"): True, ("data", "eval"): True, ("output", "dir"): False}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, overrides and checks a recipe.
+
+    Args:
+        path: the YAML file. Paths in it that start with "./" or "../" are taken from its folder.
+        overrides: `section.key=value` texts. Paths in them are taken from the working directory.
+
+    Raises:
+        RecipeError: with every fault found.
+    """
+    document = _parse(Path(path))
+    _anchor(document.value, Path(path).parent)
+    apply_overrides(document, overrides)
+    _anchor(document.value, Path())
+    fill_empty_sections(document.value)
+    try:
+        recipe = Recipe.model_validate(document.value)
+    except ValidationError as error:
+        document.faults += [located(fault, document.places) for fault in explain(error)]
+    if document.faults:
+        raise RecipeError(document.faults)
+    return recipe
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """Everything a recipe says and implies, as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml12.dump(recipe.model_dump())
+
+
+def _parse(path: Path) -> yaml12.Document:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+    except OSError as error:
+        fix = "name the .yaml file in it" if path.is_dir() else "check the path"
+        raise _refuse(f"cannot read the recipe: {error.strerror}", str(path), fix) from None
+    except ValueError as error:  # a path with a null character in it
+        raise _refuse(f"cannot read the recipe: {error}", ascii(str(path)), "check the path") from None
+    if len(raw) > _LARGEST:
+        raise _refuse(f"more than {_LARGEST:,} bytes, and so not a recipe", str(path), "name a recipe file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _refuse("the recipe is not UTF-8 text", f"{path}:{line}", "save it as UTF-8") from None
+    document = yaml12.parse(
+        text, lambda line, column: f"{path}:{line}" if column is None else f"{path}:{line}:{column}"
+    )
+    if not document.places and document.faults:  # not YAML at all
+        raise RecipeError(document.faults)
+    if document.value is None:
+        raise _refuse("the recipe is empty", str(path), "start from a file in recipes/")
+    if not isinstance(document.value, dict):
+        what = f"a recipe is a mapping of sections, and this is {shown(document.value)}"
+        raise _refuse(what, document.places[()], "start from a file in recipes/")
+    return document
+
+
+def _refuse(what: str, where: str, fix: str) -> RecipeError:
+    return RecipeError([FinetuneError(what, where=where, fix=fix)])
+
+
+def _anchor(values: dict[str, Any], folder: Path) -> None:
+    """Makes relative paths absolute, in place, so that they mean the same file from anywhere."""
+    for (section, key), from_recipe in _PATHS.items():
+        keys = values.get(section)
+        if not isinstance(keys, dict) or not isinstance(path := keys.get(key), str):
+            continue
+        if path.startswith("~/"):
+            keys[key] = os.path.expanduser(path)
+        elif from_recipe and path.split("/")[0] in (".", ".."):
+            keys[key] = os.path.abspath(folder / path)

@@ -1,0 +1,212 @@
+"""The recipe as types: what a run is, in eight sections.
+
+Every section is frozen, typed strictly (no text becomes a number) and refuses keys it does not know. Descriptions
+are the docstrings below the attributes; editors show them by way of the JSON Schema. Nothing here reads files:
+`load_recipe` does, and turns what pydantic finds into errors with lines. `training` is a plain dict because its
+keys are those of the installed TRL; `training.py` checks it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from finetune.recipe.faults import Fault
+from finetune.recipe.training import check_training, training_schema
+
+Text = Annotated[str, Field(min_length=1)]
+SELF_MADE = "recipe_faults"
+"""Type of the pydantic errors that carry our own `Fault`s, under this key of their context."""
+
+
+class Section(BaseModel):
+    """What all sections share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The base model and how it is held in memory."""
+
+    path: Text
+    """Folder or hub id of a Mixtral, Qwen3-MoE or OLMoE checkpoint; "./" and "../" start at the recipe's folder."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of what is not quantized and of the arithmetic; auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    attn_implementation: Text = "sdpa"
+    """Name of a transformers attention function."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; auto takes a GPU when there is one."""
+
+
+class QuantizationSection(Section):
+    """What is stored in 4 bits."""
+
+    experts: Literal["nf4"] = "nf4"
+    """NF4 in blocks of 64 with double quantization, expert by expert."""
+    attention: Literal["nf4", "16bit"] = "nf4"
+    """q/k/v/o projections: NF4, or left in 16 bits."""
+
+
+class LoraSection(Section):
+    """The adapter of `method: attention_lora`."""
+
+    r: Annotated[int, Field(gt=0)] = 16
+    """Rank."""
+    alpha: Annotated[int, Field(gt=0)] = 32
+    """The update is scaled by alpha / r, or by alpha / sqrt(r) with rank stabilization."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    """Attention projections that get an adapter, in every layer."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling."""
+    use_dora: bool = False
+    """Weight-decomposed adapters: a magnitude per output besides."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            path = ("trainable", "lora", "target_modules")
+            raise _custom([Fault(path, f"{', '.join(twice)} named twice", fix="name each module once")])
+        return names
+
+
+class TrainableSection(Section):
+    """Which parameters train."""
+
+    method: Literal["attention_lora", "non_moe"] = "attention_lora"
+    """LoRA on the attention, or everything but the experts (norms, embeddings, head and attention) in full."""
+    lora: LoraSection = LoraSection()
+    """Read by `method: attention_lora` only."""
+    router: bool = False
+    """With `method: non_moe`: train the routers too."""
+
+
+class DataSection(Section):
+    """Conversations to train and to evaluate on. The assistant's turns are supervised, nothing else."""
+
+    train: Text
+    """File, folder or hub id; "./" and "../" start at the recipe's folder."""
+    train_split: Text = "train"
+    """Split of a hub data set."""
+    eval: Text | None = None
+    """Held-out data, as `train`; without it `eval_split` is taken from `train`."""
+    eval_split: Text | None = None
+    """Split to evaluate on."""
+    format: Literal["auto", "messages", "chatml_text"] = "auto"
+    """A `messages` column of roles and contents, or a `text` column in ChatML markup."""
+    template: Literal["mistral-v1", "model"] = "mistral-v1"
+    """Chat template: Mixtral's [INST] format, or the one that the tokenizer carries."""
+    max_rows: Annotated[int, Field(gt=0)] | None = None
+    """Train on the first rows only."""
+    max_eval_rows: Annotated[int, Field(gt=0)] | None = None
+    """Evaluate on the first rows only."""
+
+
+class RouterSection(Section):
+    """Watching and steering the routers."""
+
+    log: bool = True
+    """Log load, MaxVio, utilization, entropy and balance loss per layer."""
+    aux_loss_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of the load-balancing loss; logged apart from the loss."""
+    figures: bool = True
+    """Write the heat map of layer x expert load."""
+
+
+class LoggingSection(Section):
+    """Where metrics go besides the JSON-lines file, which is always written."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases; offline needs neither an account nor a network."""
+    project: Text = "moe-qlora"
+    """Weights & Biases project."""
+    run_name: Text | None = None
+    """Name of the run; Weights & Biases invents one otherwise."""
+
+
+class OutputSection(Section):
+    """What a run leaves behind."""
+
+    dir: Text
+    """Folder for adapter, checkpoints, metrics and figures; relative to the working directory."""
+
+
+class Recipe(Section):
+    """One run, fully described."""
+
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    trainable: TrainableSection = TrainableSection()
+    data: DataSection
+    training: dict[str, Any] = Field(default={}, validate_default=True)
+    """Passed to TRL's `SFTConfig`; only what differs from its defaults need be said."""
+    router: RouterSection = RouterSection()
+    logging: LoggingSection = LoggingSection()
+    output: OutputSection
+
+    @field_validator("training")
+    @classmethod
+    def _training_fits_trl(cls, given: dict[str, Any]) -> dict[str, Any]:
+        values, faults = check_training(given)
+        if faults:
+            raise _custom(faults)
+        return values
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        faults = []
+        if self.trainable.method == "non_moe" and self.quantization.attention == "nf4":
+            faults.append(
+                Fault(
+                    ("quantization", "attention"),
+                    "`trainable.method: non_moe` trains the attention in full, and NF4 weights cannot be trained",
+                    allowed="16bit",
+                    fix="set `quantization.attention: 16bit`, or train with `trainable.method: attention_lora`",
+                )
+            )
+        if self.trainable.method == "attention_lora" and self.trainable.router:
+            faults.append(
+                Fault(
+                    ("trainable", "router"),
+                    "`trainable.method: attention_lora` trains the adapter only, not the routers",
+                    allowed="false",
+                    fix="remove it, or train with `trainable.method: non_moe`",
+                )
+            )
+        evaluates = self.training.get("eval_strategy", "no") != "no"
+        if evaluates and self.data.eval is None and self.data.eval_split is None:
+            faults.append(
+                Fault(
+                    ("training", "eval_strategy"),
+                    "`training.eval_strategy` asks for evaluation, and there is nothing to evaluate on",
+                    fix="set `data.eval` or `data.eval_split`, or `training.eval_strategy: no`",
+                )
+            )
+        if faults:
+            raise _custom(faults)
+        return self
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, for editors. `training` lists the fields of the installed TRL."""
+    schema = Recipe.model_json_schema()
+    training = schema["properties"]["training"]
+    schema["properties"]["training"] = training_schema() | {"description": training["description"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def _custom(faults: list[Fault]) -> PydanticCustomError:
+    text = "; ".join(fault.what if fault.fix is None else f"{fault.what} ({fault.fix})" for fault in faults)
+    return PydanticCustomError(SELF_MADE, "{text}", {"text": text, SELF_MADE: faults})

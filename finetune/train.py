@@ -1,0 +1,326 @@
+"""The story of a run, top to bottom: recipe, preflight, data, model, census, what trains, trainer, what is saved.
+
+Everything that can be refused is refused before the weights are read; nothing is written before the output folder is
+claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ stands in trainer.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import WandbCallback
+from trl import SFTConfig
+
+from finetune.console import Report, gib
+from finetune.data import apply_template, audit, load_conversations, require_supervision, supervise
+from finetune.errors import DeviceError, FinetuneError, RecipeError
+from finetune.jsonl import JsonlCallback
+from finetune.model import BaseSpec, LoadedModel, load_base, load_tokenizer, resolve_device, resolve_dtype
+from finetune.preflight import preflight, show_memory
+from finetune.progress import ProgressCallback
+from finetune.quant import Census, require_quantized_experts, take_census
+from finetune.recipe import Recipe, provenance, resolved_yaml
+from finetune.routing import RouterCallback, RouterCapture, layer_metrics
+from finetune.routing.plots import load_heat_map, run_load, training_curves
+from finetune.runfolder import RunFolder, claim, write_json, write_text
+from finetune.trainable import add_attention_lora, keep_fp32_masters, trainable_count, unfreeze_non_moe
+from finetune.trainer import MoeTrainer, SpeedCallback
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Supervised rows to train and to evaluate on."""
+
+    train: Dataset
+    eval: Dataset | None
+
+
+def train(
+    recipe: Recipe,
+    report: Report,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    random_weights: bool = False,
+) -> dict[str, Any]:
+    """Runs a recipe; returns the summary that `--json` prints.
+
+    Args:
+        resume: continue from the last whole checkpoint of the same recipe's run.
+        overwrite: replace a run that the output folder holds.
+        random_weights: take only the shape from `model.path`, to measure speed and memory.
+
+    Raises:
+        FinetuneError: whatever the user can mend, before the first step where possible.
+    """
+    device = resolve_device(recipe.model.device)
+    args = training_arguments(recipe, device)
+    main = PartialState().is_main_process
+
+    # Preflight: from the config alone.
+    memory = preflight(recipe, device)
+    if main:
+        show_memory(memory, report)
+
+    # Data: before the weights, because most mistakes are here.
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    apply_template(tokenizer, recipe.data.template)
+    with args.main_process_first(desc="data"):
+        rows = load_rows(recipe, tokenizer, args, report if main else None)
+
+    run = RunFolder(Path(recipe.output.dir))
+    if main:
+        claim(run.root, recipe.model_dump(mode="json"), resume=resume, overwrite=overwrite)
+        if not resume:
+            write_json(run.run_file, {"recipe": recipe.model_dump(mode="json"), **provenance()})
+            write_text(run.recipe, resolved_yaml(recipe))
+    PartialState().wait_for_everyone()
+    checkpoint = run.last_checkpoint() if resume else None
+
+    # Model: quantized while loading, then proven to be.
+    base = BaseSpec(recipe.model.path, recipe.model.revision, recipe.quantization.attention)
+    loaded = load_base(
+        base,
+        dtype=recipe.model.dtype,
+        device=recipe.model.device,
+        attn_implementation=recipe.model.attn_implementation,
+        random_weights_seed=args.seed if random_weights else None,
+    )
+    apply_template(loaded.tokenizer, recipe.data.template)
+    arch = loaded.arch
+    census = take_census(loaded.model)
+    if main:
+        show_census(census, report)
+        write_json(run.census, census.to_dict())
+    require_quantized_experts(census)
+
+    # What trains.
+    model = choose_trainable(loaded, recipe)
+    if main:
+        report.line(f"{trainable_count(model):,} of {arch.total_params:,} parameters train ({recipe.trainable.method})")
+
+    # Train.
+    speed = SpeedCallback()
+    router = RouterCallback(RouterCapture(model, num_experts=arch.experts, top_k=arch.top_k))
+    callbacks: list[TrainerCallback] = [
+        *([router] if recipe.router.log else []),
+        JsonlCallback(run.metrics, extra=[router.loads]),
+        progress := ProgressCallback(),
+        speed,
+        *wandb_callbacks(recipe, run),
+    ]
+    with keep_fp32_masters(model):
+        trainer = MoeTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
+            processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+        )
+    trainer.base = loaded.base
+    # It prints every log to standard output, which belongs to reports.
+    trainer.remove_callback(PrinterCallback)
+    with progress, out_of_memory_explained(recipe):
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    # Save.
+    summary: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        trainer.save_tuned(run.adapter)
+        summary = summarize(run, recipe, trainer, speed, result.metrics, census)
+        show_router(router, report)
+        show_summary(summary, report)
+        write_json(run.root / "summary.json", summary)
+    PartialState().wait_for_everyone()
+    return summary
+
+
+def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
+    """The recipe's `training` section as TRL's config, with what other sections decide.
+
+    Raises:
+        RecipeError: TRL refuses a value or combination.
+    """
+    given = dict(recipe.training)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    if "bf16" not in given and "fp16" not in given:
+        given |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    if given.get("gradient_checkpointing", True):
+        # Reentrant checkpointing would log an auxiliary loss without its gradient.
+        given["gradient_checkpointing_kwargs"] = {
+            "use_reentrant": False,
+            **(given.get("gradient_checkpointing_kwargs") or {}),
+        }
+    try:
+        return SFTConfig(
+            **given,
+            output_dir=str(RunFolder(Path(recipe.output.dir)).checkpoints),
+            use_cpu=device.type == "cpu",
+            # The data room has labelled the rows; TRL only truncates, packs and pads them.
+            router_aux_loss_coef=recipe.router.aux_loss_coef,
+            report_to="none",
+            disable_tqdm=True,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(
+            [
+                FinetuneError(
+                    f"TRL refuses these settings: {error}",
+                    where="training",
+                    allowed="what trl.SFTConfig accepts together",
+                    fix="change the setting that the message names",
+                )
+            ]
+        ) from error
+
+
+def load_rows(recipe: Recipe, tokenizer: Any, args: SFTConfig, report: Report | None) -> Rows:
+    """Conversations to supervised rows; the supervision table, and refusal when nothing would be learnt.
+
+    Raises:
+        DataError: see the data room.
+    """
+    data = recipe.data
+
+    def supervised(source: str, split: str, max_rows: int | None, name: str) -> Dataset:
+        conversations = load_conversations(source, split=split, format=data.format, max_rows=max_rows)
+        dataset = supervise(conversations, tokenizer, num_proc=args.dataset_num_proc)
+        supervision = audit(dataset, eos_token_id=tokenizer.eos_token_id, max_length=args.max_length)
+        if report is not None:
+            report.table(f"Supervision: {name}", ("what", "how many"), supervision.table())
+        require_supervision(supervision, where=source)
+        return dataset
+
+    rows = supervised(data.train, data.train_split, data.max_rows, "train")
+    if data.eval is None and data.eval_split is None:
+        return Rows(rows, None)
+    held_out = supervised(data.eval or data.train, data.eval_split or "train", data.max_eval_rows, "held-out")
+    return Rows(rows, held_out)
+
+
+def choose_trainable(loaded: LoadedModel, recipe: Recipe) -> Any:
+    """Adds LoRA to the attention or unfreezes everything but the experts, by the recipe."""
+    if recipe.trainable.method == "attention_lora":
+        # The adapter's initial values are drawn here.
+        torch.manual_seed(recipe.training.get("seed", 42))
+        return add_attention_lora(loaded.model, loaded.arch, **recipe.trainable.lora.model_dump())
+    unfreeze_non_moe(loaded.model, loaded.arch, router=recipe.trainable.router)
+    return loaded.model
+
+
+def wandb_callbacks(recipe: Recipe, run: RunFolder) -> list[TrainerCallback]:
+    """wandb's callback by the recipe; offline needs no account. WANDB_* variables that are set win."""
+    if recipe.logging.wandb == "disabled":
+        return []
+    os.environ.setdefault("WANDB_MODE", recipe.logging.wandb)
+    os.environ.setdefault("WANDB_PROJECT", recipe.logging.project)
+    os.environ.setdefault("WANDB_DIR", str(run.root))
+    if recipe.logging.run_name is not None:
+        os.environ.setdefault("WANDB_NAME", recipe.logging.run_name)
+    return [WandbCallback()]
+
+
+class out_of_memory_explained:
+    """Turns the device's out-of-memory error into one that says what to change."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise DeviceError(
+                "the GPU ran out of memory: " + str(error).split(". GPU")[0].splitlines()[0],
+                where="training step",
+                fix="lower training.per_device_train_batch_size (and raise gradient_accumulation_steps) or "
+                "training.max_length; keep training.gradient_checkpointing on; use quantization.attention=nf4",
+            ) from error
+
+
+# ---- reports ------------------------------------------------------------------------------------------------
+
+
+def show_census(census: Census, report: Report) -> None:
+    rows = [(f"{row.role} ({row.tensors})", row.dtype, gib(row.bytes)) for row in census.rows]
+    report.table("Byte census", ("role (tensors)", "dtype", "size"), [*rows, ("total", "", gib(census.total_bytes))])
+
+
+def show_router(router: RouterCallback, report: Report) -> None:
+    if "train" not in router.totals:
+        return
+    rows = [
+        (
+            f"{index}",
+            f"{layer.max_vio:.3f}",
+            f"{layer.min_utilization:.2f}",
+            f"{layer.max_utilization:.2f}",
+            f"{layer.load_entropy:.3f}",
+            f"{layer.balance_loss:.3f}",
+        )
+        for index, layer in enumerate(layer_metrics(router.totals["train"]))
+    ]
+    columns = ("layer", "MaxVio", "min util.", "max util.", "entropy", "balance")
+    report.table("Router over the training tokens (1.0 is an even share)", columns, rows)
+
+
+def summarize(
+    run: RunFolder,
+    recipe: Recipe,
+    trainer: MoeTrainer,
+    speed: SpeedCallback,
+    metrics: dict[str, float],
+    census: Census,
+) -> dict[str, Any]:
+    """Draws the figures and collects what a run has to say."""
+    figures = []
+    if recipe.router.figures:
+        curves = run.figures / "training.png"
+        training_curves(run.metrics, curves)
+        figures.append(str(curves))
+        load = run_load(run.metrics)
+        if load is not None:
+            heat_map = run.figures / "router_load.png"
+            load_heat_map(load, heat_map, title="Expert load over the training tokens")
+            figures.append(str(heat_map))
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return {
+        "output": str(run.root),
+        "adapter": str(run.adapter),
+        "metrics": str(run.metrics),
+        "figures": figures,
+        "steps": trainer.state.global_step,
+        "train_loss": metrics.get("train_loss"),
+        "eval_loss_first": held_out[0] if held_out else None,
+        "eval_loss_last": held_out[-1] if held_out else None,
+        "tokens_per_second": speed.tokens_per_second,
+        "train_seconds": metrics.get("train_runtime"),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "trainable_parameters": trainable_count(trainer.model),
+        "census_bytes": census.total_bytes,
+    }
+
+
+def show_summary(summary: dict[str, Any], report: Report) -> None:
+    rows = [("steps", f"{summary['steps']}")]
+    if summary["eval_loss_first"] is not None:
+        change = f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss_last']:.3f}"
+        rows.append(("held-out completion loss (nats)", change))
+    if summary["tokens_per_second"] is not None:
+        rows.append(("tokens/s", f"{summary['tokens_per_second']:,.0f}"))
+    if summary["peak_device_bytes"] is not None:
+        rows.append(("peak device memory", gib(summary["peak_device_bytes"])))
+    rows += [("adapter", summary["adapter"]), ("metrics", summary["metrics"])]
+    rows += [("figure", figure) for figure in summary["figures"]]
+    report.table("Done", ("what", "result"), rows)

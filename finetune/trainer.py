@@ -1,0 +1,94 @@
+"""TRL's trainer, where a 4-bit mixture of experts needs it to differ.
+
+Leaves out: the training loop, packing, padding, the fused head and the optimizer, which are TRL's and transformers'.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from finetune.model import BaseSpec
+from finetune.trainable import load_non_moe, save_adapter, save_non_moe
+
+
+class MoeTrainer(SFTTrainer):
+    """TRL's trainer, with a loss that is only the loss, and checkpoints that hold only what trains."""
+
+    base: BaseSpec
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Takes the auxiliary loss that TRL added out of `loss` again; it stands beside it as `aux_loss`."""
+        mode = "train" if self.model.training else "eval"
+        for name, auxiliary in (("loss", "aux_loss"), ("eval_loss", "eval_aux_loss")):
+            values = self._metrics[mode].get("aux_loss")
+            if name in logs and values and (mode == "eval") == auxiliary.startswith("eval"):
+                logs[name] -= self.router_aux_loss_coef * sum(values) / len(values)
+        super().log(logs, start_time)
+
+    def save_tuned(self, folder: Path) -> None:
+        """Writes adapter or non-MoE tensors, tokenizer and `base.json`: all that loading needs besides the base."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder)
+        else:
+            save_non_moe(model, folder, base={"path": self.base.path, "fingerprint": self.base.fingerprint})
+        self.processing_class.save_pretrained(folder)
+        self.base.save(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Upstream writes the whole model without an adapter, 23 GB of frozen experts a checkpoint, and asks the hub
+        # for the base's config with one.
+        assert output_dir is not None
+        self.save_tuned(Path(output_dir))
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if isinstance(unwrapped, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_non_moe(unwrapped, Path(resume_from_checkpoint))
+
+
+class SpeedCallback(TrainerCallback):
+    """Tokens per second of training steps alone: the first logged window is warm-up, evaluation and saving are out."""
+
+    def __init__(self) -> None:
+        self._seconds, self._begun = 0.0, 0.0
+        self._first: tuple[float, float] | None = None
+        self._last = (0.0, 0.0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._begun
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "num_tokens" in logs and "loss" in logs:
+            self._last = (logs["num_tokens"], self._seconds)
+            self._first = self._first or self._last
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None until two windows were logged."""
+        if self._first is None or self._last[1] <= self._first[1]:
+            return None
+        return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])

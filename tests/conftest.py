@@ -1,0 +1,91 @@
+"""Shared input for tests of the whole path: a random two-layer Mixtral with the real tokenizer, and a recipe for it.
+
+Random weights keep these tests fast and independent of the bundled model; the bundled model has tests of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture(scope="session")
+def small_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random bf16 Mixtral: 2 layers, 4 experts, vocabulary 32000; never written to."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("small-mixtral")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(REPOSITORY / "recipes" / "tiny-mixtral" / "model" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 short conversations as JSON lines."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What comes after {number}?"},
+                {"role": "assistant", "content": f"After {number} comes {number + 1}."},
+            ]
+        }
+        for number in range(32)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, small_mixtral: Path, conversations: Path) -> Callable[..., Path]:
+    """Writes a recipe of eight steps on the small Mixtral; keyword arguments replace or add sections."""
+
+    def write(name: str = "recipe.yaml", **sections: object) -> Path:
+        recipe: dict[str, object] = {
+            "model": {"path": str(small_mixtral), "device": "cpu"},
+            "data": {"train": str(conversations), "eval": str(conversations), "max_eval_rows": 8},
+            "training": {
+                "max_steps": 8,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 2e-3,
+                "logging_steps": 1,
+                "max_length": 64,
+                "eval_strategy": "no",
+                "save_strategy": "no",
+            },
+            "output": {"dir": str(tmp_path / "run")},
+        }
+        for section, values in sections.items():
+            merged = {**recipe.get(section, {}), **values}  # type: ignore[dict-item]
+            recipe[section] = {key: value for key, value in merged.items() if value != "<absent>"}
+        path = tmp_path / name
+        path.write_text(json.dumps(recipe, indent=1), encoding="utf-8")  # JSON is YAML
+        return path
+
+    return write

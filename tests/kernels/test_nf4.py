@@ -1,0 +1,145 @@
+"""The NF4 codec against bitsandbytes, expert by expert and bit for bit.
+
+Truth: `bitsandbytes.functional.quantize_4bit` and `dequantize_4bit` of each expert's own matrix, which is what any
+other program makes of the same weights.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+
+from finetune.kernels.nf4 import (
+    NF4_CODE,
+    Nf4Stack,
+    dequantize_expert,
+    dequantize_linear,
+    dequantize_reference,
+    dynamic_map,
+    empty_stack,
+    quantize_stack,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# [E, out, in] of both projections of three models (hidden, intermediate), by number of scales a matrix: 128 and 64
+# are below one nested block of 256, 512 and 256 are whole blocks, 1050 and 525 and 7 leave a rest.
+SHAPES = (
+    (3, 128, 64),  # gate_up of (64, 64)
+    (3, 64, 64),  # down of (64, 64)
+    (2, 256, 128),  # gate_up of (128, 128)
+    (2, 128, 128),  # down of (128, 128)
+    (4, 350, 192),  # 1050 scales
+    (4, 175, 192),  # 525 scales
+    (1, 7, 64),
+)
+
+
+def random_weights(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal weights, one expert a hundred times larger, so that a mean shared between experts would show."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * 0.02
+    weight[-1] *= 100
+    return weight.to(dtype)
+
+
+def by_hand(matrix: Tensor) -> tuple[Tensor, bnb.QuantState]:
+    return bnb.quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_equal_bitsandbytes_of_each_expert(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weight = random_weights(shape, dtype)
+    stack = quantize_stack(weight)
+    assert stack.matrix_shape == shape[1:]
+    for expert in range(shape[0]):
+        packed, state = by_hand(weight[expert])
+        assert torch.equal(stack.packed[expert].flatten(), packed.flatten())
+        assert torch.equal(stack.absmax[expert], state.absmax)
+        assert torch.equal(stack.nested_absmax[expert], state.state2.absmax)
+        assert torch.equal(stack.offset[expert], state.offset)
+
+
+def test_bits_do_not_depend_on_neighbours_or_strides() -> None:
+    """An expert quantized alone, in another order, or from a transposed view has the same bytes."""
+    weight = random_weights((3, 128, 64), torch.bfloat16)
+    stack = quantize_stack(weight)
+    reverse = quantize_stack(weight.flip(0))
+    strided = quantize_stack(weight.transpose(1, 2).contiguous().transpose(1, 2))
+    for field in Nf4Stack._fields:
+        whole = getattr(stack, field)
+        assert torch.equal(getattr(reverse, field).flip(0), whole), field
+        assert torch.equal(getattr(strided, field), whole), field
+        assert torch.equal(getattr(quantize_stack(weight[1:2]), field)[0], whole[1]), field
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_equals_bitsandbytes_and_plain_torch(
+    shape: tuple[int, int, int], dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    """Also the plain reference to the last bit: bitsandbytes multiplies in float32 and rounds once, to nearest even."""
+    weight = random_weights(shape, dtype)
+    stack = quantize_stack(weight)
+    reference = dequantize_reference(stack, out_dtype)
+    for expert in range(shape[0]):
+        packed, state = by_hand(weight[expert])
+        state.dtype = out_dtype
+        ours = dequantize_expert(stack, expert, out_dtype)
+        assert ours.dtype == out_dtype
+        assert torch.equal(ours, bnb.dequantize_4bit(packed, state))
+        assert torch.equal(ours, reference[expert])
+
+
+def test_code_books_are_those_of_bitsandbytes() -> None:
+    _, state = by_hand(random_weights((1, 128, 64), torch.float32)[0])
+    assert torch.equal(torch.tensor(NF4_CODE), state.code)
+    assert torch.equal(dynamic_map(torch.device("cpu")), state.state2.code)
+
+
+def test_weights_on_the_grid_survive() -> None:
+    """Weights on the grid come back as they were, up to the 8-bit scale that they share."""
+    block = torch.tensor(NF4_CODE).repeat(4)
+    stack = quantize_stack(block.repeat(1, 128, 1))
+    back = dequantize_expert(stack, 0, torch.float32)
+    assert torch.equal(back[0] / back[0].abs().max(), block)
+    assert torch.equal(dequantize_expert(quantize_stack(torch.zeros(1, 4, 64)), 0, torch.float32), torch.zeros(4, 64))
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "experts"), [(4096, 14336, 8), (2048, 768, 128), (2048, 1024, 64)])
+def test_bytes_a_weight(hidden: int, intermediate: int, experts: int) -> None:
+    """0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales, and 4 B of offset a matrix: by meta
+    tensors of Mixtral 8x7B, Qwen3-30B-A3B and OLMoE-1B-7B, whose matrices are whole nested blocks."""
+    for out, in_ in ((2 * intermediate, hidden), (hidden, intermediate)):
+        stack = empty_stack(experts, out, in_, "meta")
+        assert stack.nbytes == experts * (out * in_ * (0.5 + 1 / 64 + 4 / (64 * 256)) + 4)
+
+
+def test_empty_stack_has_the_shapes_and_dtypes_of_a_quantized_one() -> None:
+    for shape in SHAPES:
+        empty, full = empty_stack(*shape, device="cpu"), quantize_stack(random_weights(shape, torch.bfloat16))
+        assert [(t.shape, t.dtype) for t in empty] == [(t.shape, t.dtype) for t in full]
+        assert empty.nbytes == full.nbytes
+
+
+def test_rows_that_a_block_would_straddle_are_refused() -> None:
+    with pytest.raises(AssertionError, match="96 is not a multiple of 64"):
+        empty_stack(2, 64, 96, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_linear(dtype: torch.dtype) -> None:
+    """A 4-bit layer comes back in float32 without the rounding to the dtype that it was quantized from."""
+    weight = random_weights((1, 96, 128), dtype)[0]
+    layer = Linear4bit(128, 96, bias=False, quant_type="nf4", compress_statistics=True)
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    assert torch.equal(dequantize_linear(layer), dequantize_reference(quantize_stack(weight[None]), torch.float32)[0])
+    assert layer.weight.quant_state.dtype == dtype
+
+    plain = nn.Linear(128, 96, bias=False, dtype=dtype)
+    assert torch.equal(dequantize_linear(plain), plain.weight.float())

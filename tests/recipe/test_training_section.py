@@ -1,0 +1,168 @@
+"""The `training` section: passed through when TRL knows it, refused with its owner when another section does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from recipe_texts import SMALLEST, faults_of, message, write
+from trl import SFTConfig
+
+from finetune.recipe import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.recipe.training import DEFAULTS, OWNERS, check_training, open_fields, training_schema
+from finetune.recipe.training_fields import training_fields
+
+
+def with_training(*lines: str) -> str:
+    return SMALLEST + "training:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def test_the_section_builds_an_sft_config(tmp_path: Path) -> None:
+    text = with_training(
+        'learning_rate: "3e-4"',
+        "num_train_epochs: 2",
+        "warmup_steps: .1",
+        "lr_scheduler_type: cosine_with_min_lr",
+        "lr_scheduler_kwargs: {min_lr: 1e-6}",
+        "save_strategy: no",
+        "bf16: false",
+        "max_length: null",
+    )
+    recipe = load_recipe(write(tmp_path, text))
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **recipe.training)
+    assert config.learning_rate == 3e-4
+    assert isinstance(recipe.training["num_train_epochs"], int)
+    assert config.warmup_steps == 0.1
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert config.save_strategy == "no"
+    assert config.max_length is None
+    assert (config.seed, config.logging_steps, config.gradient_checkpointing) == (42, 10, True)
+
+
+def test_defaults_yield_to_what_is_given() -> None:
+    assert check_training({})[0] == dict(DEFAULTS)
+    assert check_training({"seed": 1, "logging_steps": 2})[0]["seed"] == 1
+
+
+def test_the_newer_name_of_checkpointing_replaces_our_default() -> None:
+    values, faults = check_training({"activation_checkpointing": False})
+    assert (values.get("gradient_checkpointing"), faults) == (None, [])
+    _, faults = check_training({"activation_checkpointing": False, "gradient_checkpointing": True})
+    assert [fault.what for fault in faults] == [
+        "`gradient_checkpointing` and `activation_checkpointing` are one setting and differ"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "output_dir: x",
+            "`output_dir` is decided by `output.dir`, not under `training`\n  where: r.yaml:8: training.output_dir\n"
+            "  fix: set `output.dir` instead",
+        ),
+        (
+            "router_aux_loss_coef: 0.1",
+            "`router_aux_loss_coef` is decided by `router.aux_loss_coef`, not under `training`\n"
+            "  where: r.yaml:8: training.router_aux_loss_coef\n  fix: set `router.aux_loss_coef` instead",
+        ),
+        (
+            "load_in_4bit: true",
+            "`load_in_4bit` is decided by `quantization.experts`, not under `training`\n"
+            "  where: r.yaml:8: training.load_in_4bit\n  fix: set `quantization.experts` instead",
+        ),
+        (
+            "hub_token: secret",
+            "`training.hub_token` cannot be set in a recipe: a run writes to `output.dir` only; upload what you keep "
+            "afterwards\n  where: r.yaml:8: training.hub_token\n  fix: remove it",
+        ),
+        (
+            "assistant_only_loss: true",
+            "`training.assistant_only_loss` cannot be set in a recipe: `data` supervises the assistant's turns and "
+            "nothing else\n  where: r.yaml:8: training.assistant_only_loss\n  fix: remove it",
+        ),
+        (
+            "max_seq_length: 3",
+            "unknown key `max_seq_length` in `training`\n  where: r.yaml:8: training.max_seq_length\n"
+            "  allowed: fields of TRL's SFTConfig (`finetune recipe schema` lists them)\n  fix: write `max_length`",
+        ),
+        (
+            "zzzzzz: 3",
+            "unknown key `zzzzzz` in `training`\n  where: r.yaml:8: training.zzzzzz\n"
+            "  allowed: fields of TRL's SFTConfig (`finetune recipe schema` lists them)\n  fix: remove it",
+        ),
+        (
+            "max_steps: 1e3",
+            "`training.max_steps` cannot be 1000.0\n  where: r.yaml:8: training.max_steps\n"
+            "  allowed: a whole number\n  fix: write `1000`",
+        ),
+        (
+            "save_strategy: epochs",
+            "`training.save_strategy` cannot be 'epochs'\n  where: r.yaml:8: training.save_strategy\n"
+            "  allowed: no | steps | epoch | best\n  fix: write `epoch`",
+        ),
+        (
+            "bf16: yes",
+            "`training.bf16` cannot be 'yes'\n  where: r.yaml:8: training.bf16\n"
+            "  allowed: true or false | null\n  fix: write `true`",
+        ),
+        (
+            "label_names: [a, 3]",
+            "`training.label_names` cannot be a list\n  where: r.yaml:8: training.label_names\n"
+            "  allowed: a list of text | null",
+        ),
+        (
+            "per_device_train_batch_size: 0",
+            "`training.per_device_train_batch_size` cannot be 0\n"
+            "  where: r.yaml:8: training.per_device_train_batch_size\n  allowed: 1 or more",
+        ),
+        (
+            "{bf16: true, fp16: true}",
+            "`bf16` and `fp16` are both true\n  where: r.yaml:8: training.fp16\n"
+            "  fix: keep one; bf16 needs no loss scaling",
+        ),
+    ],
+)
+def test_messages(tmp_path: Path, line: str, expected: str) -> None:
+    assert message(tmp_path, with_training(line)) == expected
+
+
+def test_optimizers_lead_to_a_usable_name(tmp_path: Path) -> None:
+    (only,) = faults_of(tmp_path, with_training("optim: adamw"))
+    assert only.fix == "write `adamw_torch`"
+
+
+def test_every_owner_is_a_key_of_the_recipe() -> None:
+    for owner in OWNERS.values():
+        keys = Recipe
+        for name in owner.split("."):
+            keys = keys.model_fields[name].annotation  # type: ignore[assignment]
+
+
+def test_nothing_that_another_section_decides_is_open() -> None:
+    closed = set(training_fields()) - set(open_fields())
+    assert closed == {name for name in training_fields() if name.startswith(("hub_", "trackio_", "push_to_hub"))} | {
+        "output_dir",
+        "report_to",
+        "run_name",
+        "project",
+        "router_aux_loss_coef",
+        "use_cpu",
+        "model_init_kwargs",
+        "eos_token",
+        "pad_token",
+        "chat_template_path",
+        "assistant_only_loss",
+        "completion_only_loss",
+        "dataset_text_field",
+        "dataset_kwargs",
+        "trust_remote_code",
+        "parallelism_config",
+        "local_rank",
+        "resume_from_checkpoint",
+        "do_train",
+        "do_eval",
+        "do_predict",
+    }
+    assert set(training_schema()["properties"]) == set(open_fields())

@@ -1,0 +1,147 @@
+"""Figures: the numbers drawn are the numbers given, and no text is cut off."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from finetune.routing import plots
+from finetune.routing.plots import load_heat_map, run_load, training_curves
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures as they are saved."""
+    seen: list[Figure] = []
+    save = plots._save
+
+    def keep(figure: Figure, path: Path) -> None:
+        seen.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return seen
+
+
+def assert_nothing_is_clipped(figure: Figure) -> None:
+    width, height = figure.canvas.get_width_height()
+    for text in figure.findobj(Text):
+        if text.get_text() and text.get_visible():
+            box = text.get_window_extent()
+            assert box.x0 >= -1, text
+            assert box.y0 >= -1, text
+            assert box.x1 <= width + 1, text
+            assert box.y1 <= height + 1, text
+
+
+def even_but(layers: int, experts: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.softmax(torch.randn(layers, experts, generator=generator, dtype=torch.float64) * 0.4, dim=1)
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (4, 8), (32, 8), (16, 64), (48, 128)])
+def test_heat_map(layers: int, experts: int, tmp_path: Path, figures: list[Figure]) -> None:
+    load, path = even_but(layers, experts), tmp_path / "figures" / "load.png"
+    load_heat_map(load, path, title="Expert load, training")
+    assert path.read_bytes().startswith(PNG)
+    assert [child.name for child in path.parent.iterdir()] == ["load.png"]
+    (figure,) = figures
+    assert_nothing_is_clipped(figure)
+    values = [text.get_text() for text in figure.axes[0].texts]
+    want = [f"{share * experts:.2f}" for row in load.tolist() for share in row]
+    assert values == (want if experts <= 16 else [])
+
+
+def test_heat_map_is_white_at_even_and_its_scale_does_not_depend_on_the_data(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    even, collapsed = torch.full((2, 8), 0.125), torch.tensor([[0.5, 0.5, 0, 0, 0, 0, 0, 0]] * 2)
+    for load in (even, collapsed):
+        load_heat_map(load, tmp_path / "load.png")
+    images = [figure.axes[0].images[0] for figure in figures]
+    assert [image.get_clim() for image in images] == [(0.0, 2.0)] * 2
+    middle = images[0].to_rgba(images[0].get_array())[..., :3]
+    assert middle.min() > 0.95
+    busy, dead = images[1].to_rgba(images[1].get_array())[0, 0], images[1].to_rgba(images[1].get_array())[0, 7]
+    assert tuple(busy) == colormaps["RdBu_r"](1.0)
+    assert tuple(dead) == colormaps["RdBu_r"](0.0)
+
+
+def write(path: Path, *records: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_training_curves(tmp_path: Path, figures: list[Figure]) -> None:
+    metrics = write(
+        tmp_path / "metrics.jsonl",
+        {"step": 1, "loss": 3.0, "router/max_vio_worst": 0.5, "router/max_vio_mean": 0.25},
+        {"step": 2, "loss": None, "router/max_vio_worst": 0.75, "router/max_vio_mean": 0.5},
+        {"step": 2, "eval_loss": 2.5, "eval_router/max_vio_worst": 0.375},
+        {"step": 3, "loss": 2.0, "router/max_vio_worst": 1.0, "router/max_vio_mean": 0.5},
+        {"step": 3, "train_runtime": 1.0, "train_loss": 2.5},
+    )
+    training_curves(metrics, tmp_path / "curves.png", title="A run")
+    (figure,) = figures
+    assert_nothing_is_clipped(figure)
+    loss, imbalance = figure.axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for axes in (loss, imbalance) for line in axes.lines}
+    assert drawn["training"][0] == [1, 3.0]
+    assert math.isnan(drawn["training"][1][1])
+    assert drawn["training"][2] == [3, 2.0]
+    assert drawn["held-out"] == [[2, 2.5]]
+    assert drawn["worst layer, training"] == [[1, 0.5], [2, 0.75], [3, 1.0]]
+    assert drawn["mean of layers, training"] == [[1, 0.25], [2, 0.5], [3, 0.5]]
+    assert drawn["worst layer, held-out"] == [[2, 0.375]]
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_curves_of_a_run_without_router_metrics_or_without_any_log(tmp_path: Path, figures: list[Figure]) -> None:
+    training_curves(write(tmp_path / "a.jsonl", {"step": 1, "loss": 3.0}), tmp_path / "a.png")
+    training_curves(write(tmp_path / "b.jsonl", {"step": 1, "train_loss": 3.0}), tmp_path / "b.png")
+    assert [len(figure.axes) for figure in figures] == [1, 1]
+    assert figures[1].axes[0].texts[0].get_text() == "nothing logged yet"
+    for figure in figures:
+        assert_nothing_is_clipped(figure)
+
+
+def test_load_of_a_whole_run_weighs_windows_by_their_tokens(tmp_path: Path) -> None:
+    metrics = write(
+        tmp_path / "metrics.jsonl",
+        {
+            "step": 1,
+            "router/tokens": 30,
+            "router/layer_00/load": [1.0, 0.0],
+            "router/layer_01/load": [0.5, 0.5],
+        },
+        {"step": 1, "eval_router/tokens": 5, "eval_router/layer_00/load": [0.2, 0.8]},
+        {
+            "step": 2,
+            "router/tokens": 10,
+            "router/layer_00/load": [0.0, 1.0],
+            "router/layer_01/load": [0.1, 0.9],
+        },
+        {"step": 2, "train_loss": 1.0},
+    )
+    assert run_load(metrics).tolist() == [[0.75, 0.25], [pytest.approx(0.4), pytest.approx(0.6)]]
+    assert run_load(metrics, prefix="eval_").tolist() == [[0.2, 0.8]]
+    assert run_load(write(tmp_path / "none.jsonl", {"step": 1, "loss": 1.0})) is None
+
+
+def test_only_plots_imports_matplotlib() -> None:
+    program = (
+        "import sys; import finetune.routing, finetune.jsonl, finetune.progress; print('matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,36 @@
+"""Runs the `finetune` command in this process, as the console script would, and keeps what it printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from finetune.cli import app
+
+
+@dataclass(frozen=True)
+class Ran:
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Standard output as the one JSON document it must be."""
+        return json.loads(self.stdout)
+
+
+def run_finetune(*args: object) -> Ran:
+    """Exit status and output of `finetune ARGS`; errors that are not the user's come through as exceptions."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = app([str(arg) for arg in args], standalone_mode=False) or 0
+        except typer.Exit as stop:
+            status = stop.exit_code
+    return Ran(int(status), out.getvalue(), err.getvalue())

@@ -1,0 +1,175 @@
+"""The whole training path on a random Mixtral: what is written, what resumes, what two processes compute."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import REPOSITORY
+from tests.running import run_finetune
+
+Write = Callable[..., Path]
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_leaves_what_it_names(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe(training={"eval_strategy": "steps", "eval_steps": 8, "eval_on_start": True})
+    ran = run_finetune("train", recipe, "--json")
+    assert ran.status == 0, ran.stderr
+    summary = ran.document
+    assert summary["steps"] == 8
+    assert summary["eval_loss_last"] < summary["eval_loss_first"] < math.log(32000) + 0.5
+    run = tmp_path / "run"
+    for name in ("run.json", "recipe.yaml", "census.json", "metrics.jsonl", "summary.json"):
+        assert (run / name).is_file(), name
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json"):
+        assert (run / "adapter" / name).is_file(), name
+    for figure in summary["figures"]:
+        assert Path(figure).read_bytes().startswith(b"\x89PNG")
+    about = json.loads((run / "run.json").read_text())
+    assert about["packages"]["transformers"]
+    assert "git" in about
+    # r * (in + out) of q, k, v, o in two layers of hidden 64, kv width 32.
+    assert summary["trainable_parameters"] == 2 * 16 * (128 + 96 + 96 + 128)
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    # The saved recipe is complete: it describes the same run again.
+    shown = run_finetune("recipe", "show", run / "recipe.yaml", "--json").document["recipe"]
+    assert shown == about["recipe"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if "loss" in line)
+    assert {"learning_rate", "num_tokens", "router/max_vio_worst", "router/layer_01/load"} <= set(step)
+    assert sum(step["router/layer_01/load"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_same_seed_same_run_and_exact_resume(write_recipe: Write, tmp_path: Path) -> None:
+    training = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "cosine"}
+    lora = {"lora": {"dropout": 0.1}}  # a random number every step: resume must restore the generators too
+    whole = write_recipe("whole.yaml", training=training, trainable=lora, output={"dir": str(tmp_path / "whole")})
+    assert run_finetune("train", whole).status == 0
+    again = write_recipe("again.yaml", training=training, trainable=lora, output={"dir": str(tmp_path / "again")})
+    assert run_finetune("train", again).status == 0
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "again") == expected
+
+    # As if it had been killed after step 4, with a half-written checkpoint on top.
+    run = tmp_path / "again"
+    newest = run / "checkpoints" / "checkpoint-8"
+    (newest / "trainer_state.json").unlink()
+    resumed = run_finetune("train", again, "--resume")
+    assert resumed.status == 0, resumed.stderr
+    assert losses(run) == expected
+    for name in ("adapter/adapter_model.safetensors",):
+        a, b = load_file(tmp_path / "whole" / name), load_file(run / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_non_moe_trains_saves_and_resumes(write_recipe: Write, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "quantization": {"attention": "16bit"},
+        "trainable": {"method": "non_moe"},
+        "training": {"save_strategy": "steps", "save_steps": 4, "learning_rate": 5e-4},
+    }
+    recipe = write_recipe(**sections)
+    ran = run_finetune("train", recipe, "--json")
+    assert ran.status == 0, ran.stderr
+    run = tmp_path / "run"
+    expected = losses(run)
+    assert expected[8] < expected[1]
+    tuned = load_file(run / "adapter" / "non_moe.safetensors")
+    assert not any("experts" in name or "mlp.gate" in name for name in tuned)
+    assert ran.document["trainable_parameters"] == sum(tensor.numel() for tensor in tuned.values())
+    (run / "checkpoints" / "checkpoint-8" / "trainer_state.json").unlink()
+    assert run_finetune("train", recipe, "--resume").status == 0
+    assert losses(run) == expected
+
+
+def test_auxiliary_loss_stands_apart(write_recipe: Write, tmp_path: Path) -> None:
+    off = write_recipe("off.yaml", output={"dir": str(tmp_path / "off")}, training={"max_steps": 1})
+    on = write_recipe(
+        "on.yaml",
+        output={"dir": str(tmp_path / "on")},
+        training={"max_steps": 1, "gradient_accumulation_steps": 1},
+        router={"aux_loss_coef": 0.5},
+    )
+    assert run_finetune("train", off).status == 0
+    assert run_finetune("train", on).status == 0
+    without, with_aux = ((json.loads((tmp_path / name / "metrics.jsonl").open().readline())) for name in ("off", "on"))
+    assert "aux_loss" not in without
+    assert with_aux["aux_loss"] > 1.0
+    # The same first step: `loss` must not contain half a unit of auxiliary loss. Five digits are what TRL logs.
+    assert with_aux["loss"] == pytest.approx(without["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_packing_and_padding_train(write_recipe: Write, tmp_path: Path, packing: bool) -> None:
+    recipe = write_recipe(training={"packing": packing, "max_steps": 2})
+    ran = run_finetune("train", recipe)
+    assert ran.status == 0, ran.stderr
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+
+
+def test_wandb_offline_needs_no_account(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = write_recipe(logging={"wandb": "offline", "run_name": "offline"}, training={"max_steps": 2})
+    # In a process of its own: wandb sets variables and hooks for the life of a process.
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "train", str(recipe)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    logged = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(logged) == 1
+    assert b"router/max_vio_worst" in logged[0].read_bytes()
+
+
+def test_two_processes_compute_the_same(write_recipe: Write, tmp_path: Path) -> None:
+    """Two CPU processes of micro-batch 2 see the same data and losses as one of micro-batch 4."""
+    training = {"max_steps": 3, "dataloader_drop_last": True, "disable_tqdm": "<absent>"}
+    one = write_recipe("one.yaml", training=training, output={"dir": str(tmp_path / "one")})
+    assert run_finetune("train", one).status == 0
+    two = write_recipe(
+        "two.yaml", training={**training, "per_device_train_batch_size": 2}, output={"dir": str(tmp_path / "two")}
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    done = subprocess.run(
+        [*command, "--main_process_port", "0", "scripts/train.py", str(two), "--json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3  # one document, from the main process alone
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    # Measured: 2e-6 relative, from sums in another order.
+    assert found == pytest.approx(expected, rel=1e-4)
+    loads = [
+        [line for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line][0]
+        for name in ("one", "two")
+    ]
+    assert loads[0]["router/layer_00/load"] == loads[1]["router/layer_00/load"]
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

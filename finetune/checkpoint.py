@@ -7,6 +7,7 @@ truncated shard shows in the file's size, without reading its gigabytes.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from finetune.errors import FinetuneError, ModelError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_EXPERT_WEIGHT = re.compile(r"(?P<layer>.+\.experts\.)(?P<expert>\d+)(?P<projection>\.\w+\.weight)")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(
             f"the model folder {str(folder)!r} " + ("is a file" if folder.exists() else "does not exist"),
-            where="model.path",
+            where="model.path, or the command's argument",
             allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
             fix="check the path" + _nearby(folder),
         )
@@ -100,6 +102,34 @@ def shard_files(folder: Path) -> list[Path]:
         where=str(folder),
         allowed=f"{_SINGLE} or {_INDEX} with its shards",
         fix="convert the checkpoint to safetensors, or name the folder that holds it",
+    )
+
+
+def require_every_expert(folder: Path, experts: int) -> None:
+    """Checks that a checkpoint with one matrix an expert has those of every expert in every layer.
+
+    Loading stacks whatever is there and then fails on a shape, far from the cause.
+
+    Raises:
+        ModelError: names the missing weights.
+    """
+    found = [_EXPERT_WEIGHT.fullmatch(info.name) for shard in shard_files(folder) for info in read_tensor_infos(shard)]
+    names = {match.group(0) for match in found if match}
+    layers = sorted({match["layer"] for match in found if match})
+    projections = sorted({match["projection"] for match in found if match})
+    wanted = [f"{la}{e}{pr}" for la in layers for e in range(experts) for pr in projections]
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise incomplete(missing)
+
+
+def incomplete(missing: list[str]) -> ModelError:
+    """The error for weights that a checkpoint does not hold."""
+    others = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    return ModelError(
+        f"{len(missing)} {'weight is' if len(missing) == 1 else 'weights are'} missing from the checkpoint",
+        where=", ".join(missing[:4]) + others,
+        fix="download the checkpoint again; a model with random weights in it would train and answer nonsense",
     )
 
 

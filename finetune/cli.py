@@ -6,19 +6,20 @@ Heavy imports stand inside the subcommands, so that `--help` and a recipe's faul
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from finetune.console import Report, gib
-from finetune.errors import FinetuneError, OutputError
+from finetune.errors import FinetuneError
 from finetune.recipe import load_recipe, provenance, recipe_schema, resolved_yaml
+from finetune.runfolder import full_disk_explained
 
 app = typer.Typer(
     name="finetune",
@@ -58,7 +59,7 @@ def train(
     """Fine-tune by a recipe."""
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
-        quiet_libraries()
+        quiet_libraries(debug)
         from finetune.train import train as run
 
         summary = run(loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
@@ -77,7 +78,7 @@ def preflight(
     """Estimate the device memory of a recipe, without a GPU and without weights."""
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
-        quiet_libraries()
+        quiet_libraries(debug)
         from torch import device as torch_device
 
         from finetune.model import resolve_device
@@ -103,7 +104,7 @@ def quantize(
 ) -> None:
     """Quantize a model once; the folder then loads without quantizing again."""
     with reporting(as_json, debug) as report:
-        quiet_libraries()
+        quiet_libraries(debug)
         from finetune.export.quantized import write_quantized
 
         census = write_quantized(model, output, attention=attention, revision=revision, device=device)
@@ -125,7 +126,7 @@ def merge(
 ) -> None:
     """Merge an adapter into a 16-bit attention; the experts keep their 4-bit bytes."""
     with reporting(as_json, debug) as report:
-        quiet_libraries()
+        quiet_libraries(debug)
         from finetune.export.merge import merge_adapter
 
         fidelity = merge_adapter(adapter, output, base_path=base, data=data, max_rows=rows, device=device)
@@ -161,7 +162,7 @@ def generate(
 ) -> None:
     """Answer prompts, streamed."""
     with reporting(as_json, debug) as report:
-        quiet_libraries()
+        quiet_libraries(debug)
         from finetune.infer.generate import Sampling
         from finetune.infer.generate import generate as answer
         from finetune.model import load
@@ -219,36 +220,27 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Report]:
     """Gives a command its report, and turns a user's mistake into one message and exit status 2."""
     report = Report(as_json=as_json)
     try:
-        with report.working():
+        with report.working(), full_disk_explained("an output folder, or the cache of a library"):
             yield report
     except FinetuneError as error:
-        if debug:
-            raise
-        fail(error)
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(
-            OutputError(
-                "no space left on the disk",
-                where=str(error.filename or "output folder"),
-                fix="free some space; a training run then continues with --resume",
-            )
-        )
+        fail(error, debug)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; a training run continues with --resume\n")
         raise typer.Exit(130) from None
 
 
-def fail(error: FinetuneError) -> None:
-    sys.stderr.write(f"error: {error}\n")
+def fail(error: FinetuneError, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exception(error)
+    else:
+        sys.stderr.write(f"error: {error}\n")
     raise typer.Exit(2)
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(debug: bool) -> None:
     """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers 5.2x renames arguments that 5.17 knows only by their old names.

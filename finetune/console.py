@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import numbers
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,10 +27,12 @@ class Report:
     def __init__(self, *, as_json: bool = False):
         self.as_json = as_json
         self.stdout = sys.stdout
-        self._console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
+        # No markup: an answer may hold "[/INST]", a path brackets.
+        self._console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False, markup=False, emoji=False)
 
     def line(self, text: str = "") -> None:
-        self._console.print(text)
+        # A terminal breaks long lines by itself, and a file wants them whole.
+        self._console.print(text, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is left-aligned and whose others are right-aligned."""
@@ -55,7 +59,7 @@ class Report:
     def finish(self, document: Mapping[str, Any]) -> None:
         """Prints the document if this report is JSON."""
         if self.as_json:
-            json.dump(document, self.stdout, indent=2, allow_nan=False)
+            json.dump(strict_json(document), self.stdout, indent=2, allow_nan=False)
             self.stdout.write("\n")
             self.stdout.flush()
 
@@ -63,3 +67,18 @@ class Report:
 def gib(size: float) -> str:
     """Bytes as text, in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def strict_json(value: Any) -> Any:
+    """The value as strict JSON: non-finite floats become null, numpy's numbers become Python's."""
+    if isinstance(value, Mapping):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -13,8 +13,6 @@ Leaves out: rotation, compression.
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.console import strict_json
 from finetune.errors import OutputError
 
 
@@ -84,7 +83,7 @@ class JsonlCallback(TrainerCallback):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
+                file.write(json.dumps(strict_json(line), allow_nan=False) + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
@@ -130,21 +129,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 fix="move the file away or choose another output.dir",
             )
     return records
-
-
-def _strict(value: Any) -> Any:
-    """The value as strict JSON: non-finite floats become null, numpy's numbers become Python's."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -86,6 +86,16 @@ class MemoryEstimate:
         return sum(item.bytes for item in self.items if item.kind == "weights")
 
     @property
+    def trained_bytes(self) -> int:
+        """The float32 weights that train, as large as their gradients."""
+        return sum(item.bytes for item in self.items if item.name == "gradients")
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Trained weights and optimizer states, as a checkpoint holds them."""
+        return self.trained_bytes + sum(item.bytes for item in self.items if item.name == "optimizer")
+
+    @property
     def fits(self) -> bool:
         """True as well when the device's size is not known."""
         return self.device_bytes is None or self.total_bytes <= self.device_bytes

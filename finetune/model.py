@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.arch import MoeArch, router_path
-from finetune.checkpoint import check_model_folder, read_json
+from finetune.checkpoint import check_model_folder, incomplete, read_json, require_every_expert
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
 from finetune.quant import Moe4bitConfig
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
-from finetune.trainable import load_adapter, load_non_moe, read_adapter_kind
+from finetune.trainable import check_tuned, load_adapter, load_non_moe, read_adapter_kind
 
 BASE_FILE = "base.json"
 
@@ -72,14 +73,21 @@ def resolve_device(device: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda"; each process of a launch gets its own GPU.
 
     Raises:
-        DeviceError: "cuda" without a GPU.
+        DeviceError: "cuda" without a GPU, or another name.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise DeviceError(
+            f"there is no device {device!r}",
+            where="--device",
+            allowed="auto, cpu, cuda",
+            fix="choose one of them; CUDA_VISIBLE_DEVICES selects the GPU",
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
-            "the recipe asks for a GPU and torch sees none",
-            where="model.device: cuda",
+            "a GPU is asked for and torch sees none",
+            where="model.device: cuda, or --device cuda",
             allowed="auto, cpu, cuda",
-            fix="set model.device=auto, or install a CUDA build of torch and check nvidia-smi",
+            fix="choose auto, or install a CUDA build of torch and check nvidia-smi",
         )
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -116,6 +124,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ModelError: no tokenizer there.
     """
+    file = Path(path) / "tokenizer.json"
+    if file.is_file():
+        # The library's own error for a damaged file is a bare `Exception`.
+        read_json(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -127,6 +139,35 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def check_base(
+    base: BaseSpec, attn_implementation: str = "sdpa", *, weights: bool = True
+) -> tuple[dict[str, Any], MoeArch]:
+    """Config and shape of a base, after every check that needs no more than its config and its shards' headers.
+
+    Args:
+        weights: False leaves the shards out, where only the shape is wanted.
+
+    Raises:
+        ModelError: missing, damaged, incomplete or unsupported checkpoint, or one stored otherwise than asked.
+    """
+    local = _is_local(base.path)
+    config = check_model_folder(Path(base.path)) if local and weights else read_config(base.path, base.revision)
+    arch = MoeArch.from_config(config, where=base.path)
+    _require_same_storage(config, base)
+    if local and weights:
+        require_every_expert(Path(base.path), arch.experts)
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # With a slash it is a kernel on the hub.
+    if attn_implementation not in known and "/" not in attn_implementation:
+        raise ModelError(
+            f"transformers has no attention function {attn_implementation!r}",
+            where="model.attn_implementation",
+            allowed=", ".join(name for name in known if "|" not in name),
+            fix="set model.attn_implementation=sdpa",
+        )
+    return config, arch
 
 
 def load_base(
@@ -148,11 +189,14 @@ def load_base(
     """
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
-    if random_weights_seed is None and _is_local(base.path):
-        check_model_folder(Path(base.path))
-    config = read_config(base.path, base.revision)
-    arch = MoeArch.from_config(config, where=base.path)
-    _require_same_storage(config, base)
+    config, arch = check_base(base, attn_implementation, weights=random_weights_seed is None)
+    tokenizer = load_tokenizer(base.path, base.revision)
+    if len(tokenizer) > arch.vocab:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {arch.vocab}",
+            where=base.path,
+            fix="use the tokenizer that belongs to the model",
+        )
     if random_weights_seed is not None:
         model = build_random_model(
             AutoConfig.from_pretrained(base.path, revision=base.revision),
@@ -164,13 +208,6 @@ def load_base(
         )
     else:
         model = _from_pretrained(base, config, torch_dtype, where, attn_implementation)
-    tokenizer = load_tokenizer(base.path, base.revision)
-    if len(tokenizer) > arch.vocab:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {arch.vocab}",
-            where=base.path,
-            fix="use the tokenizer that belongs to the model",
-        )
     fingerprint = router_fingerprint(model, arch)
     if base.fingerprint and base.fingerprint != fingerprint:
         raise AdapterError(
@@ -207,11 +244,19 @@ def load(
         spec = BaseSpec(path, attention=saved or attention or "nf4")
         return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
     spec = BaseSpec.read(Path(path))
+    check_tuned(Path(path))
     if base_path is not None:
         spec = BaseSpec(base_path, None, spec.attention, spec.fingerprint)
+    elif _is_local(spec.path) and not Path(spec.path).is_dir():
+        raise AdapterError(
+            f"the base of the adapter is not where it was: {spec.path}",
+            where=str(Path(path) / BASE_FILE),
+            allowed=f"a base with router fingerprint {spec.fingerprint[:12]}",
+            fix="name its folder with --base",
+        )
     loaded = load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
     if kind == "lora":
-        model: Any = load_adapter(loaded.model, loaded.arch, Path(path))
+        model: Any = load_adapter(loaded.model, Path(path))
     else:
         model = loaded.model
         load_non_moe(model, Path(path), dtype=model.dtype)
@@ -230,12 +275,14 @@ def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:
 def _from_pretrained(
     base: BaseSpec, config: dict[str, Any], dtype: torch.dtype, device: torch.device, attn_implementation: str
 ) -> PreTrainedModel:
-    quantization = None if _saved_quantization(config) else Moe4bitConfig(attention=base.attention)
+    # A saved folder brings its own; transformers takes even a None in its place.
+    quantization = {} if _saved_quantization(config) else {"quantization_config": Moe4bitConfig(base.attention)}
+    loader: Any = AutoModelForCausalLM  # its stub hides that output_loading_info returns a pair
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             base.path,
             revision=base.revision,
-            quantization_config=quantization,
+            **quantization,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attn_implementation,
@@ -247,15 +294,11 @@ def _from_pretrained(
         raise ModelError(
             f"the model could not be loaded: {_first_line(error)}",
             where=base.path,
-            fix="check the folder with `finetune quantize`, or run again with --debug",
+            fix="mend what the message names; --debug shows the report of transformers",
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(
-            f"{len(missing)} weights are missing from the checkpoint",
-            where=", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
-            fix="download the checkpoint again; a model with random weights in it would train and answer nonsense",
-        )
+        raise incomplete(missing)
     return model
 
 
@@ -296,7 +339,7 @@ def _first_line(error: Exception) -> str:
 def _hub_error(path: str, error: Exception) -> ModelError:
     return ModelError(
         f"{path!r} is neither a local folder nor a model that could be fetched from the hub: {_first_line(error)}",
-        where="model.path",
+        where="model.path, or the command's argument",
         allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
         fix="check the spelling, the network, and for gated models the HF_TOKEN",
     )

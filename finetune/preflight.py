@@ -1,10 +1,13 @@
-"""A recipe's memory estimate, from its config alone and the device at hand, before anything is loaded."""
+"""What a recipe needs of the device and of the disk, from its config and its rows alone, before weights are read."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTConfig
 
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
@@ -17,6 +20,10 @@ _DTYPES: dict[torch.dtype, Literal["bfloat16", "float16", "float32"]] = {
     torch.float16: "float16",
     torch.float32: "float32",
 }
+
+
+# Tokenizer, scheduler and random states of one checkpoint or adapter; metrics and figures are less.
+_BESIDE_WEIGHTS = 8 * 2**20
 
 
 def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None = None) -> MemoryEstimate:
@@ -59,5 +66,30 @@ def show_memory(memory: MemoryEstimate, report: Report) -> None:
     report.table(title, ("what", "size", "how"), [*rows, ("total", gib(memory.total_bytes), size)])
     if memory.largest_micro_batch is not None:
         report.line(f"largest micro-batch that fits: {memory.largest_micro_batch}")
+    if memory.device_bytes is not None and not memory.fits:
+        report.line(f"does not fit: {gib(memory.total_bytes)} on a device of {gib(memory.device_bytes)}")
     for line in memory.advice:
         report.line(f"to make it fit: {line}")
+
+
+def disk_bytes(memory: MemoryEstimate, args: SFTConfig, rows: int) -> int:
+    """What a run over `rows` examples writes at most at one time: checkpoints and what was trained."""
+    checkpoint = memory.trained_bytes if args.save_only_model else memory.checkpoint_bytes
+    tuned = memory.trained_bytes + _BESIDE_WEIGHTS
+    return _checkpoints(args, rows) * (checkpoint + _BESIDE_WEIGHTS) + tuned
+
+
+def _checkpoints(args: SFTConfig, rows: int) -> int:
+    """How many lie on the disk at most; one more than the limit, since the oldest goes when the newest is whole."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epoch = math.ceil(rows / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    if args.save_strategy == SaveStrategy.NO:
+        return 0
+    every: float = epoch
+    if args.save_strategy == SaveStrategy.STEPS:
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    elif args.save_strategy == SaveStrategy.BEST and args.eval_steps:
+        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
+    limit = math.inf if args.save_total_limit is None else args.save_total_limit + 1
+    return int(min(math.ceil(steps / every), limit))

@@ -1,4 +1,5 @@
-"""The folder a run writes to: claimed before anything is computed, and written so that a kill leaves no half files.
+"""The folder a run writes to: refused before anything is computed, claimed before anything is written, and written so
+that a kill leaves no half files.
 
 <dir>/run.json          recipe, versions, commit: what makes this folder a run
       recipe.yaml       the resolved recipe, to run it again
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -21,9 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.console import strict_json
 from finetune.errors import OutputError
 
 RUN_FILE = "run.json"
+# What a resumed run must share with the one it continues.
+_FIXED_SECTIONS = ("model", "quantization", "trainable", "data", "training", "router")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_SIGNS = (*(f"(os error {code})" for code in _DISK_FULL), "unexpected pos", "PytorchStreamWriter failed")
 
 
 @dataclass(frozen=True)
@@ -66,38 +73,70 @@ class RunFolder:
         return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def claim(root: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    """Takes `root` for a run of `recipe` (as a plain mapping); creates nothing if it refuses.
+def require_claimable(
+    root: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> RunFolder:
+    """Checks that `root` may be taken for a run of `recipe` (as a plain mapping); touches nothing.
 
     Raises:
-        OutputError: the folder holds another run or other files, cannot be written, or there is nothing to resume.
+        OutputError: the folder holds another run or other files, or there is nothing to resume.
     """
-    run = RunFolder(root)
+    run, where = RunFolder(root), f"output.dir: {root}"
     occupied = root.is_dir() and any(root.iterdir())
+    if resume and overwrite:
+        raise OutputError(
+            "--resume continues a run and --overwrite replaces it",
+            where="command line",
+            allowed="one of the two",
+            fix="leave one of them out",
+        )
     if root.exists() and not root.is_dir():
-        raise OutputError("the output folder is a file", where=str(root), fix="choose another output.dir")
+        raise OutputError("the output folder is a file", where=where, fix="choose another output.dir")
     if resume:
         _require_same_run(run, recipe)
-    elif occupied and overwrite and run.run_file.is_file():
-        shutil.rmtree(root)
-    elif occupied:
-        holds = "a run" if run.run_file.is_file() else "other files: " + ", ".join(sorted(os.listdir(root))[:4])
+    elif occupied and not run.run_file.is_file():
         raise OutputError(
-            f"the output folder already holds {holds}",
-            where=f"output.dir: {root}",
-            fix="continue it with --resume, replace it with --overwrite, or choose another output.dir"
-            if run.run_file.is_file()
-            else "choose another output.dir",
+            f"the output folder already holds other files: {', '.join(sorted(os.listdir(root))[:4])}",
+            where=where,
+            fix="choose another output.dir; --overwrite replaces a run, never other files",
         )
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    elif occupied and not overwrite:
         raise OutputError(
-            f"the output folder cannot be made: {error.strerror}",
-            where=f"output.dir: {root}",
-            fix="choose a folder that you may write to",
-        ) from None
+            "the output folder already holds a run",
+            where=where,
+            fix="continue it with --resume, replace it with --overwrite, or choose another output.dir",
+        )
     return run
+
+
+@contextlib.contextmanager
+def claimed(
+    root: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Iterator[RunFolder]:
+    """Takes `root` for a run of `recipe`; if the body raises, the folder is as it was before, a replaced run included.
+
+    Raises:
+        OutputError: as `require_claimable`, or the folder cannot be made.
+    """
+    run = require_claimable(root, recipe, resume=resume, overwrite=overwrite)
+    if resume:
+        yield run
+        return
+    existed = root.is_dir()
+    # Inside the folder, which may be a mount point that cannot be renamed.
+    before = _scratch(root, prefix=".before.")
+    _move_all(root, before)
+    try:
+        yield run
+    except BaseException:
+        for entry in set(root.iterdir()) - {before}:
+            _remove(entry)
+        _move_all(before, root)
+        before.rmdir()
+        if not existed:
+            root.rmdir()
+        raise
+    shutil.rmtree(before)
 
 
 def require_space(folder: Path, needed: int, *, what: str) -> None:
@@ -118,6 +157,11 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
         )
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`; none if it does not exist."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +174,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(strict_json(content), indent=2, allow_nan=False) + "\n")
 
 
 def require_fresh(folder: Path) -> None:
@@ -146,46 +190,117 @@ def require_fresh(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A neighbouring folder to fill; it becomes `folder` by one rename at the end, or is removed on any failure.
 
+    Args:
+        replace: an earlier `folder` gives way at the end; without, it is refused at the beginning.
+
     Raises:
-        OutputError: `folder` already holds something.
+        OutputError: `folder` already holds something, cannot be written, or the disk is full.
     """
-    require_fresh(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    if not replace:
+        require_fresh(folder)
+    partial = _scratch(folder.parent, prefix=f".{folder.name}.")
     try:
         partial.chmod(0o755)
-        yield partial
+        with full_disk_explained(folder):
+            yield partial
         if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
+            earlier = _scratch(folder.parent, prefix=f".{folder.name}.")
+            os.replace(folder, earlier)
+            os.replace(partial, folder)
+            shutil.rmtree(earlier)
+        else:
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_explained(where: Path | str) -> Iterator[None]:
+    """Turns whatever a library raises when the disk is full into one message.
+
+    Raises:
+        OutputError: says where.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise OutputError(
+            "no space left on the disk",
+            where=str(where),
+            fix="free some space, or choose another output folder; a training run then continues with --resume",
+        ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that the disk is full.
+
+    safetensors and tokenizers say so in their text only, `torch.save` complains about a position in its file.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    return any(sign in str(error) for sign in _DISK_FULL_SIGNS)
+
+
+def _scratch(folder: Path, *, prefix: str) -> Path:
+    """A new folder in `folder`, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=folder))
+    except OSError as error:
+        raise OutputError(
+            f"the output folder cannot be written: {error.strerror}",
+            where=str(folder),
+            fix="choose a folder that you may write to",
+        ) from None
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _move_all(source: Path, target: Path) -> None:
+    for entry in list(source.iterdir()):
+        if entry != target:
+            os.replace(entry, target / entry.name)
 
 
 def _require_same_run(run: RunFolder, recipe: Mapping[str, Any]) -> None:
     where = f"output.dir: {run.root}"
     try:
-        saved = json.loads(run.run_file.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, json.JSONDecodeError, KeyError):
+        saved = _flat(json.loads(run.run_file.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, KeyError, TypeError, AttributeError, ValueError):
         raise OutputError(
             "there is no run to resume", where=where, fix="start it without --resume, or name the folder of a run"
         ) from None
+    now = _flat(recipe)
     changed = [
-        f"{section}.{key}"
-        for section in ("model", "quantization", "trainable", "data", "training", "router")
-        for key in sorted({*saved[section], *recipe[section]})
-        if saved[section].get(key) != recipe[section].get(key)
+        f"{key} was {saved.get(key, 'not set')}, is {now.get(key, 'not set')}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key) and key.split(".")[0] in _FIXED_SECTIONS
     ]
     if changed:
         raise OutputError(
-            f"the recipe is not the one this run was started with: {', '.join(changed)} changed",
+            f"the recipe is not the one this run was started with: {'; '.join(changed)}",
             where=where,
             allowed=str(run.recipe),
             fix="resume with that recipe, or start a new run in another output.dir",
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -6,31 +6,51 @@ claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from transformers.integrations import WandbCallback
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from finetune.console import Report, gib
 from finetune.data import apply_template, audit, load_conversations, require_supervision, supervise
 from finetune.errors import DeviceError, FinetuneError, RecipeError
 from finetune.jsonl import JsonlCallback
-from finetune.model import BaseSpec, LoadedModel, load_base, load_tokenizer, resolve_device, resolve_dtype
-from finetune.preflight import preflight, show_memory
+from finetune.model import (
+    BaseSpec,
+    LoadedModel,
+    check_base,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from finetune.preflight import disk_bytes, preflight, show_memory
 from finetune.progress import ProgressCallback
 from finetune.quant import Census, require_quantized_experts, take_census
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.routing import RouterCallback, RouterCapture, layer_metrics
 from finetune.routing.plots import load_heat_map, run_load, training_curves
-from finetune.runfolder import RunFolder, claim, write_json, write_text
+from finetune.runfolder import (
+    RunFolder,
+    claimed,
+    folder_bytes,
+    require_claimable,
+    require_space,
+    staged,
+    write_json,
+    write_text,
+)
 from finetune.trainable import add_attention_lora, keep_fp32_masters, trainable_count, unfreeze_non_moe
 from finetune.trainer import MoeTrainer, SpeedCallback
 
@@ -64,8 +84,12 @@ def train(
     device = resolve_device(recipe.model.device)
     args = training_arguments(recipe, device)
     main = PartialState().is_main_process
+    settings = recipe.model_dump(mode="json")
+    run = require_claimable(Path(recipe.output.dir), settings, resume=resume, overwrite=overwrite)
 
     # Preflight: from the config alone.
+    base = BaseSpec(recipe.model.path, recipe.model.revision, recipe.quantization.attention)
+    check_base(base, recipe.model.attn_implementation, weights=not random_weights)
     memory = preflight(recipe, device)
     if main:
         show_memory(memory, report)
@@ -75,18 +99,14 @@ def train(
     apply_template(tokenizer, recipe.data.template)
     with args.main_process_first(desc="data"):
         rows = load_rows(recipe, tokenizer, args, report if main else None)
-
-    run = RunFolder(Path(recipe.output.dir))
-    if main:
-        claim(run.root, recipe.model_dump(mode="json"), resume=resume, overwrite=overwrite)
-        if not resume:
-            write_json(run.run_file, {"recipe": recipe.model_dump(mode="json"), **provenance()})
-            write_text(run.recipe, resolved_yaml(recipe))
-    PartialState().wait_for_everyone()
+    needed = disk_bytes(memory, args, len(rows.train)) - folder_bytes(run.checkpoints)
+    require_space(run.root, needed, what="the run's checkpoints and adapter")
     checkpoint = run.last_checkpoint() if resume else None
+    if main and resume:
+        whence = "no checkpoint was written to its end: from the beginning" if checkpoint is None else checkpoint.name
+        report.line(f"Resuming {run.root}: {whence}")
 
     # Model: quantized while loading, then proven to be.
-    base = BaseSpec(recipe.model.path, recipe.model.revision, recipe.quantization.attention)
     loaded = load_base(
         base,
         dtype=recipe.model.dtype,
@@ -99,7 +119,6 @@ def train(
     census = take_census(loaded.model)
     if main:
         show_census(census, report)
-        write_json(run.census, census.to_dict())
     require_quantized_experts(census)
 
     # What trains.
@@ -107,7 +126,7 @@ def train(
     if main:
         report.line(f"{trainable_count(model):,} of {arch.total_params:,} parameters train ({recipe.trainable.method})")
 
-    # Train.
+    # The output folder: taken now, given back if TRL refuses.
     speed = SpeedCallback()
     router = RouterCallback(RouterCapture(model, num_experts=arch.experts, top_k=arch.top_k))
     callbacks: list[TrainerCallback] = [
@@ -117,25 +136,34 @@ def train(
         speed,
         *wandb_callbacks(recipe, run),
     ]
-    with keep_fp32_masters(model):
-        trainer = MoeTrainer(
-            model=model,
-            args=args,
-            train_dataset=rows.train,
-            eval_dataset=rows.eval,
-            processing_class=loaded.tokenizer,
-            callbacks=callbacks,
-        )
+    claim = claimed(run.root, settings, resume=resume, overwrite=overwrite) if main else contextlib.nullcontext()
+    with claim:
+        if main and not resume:
+            write_json(run.run_file, {"recipe": settings, **provenance()})
+            write_text(run.recipe, resolved_yaml(recipe))
+            write_json(run.census, census.to_dict())
+        with refusals_explained(), keep_fp32_masters(model):
+            trainer = MoeTrainer(
+                model=model,
+                args=args,
+                train_dataset=rows.train,
+                eval_dataset=rows.eval,
+                processing_class=loaded.tokenizer,
+                callbacks=callbacks,
+            )
+
+    # Train.
     trainer.base = loaded.base
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
-    with progress, out_of_memory_explained(recipe):
+    with progress, out_of_memory_explained(recipe), wandb_refusals_explained(recipe):
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     # Save.
     summary: dict[str, Any] = {}
     if trainer.is_world_process_zero():
-        trainer.save_tuned(run.adapter)
+        with staged(run.adapter, replace=True) as folder:
+            trainer.save_tuned(folder)
         summary = summarize(run, recipe, trainer, speed, result.metrics, census)
         show_router(router, report)
         show_summary(summary, report)
@@ -160,8 +188,8 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
             "use_reentrant": False,
             **(given.get("gradient_checkpointing_kwargs") or {}),
         }
-    try:
-        return SFTConfig(
+    with refusals_explained():
+        args = SFTConfig(
             **given,
             output_dir=str(RunFolder(Path(recipe.output.dir)).checkpoints),
             use_cpu=device.type == "cpu",
@@ -170,17 +198,42 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
             report_to="none",
             disable_tqdm=True,
         )
+        _require_usable(args)
+    return args
+
+
+def _require_usable(args: SFTConfig) -> None:
+    """Asks now what the trainer would ask with the weights in memory: packages, and the scheduler's settings."""
+    # Some optimizers go on to ask for the model.
+    with contextlib.suppress(ValueError):
+        MoeTrainer.get_optimizer_cls_and_kwargs(args)
+    steps = 1000
+    get_scheduler(
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
+    )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("`use_liger_kernel` needs the package liger-kernel: pip install 'moe-qlora[kernels]'")
+
+
+@contextlib.contextmanager
+def refusals_explained() -> Iterator[None]:
+    """Turns what TRL refuses into one message about the recipe's `training` section."""
+    try:
+        yield
+    except FinetuneError:
+        raise
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(
-            [
-                FinetuneError(
-                    f"TRL refuses these settings: {error}",
-                    where="training",
-                    allowed="what trl.SFTConfig accepts together",
-                    fix="change the setting that the message names",
-                )
-            ]
-        ) from error
+        fault = FinetuneError(
+            f"TRL refuses these settings: {error}",
+            where="training",
+            allowed="what trl.SFTConfig accepts together",
+            fix="change the setting that the message names",
+        )
+        raise RecipeError([fault]) from error
 
 
 def load_rows(recipe: Recipe, tokenizer: Any, args: SFTConfig, report: Report | None) -> Rows:
@@ -227,6 +280,25 @@ def wandb_callbacks(recipe: Recipe, run: RunFolder) -> list[TrainerCallback]:
     if recipe.logging.run_name is not None:
         os.environ.setdefault("WANDB_NAME", recipe.logging.run_name)
     return [WandbCallback()]
+
+
+@contextlib.contextmanager
+def wandb_refusals_explained(recipe: Recipe) -> Iterator[None]:
+    """Turns what Weights & Biases raises without a key or a network into a message with a way on."""
+    if recipe.logging.wandb == "disabled":
+        yield
+        return
+    import wandb  # here, because most runs do without
+
+    try:
+        yield
+    except wandb.Error as error:
+        raise FinetuneError(
+            f"Weights & Biases cannot be used: {error}",
+            where=f"logging.wandb: {recipe.logging.wandb}",
+            allowed="disabled, offline, online",
+            fix="run `wandb login` or set WANDB_API_KEY; or go on with --resume --set logging.wandb=offline",
+        ) from error
 
 
 class out_of_memory_explained:

@@ -355,6 +355,19 @@ def read_adapter_kind(folder: str | Path) -> Literal["lora", "non_moe"] | None:
     return None
 
 
+def check_tuned(folder: Path) -> None:
+    """Checks the files of a folder of tuned weights by their headers, before minutes are spent on loading the base.
+
+    Raises:
+        AdapterError: a file is missing or corrupt.
+    """
+    if read_adapter_kind(folder) == "lora":
+        read_json(folder / LORA_CONFIG, kind=AdapterError)
+        _read_shapes(folder / LORA_TENSORS)
+    else:
+        _read_shapes(folder / NON_MOE_TENSORS)
+
+
 def _read_shapes(path: Path) -> _Shapes:
     """Names and shapes from a safetensors header; a truncated file fails here already."""
     _require_file(path)

@@ -6,6 +6,7 @@ Leaves out: the training loop, packing, padding, the fused head and the optimize
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from finetune.model import BaseSpec
+from finetune.runfolder import full_disk_explained
 from finetune.trainable import load_non_moe, save_adapter, save_non_moe
 
 
@@ -23,6 +26,8 @@ class MoeTrainer(SFTTrainer):
     """TRL's trainer, with a loss that is only the loss, and checkpoints that hold only what trains."""
 
     base: BaseSpec
+    model: Any  # upstream allows None, which ends with __init__
+    processing_class: Any
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Takes the auxiliary loss that TRL added out of `loss` again; it stands beside it as `aux_loss`."""
@@ -49,6 +54,18 @@ class MoeTrainer(SFTTrainer):
         assert output_dir is not None
         self.save_tuned(Path(output_dir))
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes a checkpoint to its end, or removes it, so that it does not hold the space that going on needs."""
+        assert self.args.output_dir is not None
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with full_disk_explained(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(self.model)

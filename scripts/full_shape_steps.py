@@ -24,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--shape", type=Path, default=REPOSITORY / "recipes" / "mixtral-8x7b" / "shape")
+    parser.add_argument("--conversations", type=Path, default=TINY / "data" / "train.jsonl")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10)
@@ -35,7 +36,9 @@ def main() -> int:
         shutil.copytree(args.shape, model)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TINY / "model" / name, model / name)
-        write_full_rows(folder / "rows.jsonl", rows=args.batch * args.steps, characters=args.length * 8)
+        write_full_rows(
+            args.conversations, folder / "rows.jsonl", rows=args.batch * args.steps, characters=args.length * 8
+        )
         settings = {
             "model.path": model,
             "data.train": folder / "rows.jsonl",
@@ -67,9 +70,9 @@ def main() -> int:
     return 0
 
 
-def write_full_rows(path: Path, *, rows: int, characters: int) -> None:
-    """Conversations of at least `characters` characters, by joining the bundled ones in turn."""
-    turns = [json.loads(line)["messages"] for line in (TINY / "data" / "train.jsonl").open(encoding="utf-8")]
+def write_full_rows(source: Path, path: Path, *, rows: int, characters: int) -> None:
+    """Conversations of at least `characters` characters, more than --length tokens, by joining those of `source`."""
+    turns = [json.loads(line)["messages"] for line in source.open(encoding="utf-8")]
     at = 0
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):

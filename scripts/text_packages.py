@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LANGUAGES = {"french": "fr", "german": "de", "spanish": "es", "italian": "it"}
+DOMAINS = ("python", "documentation", "books", *LANGUAGES)
 
 
 class Package(NamedTuple):
@@ -40,6 +41,9 @@ PACKAGES = (
     Package("django-oscar", "4.2.1", "PyPI", "BSD-3-Clause", "translations"),
     Package("django-allauth", "65.21.1", "PyPI", "MIT", "translations"),
     Package("sphinx", "9.0.4", "PyPI", "BSD-2-Clause", "translations"),
+    Package("spyder", "6.1.8", "PyPI", "MIT", "translations"),
+    Package("indico", "3.0rc1", "PyPI", "MIT", "translations"),
+    Package("apache-superset", "6.1.0", "PyPI", "Apache-2.0", "translations"),
     Package("jupyterlab-language-pack-fr-fr", "4.5.post3", "PyPI", "BSD-3-Clause", "translations"),
     Package("jupyterlab-language-pack-de-de", "4.5.post3", "PyPI", "BSD-3-Clause", "translations"),
     Package("jupyterlab-language-pack-es-es", "4.5.post3", "PyPI", "BSD-3-Clause", "translations"),
@@ -92,16 +96,17 @@ def unpack(archive: Path, cache: Path) -> Path:
     return folder
 
 
-def read_members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every file of a wheel or sdist, sorted by name, without the sdist's top folder."""
+def read_members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of a wheel's or sdist's files that end so, sorted by name, without the sdist's top folder."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for name in sorted(wheel.namelist()):
-                yield name, wheel.read(name)
+                if name.endswith(suffixes):
+                    yield name, wheel.read(name)
         return
     with tarfile.open(archive) as sdist:
         for member in sorted(sdist.getmembers(), key=lambda m: m.name):
-            content = sdist.extractfile(member) if member.isfile() else None
+            content = sdist.extractfile(member) if member.name.endswith(suffixes) else None
             if content is not None:
                 yield member.name.partition("/")[2], content.read()
 
@@ -179,11 +184,10 @@ def read_austen(folder: Path) -> Iterator[Document]:
             yield Document(f"austen-{novel}-{number}", "\n\n".join(part for part in paragraphs if part))
 
 
-def read_text_folder(folder: Path, pattern: str) -> Iterator[Document]:
-    """Every file below a folder that matches, plain or gzipped, skipping what is not UTF-8."""
+def read_text_folder(folder: Path, pattern: str, *, without: frozenset[str] = frozenset()) -> Iterator[Document]:
+    """Every UTF-8 file below a folder that matches, plain or gzipped, but nothing below folders named in `without`."""
     for path in sorted(folder.rglob(pattern)):
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        try:
-            yield Document(str(path.relative_to(folder)), content.decode())
-        except UnicodeDecodeError:
-            print(f"skipped {path.name}: not UTF-8", file=sys.stderr)
+        name = path.relative_to(folder)
+        if not without & set(name.parts):
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            yield Document(str(name), content.decode())

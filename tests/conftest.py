@@ -46,6 +46,20 @@ def small_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def saved_adapter(small_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained adapter of rank 4 on the small Mixtral, as a run saves it; never written to."""
+    from finetune.model import BaseSpec, load_base
+    from finetune.trainable import add_attention_lora, save_adapter
+
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    loaded = load_base(BaseSpec(str(small_mixtral)), device="cpu")
+    save_adapter(add_attention_lora(loaded.model, loaded.arch, r=4), folder)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.base.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 short conversations as JSON lines."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -34,3 +35,22 @@ def run_finetune(*args: object) -> Ran:
         except typer.Exit as stop:
             status = stop.exit_code
     return Ran(int(status), out.getvalue(), err.getvalue())
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder` with its bytes; None for a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def refused(folder: Path, *args: object, says: tuple[str, ...]) -> Ran:
+    """Runs a command that must be refused with a message that holds these words, and must leave `folder` as it is."""
+    before = contents(folder)
+    ran = run_finetune(*args)
+    assert ran.status == 2, ran.stderr
+    message = ran.stderr[ran.stderr.index("error: ") :]
+    for words in says:
+        assert words in message
+    assert "Traceback" not in ran.stderr + ran.stdout
+    assert contents(folder) == before
+    return ran

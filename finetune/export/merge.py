@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -63,11 +64,11 @@ def merge_adapter(
             fix="check the path",
         )
     source = _held_out(adapter) if data is None else HeldOut(data, "train", "auto")
-    loaded = load(str(adapter), base_path=base_path, device=device)
-    probe = []
+    conversations = None
     if source is not None:
         conversations = load_conversations(source.path, split=source.split, format=source.format, max_rows=max_rows)
-        probe = list(supervise(conversations, loaded.tokenizer))
+    loaded = load(str(adapter), base_path=base_path, device=device)
+    probe = [] if conversations is None else list(supervise(conversations, loaded.tokenizer))
 
     def describe(folder: Path, report: Fidelity | None) -> None:
         about = {
@@ -99,9 +100,11 @@ def merge(
     Raises:
         OutputError: the folder is not empty, or the disk has no room.
     """
-    require_space(output, take_census(loaded.model).total_bytes, what="the merged model")
+    # Attention grows from 4 to 16 bits.
+    needed = take_census(loaded.model).total_bytes + 2 * loaded.arch.attention_params
+    require_space(output, needed, what="the merged model")
     with staged(output) as folder:
-        merged = merged_linears(loaded.model) if isinstance(loaded.model, PeftModel) else {}
+        merged: dict[str, nn.Linear] = merged_linears(loaded.model) if isinstance(loaded.model, PeftModel) else {}
         report = None
         if probe:
             report = fidelity(
@@ -113,7 +116,7 @@ def merge(
                 top_k=loaded.arch.top_k,
             )
         model = _merged_model(loaded.model, merged)
-        model.save_pretrained(folder, state_dict=_rounded_state(model))
+        model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         if extra_files is not None:
             extra_files(folder, report)
@@ -126,7 +129,7 @@ class HeldOut:
 
     path: str
     split: str
-    format: str
+    format: Literal["auto", "messages", "chatml_text"]
 
 
 def _held_out(adapter: Path) -> HeldOut | None:
@@ -142,19 +145,20 @@ def _held_out(adapter: Path) -> HeldOut | None:
 @torch.no_grad()
 def merged_linears(model: PeftModel) -> dict[str, nn.Linear]:
     """The merged layer of every LoRA layer, by module path; weights rounded to bfloat16, in the base's dtype."""
-    dtype = model.get_base_model().dtype
-    merged = {}
+    base: Any = model.get_base_model()
+    merged: dict[str, nn.Linear] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             weight = merged_weight(layer).to(MERGED_DTYPE)
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            linear.weight = nn.Parameter(weight.to(base.dtype), requires_grad=False)
             merged[name] = linear
     return merged
 
 
-def merged_weight(layer: LoraLayer) -> Tensor:
+def merged_weight(lora: LoraLayer) -> Tensor:
     """[out, in] float32: the base's weight plus the update."""
+    layer: Any = lora  # torch types a submodule's attributes as tensors
     a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
     weight = dequantize_linear(layer.get_base_layer()) + layer.scaling[_ADAPTER] * (b @ a)
     if _ADAPTER not in layer.lora_magnitude_vector:
@@ -172,31 +176,24 @@ def _swapped(model: nn.Module, replacements: dict[str, nn.Linear]) -> Iterator[N
     try:
         yield
     finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
+        for name, original in originals.items():
+            model.set_submodule(name, original)
 
 
 def _merged_model(model: PeftModel | PreTrainedModel, merged: dict[str, nn.Linear]) -> PreTrainedModel:
-    """The plain transformers model with merged layers in place of the adapter's."""
-    base: PreTrainedModel = model
+    """The plain transformers model with merged layers in place of the adapter's, every float rounded to bfloat16."""
+    base: Any = model
     if isinstance(model, PeftModel):
         for name, linear in merged.items():
             model.set_submodule(name, linear)
         base = model.get_base_model()
         base._hf_peft_config_loaded = False
     for module in base.modules():
-        module.training = False
+        if not isinstance(module, Nf4Experts):  # whose float32 scales are part of their bits
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(MERGED_DTYPE)
     base.hf_quantizer.quantization_config = Moe4bitConfig(attention="16bit")
     base.config.quantization_config = base.hf_quantizer.quantization_config
     base.config.dtype = MERGED_DTYPE
     base.is_loaded_in_4bit = False
     return base
-
-
-def _rounded_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state with every float in bfloat16, but for the experts' float32 scales, which are part of their bits."""
-    exact = {name for name, module in model.named_modules() if isinstance(module, Nf4Experts)}
-    return {
-        name: tensor if not tensor.is_floating_point() or name.rpartition(".")[0] in exact else tensor.to(MERGED_DTYPE)
-        for name, tensor in model.state_dict().items()
-    }

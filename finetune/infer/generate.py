@@ -79,8 +79,9 @@ def generate(
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     input_ids = torch.tensor([ids], device=loaded.device)
-    loaded.model.eval()
-    output = loaded.model.generate(
+    model: Any = loaded.model
+    model.eval()
+    output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=min(sampling.max_new_tokens, room),
@@ -90,15 +91,15 @@ def generate(
         **choice,
     )
     completion = output[0, len(ids) :].tolist()
-    text = loaded.tokenizer.decode(completion, skip_special_tokens=True).strip()
-    return Answer(text, len(ids), len(completion))
+    text = str(loaded.tokenizer.decode(completion, skip_special_tokens=True))
+    return Answer(text.strip(), len(ids), len(completion))
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str, *, raw: bool) -> list[int]:
     """Token ids of the prompt, with the beginning-of-sequence token."""
     if not prompt.strip():
         raise DataError("the prompt is empty", where="--prompt", fix="give some text")
-    tokenizer = loaded.tokenizer
+    tokenizer: Any = loaded.tokenizer
     if raw:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [tokenizer.bos_token_id, *ids]

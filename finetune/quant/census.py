@@ -50,7 +50,6 @@ def take_census(model: nn.Module) -> Census:
     from bitsandbytes.nn import Params4bit
 
     totals: dict[tuple[str, str], list[int]] = {}
-    counted: set[int] = set()
     unquantized: list[tuple[str, int]] = []
     nf4_modules = {name for name, module in model.named_modules() if isinstance(module, Nf4Experts)}
     for name, tensor in _tensors(model):
@@ -66,7 +65,7 @@ def take_census(model: nn.Module) -> Census:
             unquantized.append((name, tensor.nbytes))
         entry = totals.setdefault((role, dtype), [0, 0])
         entry[0] += 1
-        entry[1] += sum(_bytes_once(piece, counted) for piece in pieces)
+        entry[1] += sum(piece.nbytes for piece in pieces)
     rows = tuple(CensusRow(role, dtype, *entry) for (role, dtype), entry in sorted(totals.items()))
     return Census(rows, tuple(unquantized))
 
@@ -100,12 +99,3 @@ def require_quantized_experts(census: Census) -> None:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _bytes_once(tensor: Tensor, counted: set[int]) -> int:
-    """Bytes of a tensor, none if its memory was counted before (4-bit layers share one map of 8-bit scales)."""
-    if not tensor.is_meta:
-        if tensor.data_ptr() in counted:
-            return 0
-        counted.add(tensor.data_ptr())
-    return tensor.nbytes

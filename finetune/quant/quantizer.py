@@ -6,6 +6,9 @@ quantizes the fused tensor expert by expert and sets the result on the module it
 does, so at most one layer's fused tensor is alive. A folder that holds NF4 tensors already matches the module's
 parameter names and is read as it is.
 
+A weight is cast to the load dtype before it is quantized, as upstream casts every tensor: a bf16 checkpoint gives the
+same bits in float32 and bfloat16, and other bits in float16 where that cannot hold a value.
+
 Left to upstream: 4-bit attention in all its parts (bitsandbytes' layer, its quantize and deserialize operations).
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -86,7 +90,7 @@ class Moe4bitQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, Nf4Experts):
             return name in EXPERT_PROJECTIONS
-        return _is_linear4bit(module) and name == "weight"
+        return isinstance(module, Linear4bit) and name == "weight"
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes a weight will take; upstream reserves device memory by it before loading."""
@@ -102,6 +106,11 @@ class Moe4bitQuantizer(HfQuantizer):
             return [WeightConverter(_LINEAR4BIT_NAMES, "weight", [Bnb4bitDeserialize(self)])]
         return []
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """A saved folder loads in any dtype: parameters are cast to the model's, the parts of a 4-bit weight, whose
+        parameter is uint8, are read as they are. Upstream leaves every name that ends in `weight` uncast."""
+        return dtype if dtype is not None and dtype.is_floating_point else None
+
     # ---- after loading ----------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -114,10 +123,15 @@ class Moe4bitQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Nf4Experts):
                 module.requires_grad_(False)
-            elif _is_linear4bit(module):
+            elif isinstance(module, Linear4bit):
+                # A plain parameter stands where the checkpoint had no weight; upstream reports it as missing.
+                if isinstance(module.weight, Params4bit):
+                    # bitsandbytes' backward rounds the weight to the dtype that was quantized: of a saved folder, the
+                    # one of the day it was made.
+                    module.weight.quant_state.dtype = module.compute_dtype
                 # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weight in place for a kernel
                 # that has no gradient, and round its scales to bf16: what is saved would not be what was loaded.
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+                module.support_avx512bf16_for_cpu = False
         return model
 
     def is_serializable(self) -> bool:
@@ -181,13 +195,6 @@ def _misshapen_error(misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]
         allowed=f"{list(expected)} by config.json",
         fix="download the checkpoint again, or use the config.json that belongs to it",
     )
-
-
-def _is_linear4bit(module: nn.Module) -> bool:
-    # Imported late by upstream too: bitsandbytes' layers pull in its compiled library.
-    from bitsandbytes.nn import Linear4bit
-
-    return isinstance(module, Linear4bit)
 
 
 def _linear4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:

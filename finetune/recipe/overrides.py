@@ -7,7 +7,7 @@ Items of a list cannot be addressed: give the whole list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune.errors import FinetuneError
@@ -31,11 +31,15 @@ def apply_overrides(document: yaml12.Document, overrides: Sequence[str]) -> None
                 )
             )
             continue
-        parsed = yaml12.parse(value_text, lambda line, column, place=place: place)  # type: ignore[misc]
+        parsed = yaml12.parse(value_text, _always(place))
         document.faults += parsed.faults
         # A value that is not YAML has left a fault, and null would only add another one.
         if not parsed.faults:
             _set(document, path, parsed.value, place)
+
+
+def _always(place: str) -> Callable[[int, int | None], str]:
+    return lambda line, column: place
 
 
 def _set(document: yaml12.Document, path: tuple[str, ...], value: Any, place: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from finetune.jsonl import read_metrics
@@ -102,10 +103,9 @@ def training_curves(metrics_path: str | Path, path: str | Path, *, title: str = 
         if axes.lines:
             axes.legend(fontsize=8, frameon=False)
         else:
-            axes.set_xticks([])
-            axes.set_yticks([])
             axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=_GREY)
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
 
 

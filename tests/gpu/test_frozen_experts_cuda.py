@@ -39,7 +39,8 @@ def test_output_and_gradients(tokens: int, routing: str, dtype: torch.dtype) -> 
     grad = torch.randn(tokens, H, device=DEVICE, generator=generator).to(dtype)
 
     def run(function: object, *weights: Tensor, cast: torch.dtype) -> list[Tensor]:
-        leaf, leaf_weight = x.to(cast).requires_grad_(), weight.to(cast).requires_grad_()
+        leaf = x.detach().to(cast, copy=True).requires_grad_()
+        leaf_weight = weight.detach().to(cast, copy=True).requires_grad_()
         out = function(leaf, index, leaf_weight, *weights)  # type: ignore[operator]
         out.backward(grad.to(cast))
         return [out.detach().double(), leaf.grad.double(), leaf_weight.grad.double()]
@@ -51,11 +52,11 @@ def test_output_and_gradients(tokens: int, routing: str, dtype: torch.dtype) -> 
     out = frozen_experts(leaf, index, leaf_weight, gate_up, down)
     out.backward(grad)
     ours = [out.detach().double(), leaf.grad.double(), leaf_weight.grad.double()]
-    # The 16-bit weights themselves round; rows of one or seven tokens give noisy errors, hence 1.2 and a floor.
-    floor = 4 * torch.finfo(dtype).eps
+    # The errors of one or seven tokens are noise themselves: measured up to 1.6 times the baseline's, either way.
+    allowed = 1.2 if tokens >= 300 else 2.5
     for mine, reference, exact in zip(ours, baseline, truth, strict=True):
         error = (mine - exact).norm() / exact.norm()
-        assert error <= max(1.2 * (reference - exact).norm() / exact.norm(), floor)
+        assert error <= allowed * (reference - exact).norm() / exact.norm() + 1e-6
 
 
 def test_bits_and_values_equal_the_cpu() -> None:

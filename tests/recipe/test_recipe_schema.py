@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from finetune.recipe import Recipe, recipe_schema
 from finetune.recipe.schema import DataSection, LoraSection, ModelSection, OutputSection, TrainableSection
 
-PUBLISHED = Path(__file__).parents[2] / "docs" / "recipe.schema.json"
+ROOT = Path(__file__).parents[2]
+PUBLISHED, CONSTRAINTS = ROOT / "docs" / "recipe.schema.json", ROOT / "constraints.txt"
 
 
 def recipe(**sections: object) -> Recipe:
@@ -70,12 +71,17 @@ def test_every_key_is_described_and_no_other_allowed() -> None:
 def test_the_published_schema_is_current() -> None:
     """`finetune recipe schema > docs/recipe.schema.json` renews it.
 
-    The fields of `training` are those of the versions it was written with, and compared under those only.
+    It is written under the versions that constraints.txt pins; under others, `training` has other fields.
     """
     published, made = json.loads(PUBLISHED.read_text(encoding="utf-8")), json.loads(json.dumps(recipe_schema()))
     then, now = (schema["properties"]["training"] for schema in (published, made))
-    installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "transformers"))
-    assert now["$comment"] == installed
-    if then["$comment"] != now["$comment"]:
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if "==" in line)
+    assert then["$comment"] == ", ".join(f"{name} {pins[name]}" for name in ("trl", "transformers"))
+    if now["$comment"] != then["$comment"]:
         now.update({key: then[key] for key in ("$comment", "properties")})
     assert published == made
+
+
+def test_the_schema_names_the_versions_whose_fields_it_lists() -> None:
+    installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "transformers"))
+    assert recipe_schema()["properties"]["training"]["$comment"] == installed

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from finetune.jsonl import JsonlCallback, read_metrics
+from finetune.progress import ProgressCallback
 from finetune.routing import RouterCallback, RouterCapture
 from finetune.routing.metrics import RouterSums, layer_metrics
 
@@ -81,7 +83,13 @@ def trainer_for(
         train_dataset=dataset(TRAIN_ROWS),
         eval_dataset=dataset(EVAL_ROWS),
         processing_class=tokenizer(),
-        callbacks=[router, recorder, *extra],
+        callbacks=[
+            router,
+            ProgressCallback(),
+            recorder,
+            JsonlCallback(folder / "metrics.jsonl", extra=[router.loads]),
+            *extra,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, router, recorder
@@ -94,7 +102,9 @@ def truth(rows: list[list[int]]) -> RouterSums:
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("peft", [False, True])
-def test_one_epoch_of_sft(tmp_path: Path, reentrant: bool | None, peft: bool) -> None:
+def test_one_epoch_of_sft(
+    tmp_path: Path, reentrant: bool | None, peft: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = with_lora() if peft else build_model("mixtral")
     checkpointing = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainer, router, recorder = trainer_for(
@@ -128,6 +138,19 @@ def test_one_epoch_of_sft(tmp_path: Path, reentrant: bool | None, peft: bool) ->
     assert not last_loads
     assert not any("router/" in name for name in last_logs)
     assert not router.capture.attached
+
+    # What the writers after it saw is in the file, and standard output stayed free.
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 2, 2]
+    for line, (_, logs, loads) in zip(lines, recorder.lines, strict=True):
+        assert {name: line[name] for name in logs} == logs
+        assert {name: line[name] for name in loads} == loads
+    assert lines[0]["tokens_per_second"] > 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "train  step 2/2  loss " in err
+    assert "eval   step 2/2  loss " in err
+    assert err.count("MaxVio") == 2
 
 
 def test_steps_after_the_last_logging_step_are_in_the_closing_log(tmp_path: Path) -> None:
@@ -185,6 +208,14 @@ def test_resume_counts_the_remaining_steps(tmp_path: Path) -> None:
         for name in want_logs:
             if name.startswith("router/"):
                 assert logs[name] == pytest.approx(want_logs[name], rel=1e-6), name
+
+    # The killed and resumed run left the same lines as the uninterrupted one, each step once.
+    whole_file, resumed_file = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "killed"))
+    assert [line["step"] for line in resumed_file] == [1, 2, 3, 4, 4]
+    for line, want_line in zip(resumed_file[:4], whole_file[:4], strict=True):
+        assert line["loss"] == pytest.approx(want_line["loss"], rel=1e-6)
+        assert line["router/layer_00/load"] == want_line["router/layer_00/load"]
+    assert resumed_file[4]["seconds"] > resumed_file[1]["seconds"]
 
 
 @pytest.mark.parametrize("multiple", [None, 16])

@@ -1,0 +1,184 @@
+"""Models and checkpoints that cannot be quantized, each refused in one message; and the quantization config itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
+
+import finetune
+from finetune.errors import ModelError
+from finetune.quant import Moe4bitConfig, Nf4Experts
+from tests.models import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    VOCAB,
+    tiny_config,
+    tiny_model,
+)
+from tests.quant.loading import (
+    STORAGES,
+    load,
+    reload,
+    tensors_of,
+)
+
+
+def save_random(config: PreTrainedConfig, folder: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+TINY = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+UNSUPPORTED = {
+    "llama": LlamaConfig(**TINY, **HEADS),
+    "gpt_oss": GptOssConfig(**TINY, **HEADS, num_local_experts=2, num_experts_per_tok=1),
+    "deepseek_v3": DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1, **HEADS,
+        n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=0, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_other_models_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
+    save_random(UNSUPPORTED[model_type], tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert f"model type '{model_type}' is not a mixture of experts that this toolkit quantizes" in message
+    assert "allowed: mixtral, qwen3_moe, olmoe" in message
+    assert "fix: use a Mixtral, Qwen3-MoE or OLMoE checkpoint" in message
+
+
+REFUSED = {
+    "hidden": (
+        "mixtral",
+        {"hidden_size": 96, "head_dim": 64},
+        ["input dimension 96 of gate_up_proj", "multiple of 64"],
+    ),
+    "intermediate": ("mixtral", {"intermediate_size": 100}, ["input dimension 100 of down_proj"]),
+    "attention width": ("mixtral", {"head_dim": 40}, ["input dimension 160 of o_proj"]),
+    "activation": ("olmoe", {"hidden_act": "gelu"}, ["activation 'gelu'", "allowed: silu", "hidden_act"]),
+    "dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}, ["mixes dense and sparse layers (mlp_only_layers=[1]"]),
+    "sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "every layer holds experts"]),
+    "biases": ("qwen3_moe", {"attention_bias": True}, ["biases in its attention", "attention_bias"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_shapes_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
+    family, overrides, texts = REFUSED[case]
+    save_random(tiny_config(family, **overrides), tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def edit(folder: Path, keep: str, replace: dict[str, Tensor] | None = None) -> None:
+    """Rewrites a single-file checkpoint without the tensors whose names do not match `keep`."""
+    tensors = {name: tensor for name, tensor in tensors_of(folder).items() if re.search(keep, name)}
+    save_file({**tensors, **(replace or {})}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_checkpoint_with_too_few_experts_is_refused(tmp_path: Path) -> None:
+    """The survivors would be stacked and every expert after the gap would take its neighbour's place."""
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    edit(tmp_path, r"^(?!.*layers\.1.*experts\.2\.)")
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert "the checkpoint holds 3 of 4 experts" in message
+    assert "where: model.layers.1.mlp.experts.gate_up_proj and 1 more" in message
+    assert f"allowed: [{EXPERTS}, {2 * INTERMEDIATE}, {HIDDEN}] by config.json" in message
+    assert "fix: download the checkpoint again" in message
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "block_sparse_moe.experts.{}.w2.weight"])
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, name: str) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    wrong = {f"model.layers.0.{name.format(expert)}": torch.zeros(64, 64) for expert in range(EXPERTS)}
+    edit(tmp_path, ".", wrong)
+    with pytest.raises(ModelError, match="a weight of the checkpoint has the shape") as caught:
+        load(tmp_path)
+    assert "where: model.layers.0." in str(caught.value)
+    assert "by config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("attention", STORAGES)
+def test_missing_weights_are_reported(tmp_path: Path, attention: str) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    edit(tmp_path, r"^(?!.*layers\.0.*(q_proj|w2))")
+    _, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Moe4bitConfig(attention=attention), output_loading_info=True
+    )
+    assert info["missing_keys"] == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.down_proj"}
+
+
+# ---- the config ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", STORAGES)
+def test_config_survives_copies_pickles_and_dicts(attention: str) -> None:
+    config = Moe4bitConfig(attention=attention)
+    for other in (
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        Moe4bitConfig.from_dict(config.to_dict()),
+        Moe4bitConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
+    ):
+        assert other == config
+        assert other.to_dict() == config.to_dict()
+    assert Moe4bitConfig() == Moe4bitConfig(attention="nf4") != Moe4bitConfig(attention="16bit")
+    assert finetune.Moe4bitConfig is Moe4bitConfig
+
+
+def test_config_errors() -> None:
+    with pytest.raises(ModelError) as caught:
+        Moe4bitConfig(attention="int8")
+    assert "attention storage 'int8' does not exist" in str(caught.value)
+    assert "allowed: nf4 or 16bit" in str(caught.value)
+    assert "fix: use" in str(caught.value)
+
+    with pytest.raises(ModelError) as caught:
+        Moe4bitConfig(format_version=2)
+    assert "saved in format 2 of moe_4bit" in str(caught.value)
+    assert "where: config.json: quantization_config.format_version" in str(caught.value)
+    assert "upgrade moe-qlora" in str(caught.value)
+
+    with pytest.raises(ModelError) as caught:
+        Moe4bitConfig(load_in_4bit=True, bits=4)
+    assert "unknown keys ['bits', 'load_in_4bit']" in str(caught.value)
+    assert "allowed: attention, format_version" in str(caught.value)
+
+
+def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain").save_pretrained(tmp_path / "quantized")
+    file = tmp_path / "quantized" / "config.json"
+    content = json.loads(file.read_text())
+    content["quantization_config"]["format_version"] = 7
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="saved in format 7"):
+        reload(tmp_path / "quantized")
+
+
+def test_the_module_prints_its_sizes() -> None:
+    assert str(Nf4Experts(4, 128, 192)) == "Nf4Experts(experts=4, hidden=128, intermediate=192, nf4)"

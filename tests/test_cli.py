@@ -1,0 +1,185 @@
+"""The command line: quick where it can be, one JSON document where it is asked for, and the small commands whole.
+
+`train` and `merge` have test files of their own; what is refused is in test_bad_input.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.console import Report
+from finetune.model import BaseSpec, load_base
+from finetune.recipe import load_recipe, recipe_schema
+from tests.conftest import REPOSITORY
+from tests.running import run_finetune
+
+CLASSIC = REPOSITORY / "recipes" / "mixtral-8x7b" / "qlora-attention-80gb.yaml"
+SHAPE = f"model.path={CLASSIC.parent / 'shape'}"
+
+
+def test_help_and_recipes_wait_for_nothing_heavy() -> None:
+    """In a process of its own, because this one has torch already."""
+    code = f"""
+import contextlib, io, json, sys, time
+from finetune.cli import app
+said = io.StringIO()
+for args in (["--help"], ["train", "--help"], ["recipe", "show", {str(CLASSIC)!r}], ["recipe", "schema"]):
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        app(args)
+    if args == ["--help"]:
+        seconds = time.process_time()
+heavy = [name for name in ("torch", "transformers", "trl", "peft", "datasets", "numpy") if name in sys.modules]
+json.dump({{"said": said.getvalue(), "heavy": heavy, "seconds": seconds}}, sys.stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["heavy"] == []
+    for command in ("train", "preflight", "quantize", "merge", "generate", "recipe", "--overwrite", "oasst_top1"):
+        assert command in found["said"]
+    # Processor time of start and `--help`, measured 0.5 s.
+    assert found["seconds"] < 1.0
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "finetune", "recipe", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "Print the JSON Schema of recipes" in done.stdout
+
+
+# ---- recipe ---------------------------------------------------------------------------------------------------
+
+
+def test_recipe_show_is_a_recipe_with_its_provenance(tmp_path: Path) -> None:
+    ran = run_finetune("recipe", "show", CLASSIC, "--set", "training.seed=7")
+    assert ran.status == 0
+    comments = [line for line in ran.stdout.splitlines() if line.startswith("# ")]
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "python", "git"):
+        assert sum(line.startswith(f"# {name}: ") for line in comments) == 1, name
+    assert f"# torch: {torch.__version__.partition('+')[0]}" in ran.stdout
+    again = tmp_path / "again.yaml"
+    again.write_text(ran.stdout)
+    assert load_recipe(again) == load_recipe(CLASSIC, ["training.seed=7"])
+
+
+def test_recipe_as_json() -> None:
+    document = run_finetune("recipe", "show", CLASSIC, "--json").document
+    assert document["recipe"]["trainable"]["lora"]["r"] == 16
+    assert {"packages", "python", "git"} <= set(document)
+    assert run_finetune("recipe", "schema").document == recipe_schema()
+
+
+# ---- preflight ------------------------------------------------------------------------------------------------
+
+
+def test_preflight_says_what_fits_and_what_to_change() -> None:
+    small, large = (
+        run_finetune("preflight", CLASSIC, "--set", SHAPE, "--gpu-gib", gib, "--json").document for gib in (24, 80)
+    )
+    assert large["fits"]
+    assert large["advice"] == []
+    assert large["largest_micro_batch"] >= 2
+    assert not small["fits"]
+    assert small["device_bytes"] == 24 * 2**30 < small["total_bytes"] == large["total_bytes"] < 80 * 2**30
+    assert small["total_bytes"] == sum(item["bytes"] for item in small["items"])
+    assert small["advice"]
+
+    shown = run_finetune("preflight", CLASSIC, "--set", SHAPE, "--gpu-gib", 24)
+    assert shown.status == 0
+    assert "Preflight: memory of 2 x 1024 tokens" in shown.stdout
+    assert "does not fit: " in shown.stdout
+    for advice in small["advice"]:
+        assert f"to make it fit: {advice}\n" in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_preflight_without_a_device_size_only_counts(write_recipe: Callable[..., Path]) -> None:
+    document = run_finetune("preflight", write_recipe(), "--json").document
+    assert document["device_bytes"] is None
+    assert document["advice"] == []
+    # r * (in + out) of q, k, v, o in two layers of hidden 64, kv width 32, in float32.
+    lora = next(item for item in document["items"] if item["name"] == "LoRA")
+    assert lora["bytes"] == 4 * 2 * 16 * (128 + 96 + 96 + 128)
+
+
+# ---- quantize, generate ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["nf4", "16bit"])
+def test_a_quantized_folder_is_the_model_quantized_on_the_fly(
+    small_mixtral: Path, tmp_path: Path, attention: str
+) -> None:
+    folder = tmp_path / "quantized"
+    options = ("--output", folder, "--attention", attention, "--device", "cpu", "--json")
+    ran = run_finetune("quantize", small_mixtral, *options)
+    assert ran.status == 0, ran.stderr
+    document = ran.document
+    assert document["output"] == str(folder)
+    assert document["unquantized_experts"] == []
+    stored = {(row["role"], row["dtype"]) for row in document["rows"]}
+    assert {("experts", "nf4"), ("attention", "nf4" if attention == "nf4" else "bfloat16")} <= stored
+    assert document["total_bytes"] == sum(row["bytes"] for row in document["rows"])
+
+    ids = torch.arange(3, 60).unsqueeze(0)
+    for dtype in ("float32", "bfloat16"):
+        logits = [
+            load_base(BaseSpec(str(path), attention=attention), dtype=dtype, device="cpu").model(ids).logits  # type: ignore[arg-type]
+            for path in (small_mixtral, folder)
+        ]
+        assert torch.equal(*logits)
+
+    prompt = ("--prompt", "What comes after 3?", "--max-new-tokens", 8, "--device", "cpu")
+    answers = run_finetune("generate", folder, *prompt, "--json").document
+    assert answers["model"] == str(folder)
+    (answer,) = answers["answers"]
+    assert answer["completion_tokens"] == 8
+    streamed = run_finetune("generate", folder, *prompt)
+    assert streamed.stdout.strip() == answer["text"]
+    # The stored attention decides, so the same model again needs the same storage.
+    if attention == "nf4":
+        assert run_finetune("generate", small_mixtral, *prompt, "--json").document["answers"] == [answer]
+
+
+def test_generate_side_by_side(small_mixtral: Path, saved_adapter: Path) -> None:
+    """An untrained adapter answers as its base."""
+    options = ("--prompt", "One?", "--prompt", "Two?", "--max-new-tokens", 4, "--device", "cpu")
+    both = run_finetune("generate", saved_adapter, "--against", small_mixtral, *options, "--json").document
+    assert [answer["prompt"] for answer in both["answers"]] == ["One?", "Two?"]
+    for answer, other in zip(both["answers"], both["against_answers"], strict=True):
+        assert answer["text"] == other["text"]
+
+
+# ---- report ---------------------------------------------------------------------------------------------------
+
+
+def test_a_report_keeps_standard_output_to_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report(as_json=True)
+    with report.working():
+        print("a library talks")
+        report.line("for people")
+        report.table("Title", ("what", "value"), [("loss", "1.0")])
+    report.finish({"loss": float("nan"), "worst": float("inf"), "rows": (1, 2)})
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"loss": None, "worst": None, "rows": [1, 2]}
+    assert "a library talks" in err
+    assert "for people" in err
+
+
+def test_text_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may hold what a markup language would read as a tag."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    report = Report()
+    report.line("[bold]path[/x] :smile:")
+    report.prose_table("Side by side", ("prompt", "answer"), [("[INST] hi [/INST]", "[/red]")])
+    for text in ("[bold]path[/x] :smile:", "[INST] hi [/INST]", "[/red]"):
+        assert text in out.getvalue()

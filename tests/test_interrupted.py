@@ -1,0 +1,203 @@
+"""Full disks, kills and interrupts: what was being written is not there afterwards, and a run goes on where it was.
+
+The errors are those that safetensors, tokenizers and torch raise on a file system without space (each differently),
+put in place of the call that raised them; the signals are real, in a process of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from finetune.runfolder import folder_bytes
+from finetune.train import disk_bytes
+from tests.conftest import REPOSITORY
+from tests.running import contents, refused, run_finetune
+
+Write = Callable[..., Path]
+SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+NO_SPACE = "no space left on the disk"
+
+
+def steps(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def in_its_own_process(patch: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """`finetune ARGS` after `patch`, with SIGINT as a shell leaves it (a test runner may ignore it)."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{patch}
+from finetune.cli import main
+main()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+# ---- no space -------------------------------------------------------------------------------------------------
+
+
+def test_too_little_space_is_refused_before_anything_is_written(
+    write_recipe: Write, small_mixtral: Path, saved_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe("second.yaml", output={"dir": str(tmp_path / "new" / "run")}, training=SAVES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    says = ("no space left for the run's checkpoints and adapter: it takes about ", "the disk has 1 MiB free")
+    refused(tmp_path, "train", recipe, says=(*says, f"where: {tmp_path / 'new' / 'run'}", "fix: free some space"))
+    out = ("--output", tmp_path / "out", "--device", "cpu")
+    says = ("no space left for the quantized model: it takes about 4 MiB", f"where: {tmp_path / 'out'}", "free some")
+    refused(tmp_path, "quantize", small_mixtral, *out, says=says)
+    says = ("no space left for the merged model: it takes about ", "the disk has 1 MiB free", "another disk")
+    refused(tmp_path, "merge", saved_adapter, *out, says=says)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["safetensors", "tokenizers", "python"],
+)
+def test_a_disk_that_fills_up_leaves_no_half_a_model(
+    small_mixtral: Path, saved_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def half(self: PreTrainedModel, folder: Path, **kwargs: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half a model")
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
+    out = tmp_path / "out"
+    says = (NO_SPACE, f"where: {out}", "free some space, or choose another output folder")
+    refused(tmp_path, "quantize", small_mixtral, "--output", out, "--device", "cpu", says=says)
+    refused(tmp_path, "merge", saved_adapter, "--output", out, "--device", "cpu", says=says)
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half-written checkpoint gives its space back, and the run continues from the one before.
+
+    The estimate that had let it begin is compared with what the whole run wrote.
+    """
+    save, estimates = torch.save, []
+
+    def full(value: object, file: object, **kwargs: object) -> None:
+        if "checkpoint-4/optimizer.pt" in str(file):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        save(value, file, **kwargs)
+
+    def estimate(*args: Any) -> int:
+        estimates.append(disk_bytes(*args))
+        return estimates[-1]
+
+    lora = {"r": 256}  # so that weights and not the tokenizer fill the disk
+    recipe = write_recipe(training=SAVES, trainable={"lora": lora}, router={"figures": False})
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.train.disk_bytes", estimate)
+        patched.setattr(torch, "save", full)
+        ran = run_finetune("train", recipe)
+    assert ran.status == 2
+    assert f"{NO_SPACE}\n  where: {run}/checkpoints/checkpoint-4\n" in ran.stderr
+    assert "a training run then continues with --resume" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert [folder.name for folder in run.glob("checkpoints/*-*")] == ["checkpoint-2"]
+    assert not list(run.rglob("*.partial"))
+    assert not (run / "adapter").exists()
+
+    resumed = run_finetune("train", recipe, "--resume")
+    assert resumed.status == 0, resumed.stderr
+    assert "checkpoint-2" in resumed.stdout
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    assert len(list(run.glob("checkpoints/*-*"))) == 3
+    assert folder_bytes(run) < estimates[0] < 2 * folder_bytes(run)
+
+
+# ---- kill and interrupt ---------------------------------------------------------------------------------------
+
+
+def test_a_killed_merge_leaves_nothing_of_its_name(saved_adapter: Path, tmp_path: Path) -> None:
+    kill = """
+from transformers import PreTrainedModel
+def half(self, folder, **kwargs):
+    (Path(folder) / "model.safetensors").write_bytes(b"half a model")
+    os.kill(os.getpid(), signal.SIGKILL)
+PreTrainedModel.save_pretrained = half
+"""
+    merged, before = tmp_path / "merged", contents(saved_adapter)
+    merge = ("merge", saved_adapter, "--output", merged, "--device", "cpu")
+    killed = in_its_own_process(kill, *merge)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not merged.exists()
+    (half,) = tmp_path.glob(".merged.*.partial/model.safetensors")
+    assert half.read_bytes() == b"half a model"
+    assert contents(saved_adapter) == before
+    # What is left behind is in nobody's way.
+    assert run_finetune(*merge).status == 0
+    assert (merged / "model.safetensors").stat().st_size > 10**6
+
+
+def test_an_interrupted_run_continues(write_recipe: Write, tmp_path: Path) -> None:
+    interrupt = """
+from finetune.trainer import MoeTrainer
+step = MoeTrainer.training_step
+def interrupted(self, *args, **kwargs):
+    if self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self, *args, **kwargs)
+MoeTrainer.training_step = interrupted
+"""
+    recipe, run = write_recipe(training=SAVES, router={"figures": False}), tmp_path / "run"
+    stopped = in_its_own_process(interrupt, "train", recipe)
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.endswith("interrupted; a training run continues with --resume\n")
+    assert "Traceback" not in stopped.stderr
+    assert not (run / "adapter").exists()
+    resumed = run_finetune("train", recipe, "--resume", "--json")
+    assert resumed.status == 0, resumed.stderr
+    assert resumed.document["steps"] == 6
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_online_logging_without_an_account(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out when training starts; another way of logging is no reason to begin anew."""
+    for name, value in {"MODE": "online", "DIR": str(tmp_path), "PROJECT": "none", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    recipe = write_recipe(logging={"wandb": "online"}, training={"max_steps": 1}, router={"figures": False})
+    ran = run_finetune("train", recipe)
+    assert ran.status == 2
+    for words in ("Weights & Biases cannot be used: ", "logging.wandb: online", "WANDB_API_KEY", "Traceback"):
+        assert (words in ran.stderr) is (words != "Traceback")
+    resumed = run_finetune("train", recipe, "--resume", "--set", "logging.wandb=disabled")
+    assert resumed.status == 0, resumed.stderr
+    assert "from the beginning" in resumed.stdout

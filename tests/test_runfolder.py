@@ -1,0 +1,235 @@
+"""The output folder: who may take it, that a failure gives it back, and that nothing in it is ever half there."""
+
+from __future__ import annotations
+
+import errno
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import OutputError
+from finetune.runfolder import (
+    RunFolder,
+    claimed,
+    folder_bytes,
+    full_disk_explained,
+    is_disk_full,
+    require_claimable,
+    require_fresh,
+    require_space,
+    staged,
+    write_json,
+    write_text,
+)
+from tests.running import contents
+
+SECTIONS = ("model", "quantization", "trainable", "data", "training", "router", "logging", "output")
+
+
+def recipe(**sections: dict[str, Any]) -> dict[str, Any]:
+    return {name: sections.get(name, {}) for name in SECTIONS}
+
+
+def a_run(root: Path, **sections: dict[str, Any]) -> RunFolder:
+    with claimed(root, recipe(**sections)) as run:
+        write_json(run.run_file, {"recipe": recipe(**sections)})
+    return run
+
+
+def write_and_fail(opened: AbstractContextManager[RunFolder | Path], error: BaseException) -> None:
+    with opened as folder:
+        root = folder.root if isinstance(folder, RunFolder) else folder
+        assert not (root / "checkpoints").exists()
+        write_text(root / "below" / "weights", "half")
+        write_text(root / "recipe.yaml", "text")
+        raise error
+
+
+# ---- claiming -------------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "outputs" / "run")
+    assert run.run_file.is_file()
+    assert contents(tmp_path / "outputs").keys() == {"run", "run/run.json"}
+
+
+@pytest.mark.parametrize("error", [OutputError("refused"), RuntimeError("ours"), KeyboardInterrupt()])
+def test_a_failure_gives_the_folder_back(tmp_path: Path, error: BaseException) -> None:
+    empty, old = tmp_path / "empty", tmp_path / "old"
+    empty.mkdir()
+    a_run(old)
+    (old / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (old / "checkpoints" / "checkpoint-2" / "weights").write_bytes(b"weights")
+    before = contents(tmp_path)
+    for root, overwrite in ((tmp_path / "new", False), (empty, False), (old, True)):
+        with pytest.raises(type(error)):
+            write_and_fail(claimed(root, recipe(), overwrite=overwrite), error)
+        assert contents(tmp_path) == before
+
+
+def test_overwriting_removes_the_old_run(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    a_run(root)
+    (root / "checkpoints").mkdir()
+    with claimed(root, recipe(), overwrite=True) as run:
+        write_text(run.recipe, "new")
+    assert contents(root) == {"recipe.yaml": b"new"}
+
+
+def test_a_resumed_run_is_left_alone_by_a_failure(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    a_run(root)
+    before = contents(root)
+    with pytest.raises(RuntimeError), claimed(root, recipe(), resume=True):
+        raise RuntimeError
+    assert contents(root) == before
+
+
+def test_two_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", recipe()), pytest.raises(OutputError, match="already holds"):
+        require_claimable(tmp_path / "run", recipe())
+
+
+def test_only_what_decides_the_result_must_be_the_same(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    a_run(root, training={"seed": 1, "optim_args": {"beta": [1, 2]}}, logging={"wandb": "offline"}, output={"dir": "a"})
+    same = recipe(training={"seed": 1, "optim_args": {"beta": [1, 2]}}, output={"dir": "b"})
+    assert require_claimable(root, same, resume=True) == RunFolder(root)
+    other = recipe(training={"optim_args": {"beta": [1, 3]}}, model={"path": "m"})
+    with pytest.raises(OutputError) as refusal:
+        require_claimable(root, other, resume=True)
+    changes = (
+        "model.path was not set, is m; training.optim_args.beta was [1, 2], is [1, 3]; training.seed was 1, is not"
+    )
+    assert changes in str(refusal.value)
+    assert str(root / "recipe.yaml") in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": null}', '{"recipe": "text"}', "\udcff"])
+def test_a_damaged_run_file_is_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(OutputError, match="there is no run to resume"):
+        require_claimable(tmp_path, recipe(), resume=True)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.last_checkpoint() is None
+    for step, state in {2: "{}", 4: "{}", 10: "{}", 20: '{"half": ', 30: None}.items():
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-10"
+
+
+# ---- writing --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "below" / "file.json"
+    write_json(file, {"loss": float("nan"), "steps": 3, "names": ("a", "b")})
+    assert json.loads(file.read_text()) == {"loss": None, "steps": 3, "names": ["a", "b"]}
+    before = contents(tmp_path)
+
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:3].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(file, "something else")
+    assert contents(tmp_path) == before
+
+
+def test_a_staged_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "below" / "model"
+    with staged(target) as folder:
+        (folder / "weights").write_bytes(b"weights")
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert contents(target) == {"weights": b"weights"}
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    with pytest.raises(OutputError, match="is not empty"), staged(target):
+        raise AssertionError("not reached")
+
+
+def test_a_staged_folder_may_take_an_empty_one_or_replace(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    for text, replace in (("first", False), ("second", True)):
+        with staged(target, replace=replace) as folder:
+            (folder / text).write_text(text)
+        assert [path.name for path in target.iterdir()] == [text]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_failure_leaves_nothing_staged(tmp_path: Path, error: BaseException) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "weights").write_bytes(b"weights")
+    before = contents(tmp_path)
+    for target, replace in ((tmp_path / "new", False), (old, True)):
+        with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+            write_and_fail(staged(target, replace=replace), error)
+        assert contents(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    for taken in (staged(file / "below"), claimed(file / "below", recipe())):
+        with pytest.raises(OutputError, match="cannot be written") as refusal, taken:
+            raise AssertionError("not reached")
+        assert str(file) in str(refusal.value)
+    with pytest.raises(OutputError, match="not empty"):
+        require_fresh(file)
+    require_fresh(tmp_path / "none")
+
+
+# ---- space ----------------------------------------------------------------------------------------------------
+
+
+def test_space_is_asked_of_the_disk_that_will_hold_the_folder(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "yet", 1, what="a byte")
+    with pytest.raises(OutputError) as refusal:
+        require_space(tmp_path / "not" / "yet", 2**60, what="a large model")
+    assert "no space left for a large model: it takes about 1073741824.0 GiB, the disk has " in str(refusal.value)
+    assert f"where: {tmp_path}/not/yet" in str(refusal.value)
+
+
+def test_bytes_of_a_folder(tmp_path: Path) -> None:
+    assert folder_bytes(tmp_path / "none") == 0
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"12345")
+    (tmp_path / "file").write_bytes(b"123")
+    assert folder_bytes(tmp_path) == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (Exception("No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
+        # A damaged file that is read, not written.
+        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip"), False),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("something else"), False),
+    ],
+)
+def test_what_a_full_disk_looks_like(error: Exception, full: bool) -> None:
+    assert is_disk_full(error) is full
+    with pytest.raises(OutputError if full else type(error)) as raised, full_disk_explained("/somewhere"):
+        raise error
+    assert not full or "no space left on the disk\n  where: /somewhere\n" in str(raised.value)

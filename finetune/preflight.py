@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.trainer_utils import SaveStrategy
-from trl import SFTConfig
 
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
 from finetune.memory import MemoryEstimate, estimate
 from finetune.model import read_config, resolve_dtype
 from finetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 _DTYPES: dict[torch.dtype, Literal["bfloat16", "float16", "float32"]] = {
     torch.bfloat16: "bfloat16",

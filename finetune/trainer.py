@@ -28,14 +28,39 @@ class MoeTrainer(SFTTrainer):
     base: BaseSpec
     model: Any  # upstream allows None, which ends with __init__
     processing_class: Any
+    _held_out: torch.Tensor  # sum of negative log-likelihoods, number of supervised tokens
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Upstream's, and in evaluation also the sums of which `eval_loss` is the ratio."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            loss = (result[0] if return_outputs else result).detach().double()
+            for auxiliary in self._metrics["eval"]["aux_loss"][-1:] if self.aux_loss_enabled else ():
+                loss = loss - self.router_aux_loss_coef * auxiliary
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            self._held_out = self._held_out + torch.stack([loss * tokens, tokens]).cpu()
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._held_out = torch.zeros(2, dtype=torch.float64)
+        return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Takes the auxiliary loss that TRL added out of `loss` again; it stands beside it as `aux_loss`."""
-        mode = "train" if self.model.training else "eval"
-        for name, auxiliary in (("loss", "aux_loss"), ("eval_loss", "eval_aux_loss")):
-            values = self._metrics[mode].get("aux_loss")
-            if name in logs and values and (mode == "eval") == auxiliary.startswith("eval"):
-                logs[name] -= self.router_aux_loss_coef * sum(values) / len(values)
+        """Makes `loss` the loss alone and `eval_loss` the mean over tokens.
+
+        TRL adds the auxiliary loss to `loss`; it is taken out again and stands beside it as `aux_loss`. transformers
+        averages the means of evaluation batches, which gives the tokens of short answers more weight than those of long
+        ones.
+        """
+        auxiliary = self._metrics["train"].get("aux_loss")
+        if "loss" in logs and auxiliary:
+            logs["loss"] -= self.router_aux_loss_coef * sum(auxiliary) / len(auxiliary)
+        if "eval_loss" in logs:
+            device = self.accelerator.device
+            nll, tokens = self.accelerator.reduce(self._held_out.to(device), reduction="sum").tolist()
+            logs["eval_loss"] = nll / max(tokens, 1.0)
         super().log(logs, start_time)
 
     def save_tuned(self, folder: Path) -> None:

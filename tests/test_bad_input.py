@@ -206,6 +206,21 @@ def test_an_output_folder_that_holds_something(write_recipe: Write, small_mixtra
     refused(tmp_path, "quantize", small_mixtral, "--device", "cpu", "--output", below, says=says)
 
 
+def test_what_costs_least_is_checked_first(write_recipe: Write, small_mixtral: Path, tmp_path: Path) -> None:
+    """Output folder, then the model's headers, then the data: nobody waits for what will be refused anyway."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    run.mkdir()
+    (run / "file").touch()
+    shutil.copytree(small_mixtral, model)
+    (model / "model.safetensors").write_bytes(b"")
+    recipe = write_recipe(model={"path": str(model)}, data={"train": str(tmp_path / "none.jsonl")})
+    refused(tmp_path, "train", recipe, says=("already holds other files",))
+    (run / "file").unlink()
+    refused(tmp_path, "train", recipe, says=("model.safetensors is truncated",))
+    shutil.copy(small_mixtral / "model.safetensors", model)
+    refused(tmp_path, "train", recipe, says=("there is no data file",))
+
+
 def test_nothing_to_resume(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe()
     says = ("there is no run to resume", f"output.dir: {tmp_path / 'run'}", "start it without --resume")

@@ -204,6 +204,13 @@ def test_an_adapter_that_does_not_fit(
     refused(tmp_path, "generate", adapter, "--prompt", "Hello", "--device", "cpu", "--json", says=says)
 
 
+def test_an_adapter_is_looked_at_before_its_base_is_loaded(adapter: Path, tmp_path: Path) -> None:
+    _edit("base.json", path="/nowhere/base")(adapter)
+    _spoil("adapter_model.safetensors")(adapter)
+    says = ("adapter_model.safetensors is truncated",)
+    refused(tmp_path, "generate", adapter, "--prompt", "Hello", "--device", "cpu", says=says)
+
+
 def test_an_adapter_on_a_base_of_equal_shape(adapter: Path, small_mixtral: Path, tmp_path: Path) -> None:
     other = shutil.copytree(small_mixtral, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")

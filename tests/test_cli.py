@@ -112,25 +112,21 @@ def test_preflight_without_a_device_size_only_counts(write_recipe: Callable[...,
 # ---- quantize, generate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["nf4", "16bit"])
-def test_a_quantized_folder_is_the_model_quantized_on_the_fly(
-    small_mixtral: Path, tmp_path: Path, attention: str
-) -> None:
+def test_a_quantized_folder_is_the_model_quantized_on_the_fly(small_mixtral: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
-    options = ("--output", folder, "--attention", attention, "--device", "cpu", "--json")
-    ran = run_finetune("quantize", small_mixtral, *options)
+    ran = run_finetune("quantize", small_mixtral, "--output", folder, "--device", "cpu", "--json")
     assert ran.status == 0, ran.stderr
     document = ran.document
     assert document["output"] == str(folder)
     assert document["unquantized_experts"] == []
     stored = {(row["role"], row["dtype"]) for row in document["rows"]}
-    assert {("experts", "nf4"), ("attention", "nf4" if attention == "nf4" else "bfloat16")} <= stored
+    assert {("experts", "nf4"), ("attention", "nf4"), ("router", "bfloat16")} <= stored
     assert document["total_bytes"] == sum(row["bytes"] for row in document["rows"])
 
     ids = torch.arange(3, 60).unsqueeze(0)
     for dtype in ("float32", "bfloat16"):
         logits = [
-            load_base(BaseSpec(str(path), attention=attention), dtype=dtype, device="cpu").model(ids).logits  # type: ignore[arg-type]
+            load_base(BaseSpec(str(path)), dtype=dtype, device="cpu").model(ids).logits
             for path in (small_mixtral, folder)
         ]
         assert torch.equal(*logits)
@@ -142,9 +138,7 @@ def test_a_quantized_folder_is_the_model_quantized_on_the_fly(
     assert answer["completion_tokens"] == 8
     streamed = run_finetune("generate", folder, *prompt)
     assert streamed.stdout.strip() == answer["text"]
-    # The stored attention decides, so the same model again needs the same storage.
-    if attention == "nf4":
-        assert run_finetune("generate", small_mixtral, *prompt, "--json").document["answers"] == [answer]
+    assert run_finetune("generate", small_mixtral, *prompt, "--json").document["answers"] == [answer]
 
 
 def test_generate_side_by_side(small_mixtral: Path, saved_adapter: Path) -> None:

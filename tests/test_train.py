@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.data import load_conversations, supervise
+from finetune.evaluate import completion_loss
+from finetune.model import load
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 
@@ -97,6 +100,24 @@ def test_non_moe_trains_saves_and_resumes(write_recipe: Write, tmp_path: Path) -
     assert losses(run) == expected
 
 
+def test_held_out_loss_is_a_mean_over_tokens(write_recipe: Write, tmp_path: Path, small_mixtral: Path) -> None:
+    """Answers of unequal length in batches of two; against the merged model, row by row."""
+    rows = tmp_path / "unequal.jsonl"
+    answers = ["One.", "A much longer answer than the other one, on and on and on. " * 3] * 3
+    lines = [
+        {"messages": [{"role": "user", "content": f"Tell me {i}"}, {"role": "assistant", "content": answer}]}
+        for i, answer in enumerate(answers)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "per_device_eval_batch_size": 4}
+    recipe = write_recipe(data={"eval": str(rows)}, training={**evaluation, "max_length": 256})
+    ran = run_finetune("train", recipe, "--json")
+    assert ran.status == 0, ran.stderr
+    live = load(str(tmp_path / "run" / "adapter"), device="cpu")
+    expected, _ = completion_loss(live.model, supervise(load_conversations(rows), live.tokenizer), live.device)
+    assert ran.document["eval_loss_last"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_auxiliary_loss_stands_apart(write_recipe: Write, tmp_path: Path) -> None:
     off = write_recipe("off.yaml", output={"dir": str(tmp_path / "off")}, training={"max_steps": 1})
     on = write_recipe(
@@ -163,7 +184,7 @@ def test_two_processes_compute_the_same(write_recipe: Write, tmp_path: Path) -> 
     # Measured: 2e-6 relative, from sums in another order.
     assert found == pytest.approx(expected, rel=1e-4)
     loads = [
-        [line for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line][0]
+        next(line for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line)
         for name in ("one", "two")
     ]
     assert loads[0]["router/layer_00/load"] == loads[1]["router/layer_00/load"]

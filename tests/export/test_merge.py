@@ -67,9 +67,7 @@ def test_merged_folder_computes_what_the_live_adapter_computes(
     with torch.no_grad():
         expected = live.model(ids).logits
         without = {name: merged_weight(m) for name, m in live.model.named_modules() if isinstance(m, LoraLayer)}
-    report = merge_adapter(
-        tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=8, device="cpu"
-    )
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=8, device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
     with torch.no_grad():
         found = merged(ids).logits
@@ -108,9 +106,7 @@ def test_everything_but_attention_keeps_its_bits(small_mixtral: Path, conversati
 def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
     """Against two full models run apart, with transformers' own loss and router logits."""
     live = tuned(small_mixtral, tmp_path / "adapter", scale=0.3)
-    report = merge_adapter(
-        tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=4, device="cpu"
-    )
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=4, device="cpu")
     merged = load(str(tmp_path / "merged"), device="cpu")
     rows = list(supervise(load_conversations(conversations, max_rows=4), live.tokenizer))
     kl, agree, overlap, nll, tokens, supervised = 0.0, 0, 0, 0.0, 0, 0

@@ -217,23 +217,27 @@ def staged(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def full_disk_explained(where: Path | str) -> Iterator[None]:
+class full_disk_explained:
     """Turns whatever a library raises when the disk is full into one message.
 
     Raises:
         OutputError: says where.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        raise OutputError(
-            "no space left on the disk",
-            where=str(where),
-            fix="free some space, or choose another output folder; a training run then continues with --resume",
-        ) from error
+
+    def __init__(self, where: Path | str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        # Not an `except`: tokenizers raises a bare Exception, so there is no narrower type to name.
+        if error is not None and is_disk_full(error):
+            raise OutputError(
+                "no space left on the disk",
+                where=str(self.where),
+                fix="free some space, or choose another output folder; a training run then continues with --resume",
+            ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -29,7 +29,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-import finetune.trainable as trainable
 from finetune.arch import MoeArch, role_of
 from finetune.errors import AdapterError, FinetuneError, OutputError
 from finetune.trainable import (
@@ -37,6 +36,7 @@ from finetune.trainable import (
     keep_fp32_masters,
     load_adapter,
     load_non_moe,
+    non_moe,
     read_adapter_kind,
     save_adapter,
     save_non_moe,
@@ -515,7 +515,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainable, "save_file", half)
+    monkeypatch.setattr(non_moe, "save_file", half)
     with pytest.raises(OutputError) as caught:
         save_non_moe(tuned_model(router=True), tmp_path, base=BASE)
     message = str(caught.value)

@@ -1,0 +1,211 @@
+"""LoRA on the attention of every layer, and nothing else; a PEFT adapter that stock `peft` loads.
+
+Targets are the suffixes `self_attn.q_proj`, not a regular expression, because PEFT resolves a regular expression on a
+Mixtral back to bare leaf names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, role_of
+from finetune.checkpoint import read_json
+from finetune.errors import AdapterError
+from finetune.trainable.files import (
+    LORA_CONFIG,
+    LORA_TENSORS,
+    Shapes,
+    read_shapes,
+    require_file,
+    require_same,
+    writing,
+)
+from finetune.trainable.masters import trainable_count
+
+# Names that people ask LoRA for and do not get: names, reason, way out.
+_REFUSED_TARGETS = (
+    (
+        {*EXPERT_PROJECTIONS, "experts", "w1", "w2", "w3", "gate_proj", "up_proj", "mlp", "block_sparse_moe"},
+        "the experts are frozen in 4 bits, LoRA trains the attention only",
+        "remove it",
+    ),
+    (
+        {"gate", "router"},
+        "the router stays frozen under LoRA, so that routing moves only with the hidden states",
+        "remove it, or train the router with trainable.method: non_moe and trainable.router: true",
+    ),
+    (
+        {"lm_head", "head", "embed_tokens", "embeddings", "embedding"},
+        "embeddings and head do not take LoRA here",
+        "remove it, or train them with trainable.method: non_moe",
+    ),
+    ({"all-linear"}, "it would attach to the router and to the experts", "name the projections"),
+)
+# Settings of a LoRA adapter that would reach beyond, or shape unevenly, plain LoRA on every layer's attention.
+_PLAIN_LORA_ONLY = (
+    "modules_to_save",
+    "target_parameters",
+    "layers_to_transform",
+    "layer_replication",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "lora_bias",
+)
+
+
+def check_targets(names: Sequence[str], *, where: str = "trainable.lora.target_modules") -> tuple[str, ...]:
+    """The targets in order without repeats.
+
+    Raises:
+        AdapterError: one is not an attention projection (with the reason), or there is none.
+    """
+    targets = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    allowed = ", ".join(ATTENTION_PROJECTIONS)
+    if not targets:
+        raise AdapterError("no target module is named, so nothing would train", where=where, allowed=allowed)
+    for target in targets:
+        if target not in ATTENTION_PROJECTIONS:
+            reason, fix = _why_refused(target.rsplit(".", 1)[-1])
+            raise AdapterError(f"cannot train {target!r} with LoRA: {reason}", where=where, allowed=allowed, fix=fix)
+    return targets
+
+
+def _why_refused(name: str) -> tuple[str, str]:
+    for names, reason, fix in _REFUSED_TARGETS:
+        if name in names:
+            return reason, fix
+    near = difflib.get_close_matches(name, ATTENTION_PROJECTIONS, n=1)
+    return "the attention has no projection of that name", f"did you mean {near[0]!r}?" if near else "remove it"
+
+
+def add_attention_lora(
+    model: nn.Module,
+    arch: MoeArch,
+    *,
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = ATTENTION_PROJECTIONS,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> PeftModel:
+    """Puts LoRA on the attention of every layer and freezes the rest; the model is changed in place and wrapped.
+
+    Raises:
+        AdapterError: a target is an expert, the router, embedding or head, unknown, or the list is empty.
+    """
+    targets = check_targets(target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=[f"self_attn.{name}" for name in targets],
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+    expected = _lora_shapes(model, arch, r=r, targets=targets, dora=use_dora)
+    peft_model = get_peft_model(model, config)
+    _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=use_dora))
+    return peft_model
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Loads a LoRA adapter onto the base it was trained on; nothing of the model is touched before all checks passed.
+
+    Raises:
+        AdapterError: a file is missing or corrupt, the adapter is no plain attention LoRA, or its tensors do not fit.
+    """
+    folder = Path(folder)
+    arch = MoeArch.from_config(model.config.to_dict())
+    require_file(folder / LORA_CONFIG)
+    config = read_json(folder / LORA_CONFIG, kind=AdapterError)
+    _require_plain_lora(config, folder / LORA_CONFIG)
+    found = read_shapes(folder / LORA_TENSORS)
+    targets = _saved_targets(config, found, where=str(folder / LORA_CONFIG))
+    r, dora = config["r"], bool(config.get("use_dora"))
+    expected = _lora_shapes(model, arch, r=r, targets=targets, dora=dora)
+    require_same(
+        found,
+        expected,
+        folder / LORA_TENSORS,
+        what=f"the adapter does not fit this model at r={r}",
+        fix=f"load it onto the base it was trained on ({config.get('base_model_name_or_path')})",
+    )
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    if is_trainable:
+        _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=dora))
+    return peft_model
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """`save_pretrained` into a neighbouring temporary folder, then one rename a file, the config last."""
+    folder = Path(folder)
+    with writing(folder / LORA_TENSORS), tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
+        # False: the vocabulary never changes here, and "auto" may ask the hub for the base's config.
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == LORA_CONFIG):
+            os.replace(file, folder / file.name)
+
+
+def _lora_shapes(model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[str], dora: bool) -> Shapes:
+    """Names and shapes of the tensors in `adapter_model.safetensors` for this base.
+
+    Shapes come from the config because a 4-bit weight does not show its own.
+    """
+    shapes: Shapes = {}
+    for path, _ in model.named_modules():
+        leaf = path.rsplit(".", 1)[-1]
+        if leaf in targets and role_of(f"{path}.weight") == "attention":
+            out_features, in_features = arch.attention_shapes()[leaf]
+            prefix = f"base_model.model.{path}"
+            shapes[f"{prefix}.lora_A.weight"] = (r, in_features)
+            shapes[f"{prefix}.lora_B.weight"] = (out_features, r)
+            if dora:
+                shapes[f"{prefix}.lora_magnitude_vector"] = (out_features,)
+    return shapes
+
+
+def _assert_lora(model: PeftModel, expected: Shapes, count: int) -> None:
+    """Exactly the expected tensors train, in fp32, and their number is the formula's."""
+    trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    saved_as = {name.replace("magnitude_vector.weight", "magnitude_vector"): p for name, p in trained.items()}
+    shapes = {name: tuple(p.shape) for name, p in saved_as.items()}
+    assert shapes == expected, sorted(set(shapes) ^ set(expected))[:3]
+    assert all(p.dtype == torch.float32 for p in trained.values()), "LoRA weights must be fp32"
+    assert trainable_count(model) == count, f"{trainable_count(model)} LoRA parameters, the formula says {count}"
+
+
+def _saved_targets(config: Mapping[str, Any], found: Shapes, *, where: str) -> tuple[str, ...]:
+    """Projections of an adapter: its list, or what its tensors are named after when it holds a regular expression."""
+    listed = config.get("target_modules")
+    paths = listed if isinstance(listed, list) else [name.split(".lora_")[0] for name in found]
+    return check_targets(sorted({str(path).rsplit(".", 1)[-1] for path in paths}), where=where)
+
+
+def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
+    faults = [f"{key} is {config[key]!r}" for key in _PLAIN_LORA_ONLY if config.get(key)]
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias is {config['bias']!r}")
+    if config.get("peft_type") != "LORA":
+        faults.append(f"peft_type is {config.get('peft_type')!r}")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        faults.append(f"r is {config.get('r')!r}")
+    if faults:
+        raise AdapterError(
+            f"the adapter is not LoRA of one rank on the attention: {', '.join(faults)}",
+            where=str(path),
+            allowed=f"peft_type LORA on {', '.join(ATTENTION_PROJECTIONS)} of every layer, DoRA and rsLoRA included",
+            fix="train the adapter without these settings",
+        )

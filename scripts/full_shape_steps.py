@@ -1,7 +1,7 @@
 """Trains a few steps of a full-shape model from random weights, through `finetune train`, without a checkpoint.
 
 Takes a recipe, replaces its model by the shape in --shape (with the bundled tokenizer) and its data by the bundled
-conversations joined into full rows, and prints the run's JSON summary: tokens/s, peak device memory, census.
+conversations joined into full rows, and prints one JSON line: tokens/s, peak device memory, census, versions.
 
     python scripts/full_shape_steps.py recipes/mixtral-8x7b/qlora-attention-80gb.yaml --batch 2 --length 1024 --steps 10
 """
@@ -16,7 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+KEPT = ("steps", "tokens_per_second", "peak_device_bytes", "trainable_parameters", "census_bytes", "train_seconds")
 TINY = REPOSITORY / "recipes" / "tiny-mixtral"
 
 
@@ -62,11 +65,19 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         summary = json.loads(done.stdout)
-        summary["losses"] = [
-            line["loss"] for line in map(json.loads, (folder / "run" / "metrics.jsonl").open()) if "loss" in line
-        ]
-        summary["census"] = json.loads((folder / "run" / "census.json").read_text())["rows"]
-        print(json.dumps(summary))
+        logs = map(json.loads, (folder / "run" / "metrics.jsonl").open())
+        about = json.loads((folder / "run" / "run.json").read_text())
+        result = {
+            "recipe": str(args.recipe),
+            "batch": args.batch,
+            "length": args.length,
+            **{name: summary[name] for name in KEPT},
+            "losses": [line["loss"] for line in logs if "loss" in line],
+            "census": json.loads((folder / "run" / "census.json").read_text())["rows"],
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "packages": about["packages"],
+        }
+        print(json.dumps(result))
     return 0
 
 

@@ -1,0 +1,68 @@
+"""What the README shows is what happens: its Python runs, its commands exist, its error message is the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.recipe import load_recipe
+from tests.conftest import REPOSITORY
+from tests.running import run_finetune
+
+TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_python_runs(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    code = code.replace("outputs/tiny-mixtral-4bit", str(tmp_path / "saved"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "moe_4bit"
+
+
+def test_the_recipe_is_one(tmp_path: Path) -> None:
+    (recipe,) = blocks("yaml")
+    assert yaml.safe_load(recipe)["model"]
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml").training["learning_rate"] == 2e-4
+
+
+def test_the_error_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    (shown,) = (block for block in blocks("text") if block.startswith("$ finetune"))
+    command, _, message = shown.partition("\n")
+    ran = run_finetune(*shlex.split(command)[2:])
+    assert ran.status == 2
+    assert ran.stderr == message
+
+
+def test_every_command_and_file_exists() -> None:
+    shown = run_finetune("--help").stdout
+    for command in set(re.findall(r"`finetune (\w+)", TEXT)):
+        assert re.search(rf"^│ {command} ", shown, re.MULTILINE), command
+    for script in set(re.findall(r"scripts/\w+\.(?:sh|py)", TEXT)):
+        assert (REPOSITORY / script).is_file(), script
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_the_table_is_the_recorded_one() -> None:
+    """The table's numbers are those of the raw JSON lines."""
+    for line in (REPOSITORY / "bench" / "results" / "h100-80gb-2x1024.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        (row,) = (text for text in TEXT.splitlines() if text.startswith(f"| `{Path(run['recipe']).name}`"))
+        assert f"{run['census_bytes'] / 2**30:.1f} GiB" in row
+        assert f"{run['peak_device_bytes'] / 2**30:.1f} GiB" in row
+        assert f"{run['tokens_per_second']:,.0f}" in row

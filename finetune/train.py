@@ -131,8 +131,8 @@ def train(
     router = RouterCallback(RouterCapture(model, num_experts=arch.experts, top_k=arch.top_k))
     callbacks: list[TrainerCallback] = [
         *([router] if recipe.router.log else []),
+        progress := ProgressCallback(),  # adds tokens_per_second, which the files below record
         JsonlCallback(run.metrics, extra=[router.loads]),
-        progress := ProgressCallback(),
         speed,
         *wandb_callbacks(recipe, run),
     ]

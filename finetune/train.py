@@ -7,7 +7,6 @@ claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from transformers.integrations import WandbCallback
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from finetune.console import Report, gib
+from finetune.console import Report
 from finetune.data import apply_template, audit, load_conversations, require_supervision, supervise
 from finetune.errors import DeviceError, FinetuneError, RecipeError
 from finetune.jsonl import JsonlCallback
@@ -37,10 +37,9 @@ from finetune.model import (
 )
 from finetune.preflight import disk_bytes, preflight, show_memory
 from finetune.progress import ProgressCallback
-from finetune.quant import Census, require_quantized_experts, take_census
+from finetune.quant import require_quantized_experts, take_census
 from finetune.recipe import Recipe, provenance, resolved_yaml
-from finetune.routing import RouterCallback, RouterCapture, layer_metrics
-from finetune.routing.plots import load_heat_map, run_load, training_curves
+from finetune.routing import RouterCallback, RouterCapture
 from finetune.runfolder import (
     RunFolder,
     claimed,
@@ -51,6 +50,7 @@ from finetune.runfolder import (
     write_json,
     write_text,
 )
+from finetune.summary import show_census, show_router, show_summary, summarize
 from finetune.trainable import add_attention_lora, keep_fp32_masters, trainable_count, unfreeze_non_moe
 from finetune.trainer import MoeTrainer, SpeedCallback
 
@@ -81,6 +81,14 @@ def train(
     Raises:
         FinetuneError: whatever the user can mend, before the first step where possible.
     """
+    if resume and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # accelerate 1.15 cannot load a sharded model whose frozen weights are 4-bit.
+        raise DeviceError(
+            "a sharded run (FSDP) cannot be resumed",
+            where="--resume",
+            allowed="one process, or accelerate_configs/multi_gpu.yaml",
+            fix="start it again; each of its checkpoint folders holds an adapter that can be merged",
+        )
     device = resolve_device(recipe.model.device)
     args = training_arguments(recipe, device)
     main = PartialState().is_main_process
@@ -161,10 +169,19 @@ def train(
 
     # Save.
     summary: dict[str, Any] = {}
+    tuned = trainer.tuned_tensors()
     if trainer.is_world_process_zero():
         with staged(run.adapter, replace=True) as folder:
-            trainer.save_tuned(folder)
-        summary = summarize(run, recipe, trainer, speed, result.metrics, census)
+            trainer.save_tuned(folder, tuned)
+        summary = summarize(
+            run,
+            census,
+            draw=recipe.router.figures,
+            steps=trainer.state.global_step,
+            trainable_parameters=trainable_count(trainer.model),
+            tokens_per_second=speed.tokens_per_second,
+            metrics=result.metrics,
+        )
         show_router(router, report)
         show_summary(summary, report)
         write_json(run.root / "summary.json", summary)
@@ -318,81 +335,3 @@ class out_of_memory_explained:
                 fix="lower training.per_device_train_batch_size (and raise gradient_accumulation_steps) or "
                 "training.max_length; keep training.gradient_checkpointing on; use quantization.attention=nf4",
             ) from error
-
-
-# ---- reports ------------------------------------------------------------------------------------------------
-
-
-def show_census(census: Census, report: Report) -> None:
-    rows = [(f"{row.role} ({row.tensors})", row.dtype, gib(row.bytes)) for row in census.rows]
-    report.table("Byte census", ("role (tensors)", "dtype", "size"), [*rows, ("total", "", gib(census.total_bytes))])
-
-
-def show_router(router: RouterCallback, report: Report) -> None:
-    if "train" not in router.totals:
-        return
-    rows = [
-        (
-            f"{index}",
-            f"{layer.max_vio:.3f}",
-            f"{layer.min_utilization:.2f}",
-            f"{layer.max_utilization:.2f}",
-            f"{layer.load_entropy:.3f}",
-            f"{layer.balance_loss:.3f}",
-        )
-        for index, layer in enumerate(layer_metrics(router.totals["train"]))
-    ]
-    columns = ("layer", "MaxVio", "min util.", "max util.", "entropy", "balance")
-    report.table("Router over the training tokens (1.0 is an even share)", columns, rows)
-
-
-def summarize(
-    run: RunFolder,
-    recipe: Recipe,
-    trainer: MoeTrainer,
-    speed: SpeedCallback,
-    metrics: dict[str, float],
-    census: Census,
-) -> dict[str, Any]:
-    """Draws the figures and collects what a run has to say."""
-    figures = []
-    if recipe.router.figures:
-        curves = run.figures / "training.png"
-        training_curves(run.metrics, curves)
-        figures.append(str(curves))
-        load = run_load(run.metrics)
-        if load is not None:
-            heat_map = run.figures / "router_load.png"
-            load_heat_map(load, heat_map, title="Expert load over the training tokens")
-            figures.append(str(heat_map))
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    return {
-        "output": str(run.root),
-        "adapter": str(run.adapter),
-        "metrics": str(run.metrics),
-        "figures": figures,
-        "steps": trainer.state.global_step,
-        "train_loss": metrics.get("train_loss"),
-        "eval_loss_first": held_out[0] if held_out else None,
-        "eval_loss_last": held_out[-1] if held_out else None,
-        "tokens_per_second": speed.tokens_per_second,
-        "train_seconds": metrics.get("train_runtime"),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        "trainable_parameters": trainable_count(trainer.model),
-        "census_bytes": census.total_bytes,
-    }
-
-
-def show_summary(summary: dict[str, Any], report: Report) -> None:
-    rows = [("steps", f"{summary['steps']}")]
-    if summary["eval_loss_first"] is not None:
-        change = f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss_last']:.3f}"
-        rows.append(("held-out completion loss (nats)", change))
-    if summary["tokens_per_second"] is not None:
-        rows.append(("tokens/s", f"{summary['tokens_per_second']:,.0f}"))
-    if summary["peak_device_bytes"] is not None:
-        rows.append(("peak device memory", gib(summary["peak_device_bytes"])))
-    rows += [("adapter", summary["adapter"]), ("metrics", summary["metrics"])]
-    rows += [("figure", figure) for figure in summary["figures"]]
-    report.table("Done", ("what", "result"), rows)

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from finetune.model import BaseSpec
 from finetune.runfolder import full_disk_explained
-from finetune.trainable import load_non_moe, save_adapter, save_non_moe
+from finetune.trainable import load_non_moe, save_adapter, save_non_moe, trained_tensors
 
 
 class MoeTrainer(SFTTrainer):
@@ -63,22 +63,29 @@ class MoeTrainer(SFTTrainer):
             logs["eval_loss"] = nll / max(tokens, 1.0)
         super().log(logs, start_time)
 
-    def save_tuned(self, folder: Path) -> None:
+    def tuned_tensors(self) -> dict[str, torch.Tensor]:
+        """What trains, whole, by name; every process must call it."""
+        return trained_tensors(self.accelerator.unwrap_model(self.model))
+
+    def save_tuned(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Writes adapter or non-MoE tensors, tokenizer and `base.json`: all that loading needs besides the base."""
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
-            save_adapter(model, folder)
+            save_adapter(model, folder, tensors)
         else:
-            save_non_moe(model, folder, base={"path": self.base.path, "fingerprint": self.base.fingerprint})
+            base = {"path": self.base.path, "fingerprint": self.base.fingerprint}
+            save_non_moe(model, folder, base=base, tensors=tensors)
         self.processing_class.save_pretrained(folder)
         self.base.save(folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Upstream writes the whole model without an adapter, 23 GB of frozen experts a checkpoint, and asks the hub
-        # for the base's config with one.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Upstream writes (and under FSDP gathers) the whole model, 23 GB of frozen experts a checkpoint, and asks the
+        # hub for the base's config.
         assert output_dir is not None
-        self.save_tuned(Path(output_dir))
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        tensors = self.tuned_tensors()
+        if self.args.should_save:
+            self.save_tuned(Path(output_dir), tensors)
+            torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes a checkpoint to its end, or removes it, so that it does not hold the space that going on needs."""

@@ -251,3 +251,10 @@ def test_debug_shows_where_it_was_raised(write_recipe: Write, tmp_path: Path) ->
     assert ran.stderr.startswith("Traceback (most recent call last):")
     assert "check_model_folder" in ran.stderr
     assert "does not exist\n  where: model.path" in ran.stderr
+
+
+def test_a_sharded_run_does_not_resume(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused(tmp_path, "train", write_recipe(), "--resume", says=("a sharded run (FSDP) cannot be resumed",))

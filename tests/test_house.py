@@ -20,7 +20,7 @@ ROWS = (
     ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl"),
     ("quant", "data", "trainable", "routing", "activations", "memory", "progress"),
     ("model",),
-    ("preflight", "trainer", "evaluate", "infer"),
+    ("preflight", "trainer", "summary", "evaluate", "infer"),
     ("train", "export", "bench"),
     ("chat", "serve"),
     ("cli",),

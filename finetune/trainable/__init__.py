@@ -6,12 +6,12 @@ frozen weights to fp32, and loading an adapter of another shape is a warning. He
 its size is asserted against the formula in `MoeArch`: LoRA on q/k/v/o of every layer (lora.py), or everything but the
 experts (non_moe.py).
 
-Leaves out: merging (export/), checkpoints of the optimizer (the trainer's), and saving from sharded parameters.
+Leaves out: merging (export/) and checkpoints of the optimizer (the trainer's).
 """
 
 from finetune.trainable.files import check_tuned, read_adapter_kind
 from finetune.trainable.lora import add_attention_lora, check_targets, load_adapter, save_adapter
-from finetune.trainable.masters import keep_fp32_masters, trainable_count
+from finetune.trainable.masters import keep_fp32_masters, trainable_count, trained_tensors
 from finetune.trainable.non_moe import load_non_moe, save_non_moe, unfreeze_non_moe
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "save_adapter",
     "save_non_moe",
     "trainable_count",
+    "trained_tensors",
     "unfreeze_non_moe",
 ]

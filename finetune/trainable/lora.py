@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, role_of
@@ -149,12 +149,16 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     return peft_model
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """`save_pretrained` into a neighbouring temporary folder, then one rename a file, the config last."""
+def save_adapter(model: PeftModel, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """`save_pretrained` into a neighbouring temporary folder, then one rename a file, the config last.
+
+    Args:
+        tensors: what `trained_tensors` gathered, where the model's own are sharded.
+    """
     folder = Path(folder)
     with writing(folder / LORA_TENSORS), tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
         # False: the vocabulary never changes here, and "auto" may ask the hub for the base's config.
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        model.save_pretrained(scratch, save_embedding_layers=False, state_dict=tensors)
         for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == LORA_CONFIG):
             os.replace(file, folder / file.name)
 

@@ -1,11 +1,12 @@
-"""The parameters that train: how many they are, and that they stay fp32."""
+"""The parameters that train: how many they are, that they stay fp32, and whole again where they are sharded."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def trainable_count(model: nn.Module) -> int:
@@ -24,3 +25,12 @@ def keep_fp32_masters(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in before:
             parameter.data = before[name].to(parameter.device)
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that trains, by name, detached and whole.
+
+    Shards (FSDP2) are gathered, so every process must call it.
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.arch import MoeArch, role_of
 from finetune.errors import AdapterError, FinetuneError
 from finetune.trainable.files import NON_MOE_CONFIG, NON_MOE_TENSORS, read_shapes, require_same, writing
-from finetune.trainable.masters import trainable_count
+from finetune.trainable.masters import trainable_count, trained_tensors
 
 
 def unfreeze_non_moe(model: nn.Module, arch: MoeArch, *, router: bool = False) -> None:
@@ -38,13 +38,16 @@ def unfreeze_non_moe(model: nn.Module, arch: MoeArch, *, router: bool = False) -
     assert count == expected, f"{count} parameters train, the formula says {expected}"
 
 
-def save_non_moe(model: nn.Module, folder: str | Path, *, base: Mapping[str, Any]) -> None:
+def save_non_moe(
+    model: nn.Module, folder: str | Path, *, base: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes every trainable parameter to `non_moe.safetensors`, whole or not at all, and a readable `non_moe.json`.
 
     Args:
         base: what identifies the base model (path, fingerprint); kept with the tensors and compared by `load_non_moe`.
+        tensors: what `trained_tensors` gathered, where the model's own are sharded.
     """
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: t.contiguous() for name, t in (tensors or trained_tensors(model)).items()}
     assert tensors, "nothing trains in this model"
     about = {
         "format": 1,

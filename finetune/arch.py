@@ -177,14 +177,19 @@ class MoeArch:
         return self.attention_params + self.norm_params + self.embedding_params + (self.router_params if router else 0)
 
 
+def layer_path(layer: int) -> str:
+    """Module path of a decoder layer inside a transformers causal LM."""
+    return f"model.layers.{layer}"
+
+
 def experts_path(layer: int) -> str:
     """Module path of a layer's experts inside a transformers causal LM."""
-    return f"model.layers.{layer}.mlp.experts"
+    return f"{layer_path(layer)}.mlp.experts"
 
 
 def router_path(layer: int) -> str:
     """Module path of a layer's router inside a transformers causal LM."""
-    return f"model.layers.{layer}.mlp.gate"
+    return f"{layer_path(layer)}.mlp.gate"
 
 
 def role_of(name: str) -> str:

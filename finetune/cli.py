@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 app.add_typer(recipe_app, name="recipe")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: training, what others would do, kernels.")
+app.add_typer(bench_app, name="bench")
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -38,6 +40,10 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, logs elsewhere.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Rows of a micro-batch; the recipe's by default.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the recipe's by default.")]
+Steps = Annotated[int, typer.Option(min=1, help="Measured steps, after three of warm-up.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Append the JSON line to this file.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.", show_default=False)]
 
 
@@ -213,6 +219,83 @@ def recipe_show_schema(debug: Debug = False) -> None:
     """Print the JSON Schema of recipes, for editors."""
     with reporting(True, debug) as report:
         report.finish(recipe_schema())
+
+
+@bench_app.command("train")
+def bench_train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    batch: Batch = None,
+    length: Length = None,
+    steps: Steps = 8,
+    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model, without a checkpoint.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the training of a recipe: trainer, bare step, roofline, memory, kernels."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench.train import bench_train as run
+
+        require_appendable(out)
+        document = run(
+            recipe,
+            report,
+            overrides=overrides or (),
+            batch=batch,
+            length=length,
+            steps=steps,
+            random_weights=random_weights,
+        )
+        hand_over(document, report, out)
+
+
+@bench_app.command("peers")
+def bench_peers(
+    shape: Annotated[
+        Path | None, typer.Option(help="Folder with a config.json; Mixtral 8x7B's by default.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=1)] = 1024,
+    steps: Steps = 8,
+    layers: Annotated[int, typer.Option(min=0, help="Measure so many layers and scale the time; 0 is all.")] = 0,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what one would train with instead, as far as it is installed."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.bench.peers import bench_peers as run
+        from finetune.bench.result import hand_over, require_appendable
+
+        require_appendable(out)
+        hand_over(run(report, shape=shape, batch=batch, length=length, steps=steps, layers=layers), report, out)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    shape: Annotated[
+        Path | None, typer.Option(help="Folder with a config.json; Mixtral 8x7B's by default.", show_default=False)
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a micro-batch; 1024, 2048 and 8192 by default.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure single kernels and one layer's experts, beside the copy rate."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.bench.kernels import TOKENS
+        from finetune.bench.kernels import bench_kernels as run
+        from finetune.bench.result import hand_over, require_appendable
+
+        require_appendable(out)
+        hand_over(run(report, shape=shape, tokens=tokens or TOKENS), report, out)
 
 
 @contextlib.contextmanager

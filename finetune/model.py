@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.arch import MoeArch, router_path
+from finetune.attention import read_packing, resolve_attention
 from finetune.checkpoint import check_model_folder, incomplete, read_json, require_every_expert
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
+from finetune.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
 from finetune.quant import Moe4bitConfig
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
@@ -142,7 +144,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def check_base(
-    base: BaseSpec, attn_implementation: str = "sdpa", *, weights: bool = True
+    base: BaseSpec, attn_implementation: str = "auto", *, weights: bool = True
 ) -> tuple[dict[str, Any], MoeArch]:
     """Config and shape of a base, after every check that needs no more than its config and its shards' headers.
 
@@ -158,14 +160,14 @@ def check_base(
     _require_same_storage(config, base)
     if local and weights:
         require_every_expert(Path(base.path), arch.experts)
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     # With a slash it is a kernel on the hub.
     if attn_implementation not in known and "/" not in attn_implementation:
         raise ModelError(
             f"transformers has no attention function {attn_implementation!r}",
             where="model.attn_implementation",
             allowed=", ".join(name for name in known if "|" not in name),
-            fix="set model.attn_implementation=sdpa",
+            fix="set model.attn_implementation=auto",
         )
     return config, arch
 
@@ -175,12 +177,14 @@ def load_base(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = "auto",
+    fused_layers: FusedLayers = "auto",
     random_weights_seed: int | None = None,
 ) -> LoadedModel:
     """Loads a base model with its experts in NF4.
 
     Args:
+        fused_layers: see `fused_layers.wants_fused_layers`.
         random_weights_seed: builds the shape of `base.path`'s config.json from random weights instead.
 
     Raises:
@@ -197,6 +201,7 @@ def load_base(
             where=base.path,
             fix="use the tokenizer that belongs to the model",
         )
+    attn_implementation = resolve_attention(attn_implementation, where, torch_dtype, arch.head_dim)
     if random_weights_seed is not None:
         model = build_random_model(
             AutoConfig.from_pretrained(base.path, revision=base.revision),
@@ -208,6 +213,9 @@ def load_base(
         )
     else:
         model = _from_pretrained(base, config, torch_dtype, where, attn_implementation)
+    read_packing(model)
+    if wants_fused_layers(fused_layers, where, arch.model_type):
+        fuse_layers(model)
     fingerprint = router_fingerprint(model, arch)
     if base.fingerprint and base.fingerprint != fingerprint:
         raise AdapterError(
@@ -226,7 +234,7 @@ def load(
     base_path: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = "auto",
     attention: AttentionStorage | None = None,
 ) -> LoadedModel:
     """Loads whatever `path` is: a base or merged model, or an adapter (LoRA or non-MoE) with its base.

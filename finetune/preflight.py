@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import SaveStrategy
 
+from finetune.activations import ActivationPlan, plan_activations
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
-from finetune.memory import MemoryEstimate, estimate
+from finetune.fused_layers import wants_fused_layers
+from finetune.kernels.experts_matmul import BackendChoice, choose_backend
+from finetune.memory import CUDA_CONTEXT, GIB, MemoryEstimate, Run, estimate, recompute_seconds, total
+from finetune.memory.run import Backend, Dtype
 from finetune.model import read_config, resolve_dtype
 from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-_DTYPES: dict[torch.dtype, Literal["bfloat16", "float16", "float32"]] = {
+_DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float32: "float32",
@@ -29,47 +36,107 @@ _BESIDE_WEIGHTS = 8 * 2**20
 
 
 def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None = None) -> MemoryEstimate:
-    """Estimates the recipe on `device`.
+    """Estimates the recipe on `device`, with the activation plan that it will train with.
+
+    The plan may use what `memory.budget_gib` allows and what is free. On a CPU, whose memory is not looked at, `auto`
+    keeps everything unless the recipe has a budget: recomputation only takes time there.
 
     Args:
         device_bytes: memory of the device; asked of the GPU when not given, unknown on a CPU.
 
     Raises:
         ModelError: the model's config cannot be read or is no supported mixture of experts.
+        DeviceError: the experts' backend does not run on this GPU.
     """
     arch = MoeArch.from_config(read_config(recipe.model.path, recipe.model.revision), where=recipe.model.path)
-    training: dict[str, Any] = recipe.training
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
-        device_bytes = torch.cuda.mem_get_info(device)[1]
-    return estimate(
+        device_bytes = _usable_bytes(device)
+    budget, usable = recipe.memory.budget_gib, device_bytes
+    if budget is not None:
+        usable = min(int(budget * GIB), usable or int(budget * GIB))
+    run = _run(recipe, arch, device)
+    checkpointing = recipe.training["gradient_checkpointing"]
+    if checkpointing == "auto" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        checkpointing = "full"  # what a shard needs is not estimated
+    none = replace(run, keep_attention=arch.layers, keep_gate_up=arch.layers)
+    least = none if checkpointing == "none" else run
+    planned = least if checkpointing != "auto" else none if usable is None else _planned(run, usable)
+    memory = estimate(planned, device_bytes=usable, least=least)
+    if not memory.fits and budget is not None and (device_bytes is None or memory.total_bytes <= device_bytes):
+        enough = math.ceil(10 * memory.total_bytes / GIB) / 10
+        memory = replace(memory, advice=(f"set memory.budget_gib: {enough} or more", *memory.advice))
+    return memory
+
+
+def plan_of(memory: MemoryEstimate) -> ActivationPlan:
+    """The plan that the estimate counts with."""
+    return ActivationPlan.last(memory.layers, attention=memory.keep_attention, gate_up=memory.keep_gate_up)
+
+
+def _planned(run: Run, usable: int) -> Run:
+    """The run with the plan that saves most time among those that fit; full checkpointing when none does."""
+
+    def with_plan(plan: ActivationPlan) -> Run:
+        return replace(run, keep_attention=plan.attention_layers, keep_gate_up=plan.gate_up_layers)
+
+    attention_cost, gate_up_cost = recompute_seconds(run)
+    plan = plan_activations(
+        run.arch.layers,
+        lambda plan: total(with_plan(plan)) <= usable,
+        attention_cost=attention_cost,
+        gate_up_cost=gate_up_cost,
+    )
+    return with_plan(plan)
+
+
+def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
+    """The recipe as the estimate sees it, with full checkpointing; the defaults are TRL's."""
+    training: dict[str, Any] = recipe.training
+    lora, dtype = recipe.trainable.lora, resolve_dtype(recipe.model.dtype, device)
+    return Run(
         arch,
         method=recipe.trainable.method,
-        lora_r=recipe.trainable.lora.r,
-        lora_targets=recipe.trainable.lora.target_modules,
-        use_dora=recipe.trainable.lora.use_dora,
+        lora_r=lora.r,
+        lora_targets=lora.target_modules,
+        lora_dropout=lora.dropout > 0,
+        use_dora=lora.use_dora,
         router=recipe.trainable.router,
         attention_storage=recipe.quantization.attention,
-        # The defaults are TRL's.
         optimizer=training.get("optim", "adamw_torch_fused"),
         micro_batch=training.get("per_device_train_batch_size", 8),
         seq_len=training.get("max_length") or 1024,
-        gradient_checkpointing=training.get("gradient_checkpointing", True),
-        dtype=_DTYPES[resolve_dtype(recipe.model.dtype, device)],
+        accumulates=training.get("gradient_accumulation_steps", 1) > 1,
+        dtype=_DTYPES[dtype],
+        backend=_backend(recipe.model.experts_backend, device, dtype),
+        fused_layers=wants_fused_layers(recipe.model.fused_layers, device, arch.model_type),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
         device="cuda" if device.type == "cuda" else "cpu",
-        device_bytes=device_bytes,
     )
 
 
+def _backend(wanted: BackendChoice, device: torch.device, dtype: torch.dtype) -> Backend:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "loop" if wanted == "loop" else "grouped"  # of a GPU that is not at hand: the one that needs more
+    return choose_backend(wanted, device, dtype)
+
+
+def _usable_bytes(device: torch.device) -> int:
+    """What this process may use of a GPU: what is free, what it holds already, and its context, which it has by now."""
+    free, whole = torch.cuda.mem_get_info(device)
+    return min(whole, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT)
+
+
 def show_memory(memory: MemoryEstimate, report: Report) -> None:
-    """The preflight table, and what to change when it does not fit."""
+    """The preflight table, the activation plan, and what to change when it does not fit."""
     rows = [(item.name, gib(item.bytes), item.detail) for item in memory.items]
-    size = "" if memory.device_bytes is None else f"of {gib(memory.device_bytes)} on the device"
+    size = "" if memory.device_bytes is None else f"of {gib(memory.device_bytes)} that it may use"
     title = f"Preflight: memory of {memory.micro_batch} x {memory.seq_len} tokens"
     report.table(title, ("what", "size", "how"), [*rows, ("total", gib(memory.total_bytes), size)])
+    report.line(f"activations: {plan_of(memory)}")
     if memory.largest_micro_batch is not None:
         report.line(f"largest micro-batch that fits: {memory.largest_micro_batch}")
     if memory.device_bytes is not None and not memory.fits:
-        report.line(f"does not fit: {gib(memory.total_bytes)} on a device of {gib(memory.device_bytes)}")
+        report.line(f"does not fit: {gib(memory.total_bytes)} of {gib(memory.device_bytes)} that it may use")
     for line in memory.advice:
         report.line(f"to make it fit: {line}")
 

@@ -1,5 +1,6 @@
 """The story of a run, top to bottom: recipe, preflight, data, model, census, what trains, trainer, what is saved.
 
+Three parts: `prepare` up to the first step, `run_steps`, and what `train` saves; the bench shares the first two.
 Everything that can be refused is refused before the weights are read; nothing is written before the output folder is
 claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ stands in trainer.py.
 """
@@ -19,13 +20,15 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from transformers.integrations import WandbCallback
-from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
+from finetune.activations import apply_plan
+from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.data import apply_template, audit, load_conversations, require_supervision, supervise
 from finetune.errors import DeviceError, FinetuneError, RecipeError
 from finetune.jsonl import JsonlCallback
+from finetune.memory import MemoryEstimate
 from finetune.model import (
     BaseSpec,
     LoadedModel,
@@ -35,9 +38,9 @@ from finetune.model import (
     resolve_device,
     resolve_dtype,
 )
-from finetune.preflight import disk_bytes, preflight, show_memory
+from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
 from finetune.progress import ProgressCallback
-from finetune.quant import require_quantized_experts, take_census
+from finetune.quant import Census, Nf4Experts, require_quantized_experts, take_census
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.routing import RouterCallback, RouterCapture
 from finetune.runfolder import (
@@ -63,6 +66,21 @@ class Rows:
     eval: Dataset | None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step: the trainer, and what watches and describes it."""
+
+    trainer: MoeTrainer
+    run: RunFolder
+    checkpoint: Path | None
+    memory: MemoryEstimate
+    census: Census
+    arch: MoeArch
+    progress: ProgressCallback
+    speed: SpeedCallback
+    router: RouterCallback
+
+
 def train(
     recipe: Recipe,
     report: Report,
@@ -71,7 +89,42 @@ def train(
     overwrite: bool = False,
     random_weights: bool = False,
 ) -> dict[str, Any]:
-    """Runs a recipe; returns the summary that `--json` prints.
+    """Runs a recipe; returns the summary that `--json` prints. Arguments and errors are those of `prepare`."""
+    ready = prepare(recipe, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
+    metrics = run_steps(ready, recipe)
+
+    # Save.
+    summary: dict[str, Any] = {}
+    trainer, run = ready.trainer, ready.run
+    tuned = trainer.tuned_tensors()
+    if trainer.is_world_process_zero():
+        with staged(run.adapter, replace=True) as folder:
+            trainer.save_tuned(folder, tuned)
+        summary = summarize(
+            run,
+            ready.census,
+            draw=recipe.router.figures,
+            steps=trainer.state.global_step,
+            trainable_parameters=trainable_count(trainer.model),
+            tokens_per_second=ready.speed.tokens_per_second,
+            metrics=metrics,
+        )
+        show_router(ready.router, report)
+        show_summary(summary, report)
+        write_json(run.root / "summary.json", summary)
+    PartialState().wait_for_everyone()
+    return summary
+
+
+def prepare(
+    recipe: Recipe,
+    report: Report,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    random_weights: bool = False,
+) -> Prepared:
+    """Everything up to the first step; the output folder is claimed.
 
     Args:
         resume: continue from the last whole checkpoint of the same recipe's run.
@@ -120,6 +173,7 @@ def train(
         dtype=recipe.model.dtype,
         device=recipe.model.device,
         attn_implementation=recipe.model.attn_implementation,
+        fused_layers=recipe.model.fused_layers,
         random_weights_seed=args.seed if random_weights else None,
     )
     apply_template(loaded.tokenizer, recipe.data.template)
@@ -133,6 +187,12 @@ def train(
     model = choose_trainable(loaded, recipe)
     if main:
         report.line(f"{trainable_count(model):,} of {arch.total_params:,} parameters train ({recipe.trainable.method})")
+
+    # What a step keeps for its backward pass, and how it multiplies the experts.
+    apply_plan(model, arch, plan := plan_of(memory))
+    for module in model.modules():
+        if isinstance(module, Nf4Experts):
+            module.backend = recipe.model.experts_backend
 
     # The output folder: taken now, given back if TRL refuses.
     speed = SpeedCallback()
@@ -160,33 +220,17 @@ def train(
                 callbacks=callbacks,
             )
 
-    # Train.
-    trainer.base = loaded.base
+    trainer.base, trainer.plan = loaded.base, plan
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
-    with progress, out_of_memory_explained(recipe), wandb_refusals_explained(recipe):
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return Prepared(trainer, run, checkpoint, memory, census, arch, progress, speed, router)
 
-    # Save.
-    summary: dict[str, Any] = {}
-    tuned = trainer.tuned_tensors()
-    if trainer.is_world_process_zero():
-        with staged(run.adapter, replace=True) as folder:
-            trainer.save_tuned(folder, tuned)
-        summary = summarize(
-            run,
-            census,
-            draw=recipe.router.figures,
-            steps=trainer.state.global_step,
-            trainable_parameters=trainable_count(trainer.model),
-            tokens_per_second=speed.tokens_per_second,
-            metrics=result.metrics,
-        )
-        show_router(router, report)
-        show_summary(summary, report)
-        write_json(run.root / "summary.json", summary)
-    PartialState().wait_for_everyone()
-    return summary
+
+def run_steps(ready: Prepared, recipe: Recipe) -> dict[str, float]:
+    """Trains; returns the trainer's metrics."""
+    resumed = None if ready.checkpoint is None else str(ready.checkpoint)
+    with ready.progress, out_of_memory_explained(recipe), wandb_refusals_explained(recipe):
+        return ready.trainer.train(resume_from_checkpoint=resumed).metrics
 
 
 def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
@@ -199,12 +243,7 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
     dtype = resolve_dtype(recipe.model.dtype, device)
     if "bf16" not in given and "fp16" not in given:
         given |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    if given.get("gradient_checkpointing", True):
-        # Reentrant checkpointing would log an auxiliary loss without its gradient.
-        given["gradient_checkpointing_kwargs"] = {
-            "use_reentrant": False,
-            **(given.get("gradient_checkpointing_kwargs") or {}),
-        }
+    given["gradient_checkpointing"] = False  # the activation plan does it, layer by layer
     with refusals_explained():
         args = SFTConfig(
             **given,
@@ -232,8 +271,6 @@ def _require_usable(args: SFTConfig) -> None:
         num_training_steps=steps,
         scheduler_specific_kwargs=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
     )
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("`use_liger_kernel` needs the package liger-kernel: pip install 'moe-qlora[kernels]'")
 
 
 @contextlib.contextmanager
@@ -332,6 +369,6 @@ class out_of_memory_explained:
             raise DeviceError(
                 "the GPU ran out of memory: " + str(error).split(". GPU")[0].splitlines()[0],
                 where="training step",
-                fix="lower training.per_device_train_batch_size (and raise gradient_accumulation_steps) or "
-                "training.max_length; keep training.gradient_checkpointing on; use quantization.attention=nf4",
+                fix="set training.gradient_checkpointing=auto and a memory.budget_gib below what is free; or lower "
+                "training.per_device_train_batch_size (and raise gradient_accumulation_steps) or training.max_length",
             ) from error

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from finetune.activations import ActivationPlan
 from finetune.model import BaseSpec
 from finetune.runfolder import full_disk_explained
 from finetune.trainable import load_non_moe, save_adapter, save_non_moe, trained_tensors
@@ -26,6 +27,7 @@ class MoeTrainer(SFTTrainer):
     """TRL's trainer, with a loss that is only the loss, and checkpoints that hold only what trains."""
 
     base: BaseSpec
+    plan: ActivationPlan
     model: Any  # upstream allows None, which ends with __init__
     processing_class: Any
     _held_out: torch.Tensor  # sum of negative log-likelihoods, number of supervised tokens

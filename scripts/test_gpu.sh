@@ -1,37 +1,87 @@
 #!/usr/bin/env bash
-# Every test that needs a CUDA device, then ten full-shape training steps a recipe; a short table last. About 6 minutes on
-# one 80 GB GPU. RESULTS=FILE keeps the raw JSON lines; STEPS_ONLY=1 leaves the tests out. Uses the python3 on the path
-# (PYTHON=... for another), since GPU machines bring their own torch.
+# Every test that needs a CUDA device, then the benches of the README's table; a short table last. Under 9 minutes on one
+# 80 GB GPU. Uses the python3 on the path (PYTHON=... for another), since GPU machines bring their own torch.
+#
+#   PARTS="tests train peers kernels"   which parts; one that fails does not stop the others
+#   ROWS="8x1024 4x4096"                which rows of training, of those named below
+#   RESULTS=DIR                         keeps the raw JSON lines there
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+parts=${PARTS:-tests train peers kernels}
+rows=${ROWS:-8x1024 4x4096 2x1024 8x1024-34gib}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+results=${RESULTS:-$work/results}
+mkdir -p "$results"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+status=0
 
-tests=0
-if [[ -z ${STEPS_ONLY:-} ]]; then
-  "$python" -m pytest tests/gpu -o addopts="-q --strict-markers" -p no:cacheprovider
-  tests=$?
+part() { [[ " $parts " == *" $1 "* ]]; }
+
+# bench NAME ARGS...: one bench, its tables shown, its JSON line in NAME.json.
+bench() {
+  local name=$1 begun=$SECONDS
+  shift
+  echo "== $name"
+  rm -f "$results/$name.json"
+  if ! "$python" -m finetune bench "$@" --out "$results/$name.json" 2>"$work/$name.log" | grep -v '^{'; then
+    echo "$name failed:"
+    tail -n 15 "$work/$name.log"
+    status=1
+  fi
+  echo "$name took $((SECONDS - begun)) s"
+}
+
+# train NAME ARGS...: one row of training on the LoRA recipe, or on the one that METHOD names.
+train() {
+  local name=$1
+  shift
+  bench "train-$name" train "recipes/mixtral-8x7b/${METHOD:-qlora-attention}-80gb.yaml" --random-weights "$@"
+}
+
+if part tests; then
+  "$python" -m pytest tests/gpu -o addopts="-q --strict-markers" -p no:cacheprovider || status=1
 fi
-for method in qlora-attention freeze-experts; do
-  "$python" scripts/full_shape_steps.py "recipes/mixtral-8x7b/$method-80gb.yaml" --batch 2 --length 1024 --steps 10 \
-    >"$work/$method.json" || echo "{}" >"$work/$method.json"
-done
-if [[ -n ${RESULTS:-} ]]; then cat "$work"/*.json >"$RESULTS"; fi
-"$python" - "$work" <<'END'
+if part train; then
+  for row in $rows; do
+    case $row in
+      8x1024-34gib) train "$row" --batch 8 --length 1024 --set memory.budget_gib=34 ;;
+      8x1024-loop) train "$row" --batch 8 --length 1024 --set model.experts_backend=loop ;;
+      8x1024-non-moe) METHOD=freeze-experts train "$row" --batch 8 --length 1024 ;;
+      *x*) train "$row" --batch "${row%x*}" --length "${row#*x}" ;;
+    esac
+  done
+fi
+if part peers; then bench peers peers --batch 8 --length 1024; fi
+if part kernels; then bench kernels kernels; fi
+
+"$python" - "$results" <<'END_OF_TABLE'
 import json, pathlib, sys
-import torch
-print(torch.cuda.get_device_name(), "torch", torch.__version__)
-print(f"{'recipe, 2x1024':<20}{'tokens/s':>10}{'peak GiB':>10}{'census GiB':>12}  losses")
-for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
-    run = json.loads(path.read_text() or "{}")
-    if not run:
-        print(f"{path.stem:<20}  failed")
-        continue
-    losses = " ".join(f"{loss:.3f}" for loss in run["losses"])
-    print(f"{path.stem:<20}{run['tokens_per_second']:>10,.0f}{run['peak_device_bytes'] / 2**30:>10.1f}"
-          f"{run['census_bytes'] / 2**30:>12.2f}  {losses}")
-    print("   " + ", ".join(f"{r['role']} {r['dtype']} {r['bytes'] / 2**30:.2f}" for r in run["census"]))
-END
-exit $tests
+
+runs = [json.loads(path.read_text()) | {"name": path.stem} for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"))]
+train = [run for run in runs if run["bench"] == "train"]
+for run in runs[:1]:
+    print(run["device"], *(f"{name} {run['packages'][name]}" for name in ("torch", "transformers", "liger-kernel")))
+if train:
+    columns = ("tokens/s", "bare", "of bare", "roofline", "of it", "peak GiB", "reserved", "estimate")
+    print(f"{'':<22}" + "".join(f"{column:>10}" for column in columns))
+for run in train:
+    peak = run["memory"]["peak"] or {"allocated": 0, "reserved": 0}
+    print(
+        f"{run['name']:<22}{run['trainer']['tokens_per_second']:>10,.0f}{run['bare']['tokens_per_second']:>10,.0f}"
+        f"{run['trainer_over_bare']:>10.1%}{run['roofline_tokens_per_second'] or 0:>10,.0f}"
+        f"{run['trainer_over_roofline'] or 0:>10.1%}{peak['allocated'] / 2**30:>10.1f}{peak['reserved'] / 2**30:>10.1f}"
+        f"{run['memory']['estimate_error_percent'] or 0:>+9.1f}%"
+    )
+for run in (run for run in runs if run["bench"] == "peers"):
+    for peer in run["peers"]:
+        name = f"peer {peer['peer']}"
+        if peer["status"] == "measured":
+            print(f"{name:<22}{peer['tokens_per_second']:>10,.0f}{(peer['peak_allocated_bytes'] or 0) / 2**30:>60.1f}")
+        else:
+            print(f"{name:<22}  {peer['status']}")
+for run in (run for run in runs if run["bench"] == "kernels"):
+    print(", ".join(f"{k['kernel']} {k['share_of_copy'] or 0:.0%}" for k in run["kernels"]), "of the copy rate")
+END_OF_TABLE
+exit $status

@@ -114,7 +114,7 @@ def test_a_device_or_attention_that_does_not_exist(
     refused(tmp_path, "generate", small_mixtral, "--prompt", "Hello", "--device", "cuda", says=says)
     says = ("there is no device 'gpu'", "--device", "auto, cpu, cuda")
     refused(tmp_path, "generate", small_mixtral, "--prompt", "Hello", "--device", "gpu", says=says)
-    says = ("no attention function 'flash'", "model.attn_implementation", "flash_attention_2, ", "=sdpa")
+    says = ("no attention function 'flash'", "model.attn_implementation", "flash_attention_2, ", "=auto")
     refused(tmp_path, "train", write_recipe(model={"attn_implementation": "flash"}), says=says)
 
 

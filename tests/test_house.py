@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 ROWS = (
     ("errors", "console"),
     ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl"),
-    ("quant", "data", "trainable", "routing", "activations", "memory", "progress"),
+    ("quant", "data", "trainable", "routing", "attention", "activations", "memory", "progress"),
     ("model",),
     ("preflight", "trainer", "summary", "evaluate", "infer"),
-    ("train", "export", "bench"),
-    ("chat", "serve"),
+    ("train", "export"),
+    ("bench", "chat", "serve"),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -1,4 +1,8 @@
-"""What a run will write, from its settings: the number of checkpoints is counted here by walking through the steps."""
+"""What a run will need and write, from its settings.
+
+The plan is compared with its neighbours, which must not fit; the number of checkpoints is counted here by walking
+through the steps.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,134 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl import SFTConfig
 
+from finetune.activations import ActivationPlan
 from finetune.arch import MoeArch
 from finetune.checkpoint import read_json
-from finetune.memory import estimate
-from finetune.preflight import disk_bytes
+from finetune.console import Report
+from finetune.fused_layers import wants_fused_layers
+from finetune.memory import GIB, MemoryEstimate, Run, estimate
+from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
+from finetune.recipe import load_recipe
 from tests.conftest import REPOSITORY
 
 ROWS, BATCH = 100, 8  # 13 steps an epoch
 WEIGHTS = 13_631_488 * 4  # LoRA of rank 16 on Mixtral 8x7B, float32
+FUSED = wants_fused_layers("auto", torch.device("cuda"), "mixtral")
+MIXTRAL = REPOSITORY / "recipes" / "mixtral-8x7b"
+
+
+def classic(
+    *overrides: str, gib: float | None = 80, device: str = "cuda", name: str = "qlora-attention"
+) -> MemoryEstimate:
+    settings = [f"model.path={MIXTRAL / 'shape'}", "model.dtype=bfloat16", *overrides]
+    recipe = load_recipe(MIXTRAL / f"{name}-80gb.yaml", settings)
+    return preflight(recipe, torch.device(device), device_bytes=None if gib is None else int(gib * GIB))
+
+
+# ---- the activation plan --------------------------------------------------------------------------------------
+
+
+def test_a_small_batch_keeps_everything_and_a_large_one_as_much_as_fits() -> None:
+    assert plan_of(classic()) == ActivationPlan.none(32)
+    large = classic("training.per_device_train_batch_size=8", "training.max_length=4096")
+    assert large.fits
+    assert 0 < large.keep_gate_up < 32
+    assert large.total_bytes > 78 * GIB, "the room is used"
+
+
+@pytest.mark.parametrize("name", ["qlora-attention", "freeze-experts"])
+def test_no_plan_that_keeps_more_would_fit(name: str) -> None:
+    batch = "training.per_device_train_batch_size=8"
+    kept = -1
+    for gib in (26, 27, 28, 30, 34, 42, 55, 60, 70, 80):
+        found = classic(batch, f"memory.budget_gib={gib}", name=name)
+        if not found.fits:
+            assert plan_of(found) == ActivationPlan.full(32)
+            assert kept == -1, "less fits into more"
+            continue
+        assert found.total_bytes <= gib * GIB
+        assert found.keep_attention + found.keep_gate_up >= kept
+        kept = found.keep_attention + found.keep_gate_up
+        for more in ({"keep_attention": 1}, {"keep_gate_up": 1}):
+            counts = {key: getattr(found, key) + more.get(key, 0) for key in ("keep_attention", "keep_gate_up")}
+            if max(counts.values()) <= 32:
+                assert bytes_of(batch, name=name, **counts) > gib * GIB
+    assert kept == 64
+
+
+def bytes_of(*overrides: str, name: str, **keep: int) -> int:
+    recipe = load_recipe(MIXTRAL / f"{name}-80gb.yaml", [f"model.path={MIXTRAL / 'shape'}", *overrides])
+    run = Run(
+        MoeArch.from_config(read_json(MIXTRAL / "shape" / "config.json")),
+        method=recipe.trainable.method,
+        attention_storage=recipe.quantization.attention,
+        micro_batch=recipe.training["per_device_train_batch_size"],
+        seq_len=recipe.training["max_length"],
+        fused_layers=FUSED,
+        **keep,  # type: ignore[arg-type]
+    )
+    return estimate(run).total_bytes
+
+
+def test_full_and_none_are_taken_at_their_word() -> None:
+    for word, plan in (("full", ActivationPlan.full(32)), ("none", ActivationPlan.none(32))):
+        for gib in (20, 80):
+            assert plan_of(classic(f"training.gradient_checkpointing={word}", gib=gib)) == plan
+    none = classic("training.gradient_checkpointing=none", "training.per_device_train_batch_size=16")
+    assert not none.fits
+    assert none.advice[0].startswith("set training.gradient_checkpointing: auto: ")
+    auto = classic("training.per_device_train_batch_size=16")
+    assert auto.fits
+    assert (auto.largest_micro_batch or 0) > (none.largest_micro_batch or 0) > 0
+
+
+def test_on_a_cpu_auto_keeps_everything_unless_there_is_a_budget() -> None:
+    free = classic(gib=None, device="cpu")
+    assert plan_of(free) == ActivationPlan.none(32)
+    assert (free.device_bytes, free.largest_micro_batch, free.backend) == (None, None, "loop")
+    tight = classic("memory.budget_gib=30", gib=None, device="cpu")
+    assert tight.device_bytes == 30 * GIB
+    assert 0 < tight.keep_gate_up < 32
+
+
+def test_a_sharded_run_recomputes_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert plan_of(classic()) == ActivationPlan.full(32)
+
+
+def test_a_budget_that_is_too_small_says_how_much_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    found = classic("memory.budget_gib=20")
+    assert not found.fits
+    assert found.device_bytes == 20 * GIB
+    first = found.advice[0]
+    assert first.startswith("set memory.budget_gib: ")
+    assert first.endswith(" or more")
+    enough = float(first.removeprefix("set memory.budget_gib: ").removesuffix(" or more"))
+    assert classic(f"memory.budget_gib={enough}").fits
+    assert not classic(f"memory.budget_gib={enough - 0.2}").fits
+    # A larger budget is no way out on a GPU that is that small itself.
+    assert not any("budget_gib" in line for line in classic("memory.budget_gib=20", gib=22).advice)
+    show_memory(found, Report(as_json=False))
+    shown = capsys.readouterr().out
+    assert "activations: 0 of 32 layers keep the gate_up output, 0 keep attention" in shown
+    assert f"to make it fit: {first}" in shown
+
+
+def test_the_budget_is_not_more_than_the_device() -> None:
+    assert classic("memory.budget_gib=200").device_bytes == 80 * GIB
+
+
+def test_the_loop_backend_needs_less() -> None:
+    full = "training.gradient_checkpointing=full"
+    grouped, loop = classic(full), classic(full, "model.experts_backend=loop")
+    assert (grouped.backend, loop.backend) == ("grouped", "loop")
+    assert loop.total_bytes < grouped.total_bytes
+
+
+# ---- the disk -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,7 +167,7 @@ def test_disk_is_counted_by_checkpoint(tmp_path: Path, training: dict[str, Any],
     )
     # AdamW keeps two more numbers a weight.
     checkpoint = WEIGHTS if training.get("save_only_model") else 3 * WEIGHTS
-    needed = disk_bytes(estimate(arch), args, ROWS)
+    needed = disk_bytes(estimate(Run(arch)), args, ROWS)
     beside = needed - len(saved_at) * checkpoint - WEIGHTS
     # Tokenizer and small files of each checkpoint and of the adapter; Mixtral's are 3.6 MB.
     assert 3.6e6 < beside / (len(saved_at) + 1) < 2e7

@@ -1,40 +1,51 @@
 """The mixture of frozen 4-bit experts as one differentiable operation.
 
-    y_t = sum_k s_tk * W_d[e] (act(W_g[e] x_t) * W_u[e] x_t),   e = index_tk
+    y_t = sum_k s_tk * W_d[e] (silu(W_g[e] x_t) * W_u[e] x_t),   e = index_tk
 
 The experts get no gradient; the input and the routing weights do. The backward pass needs only products with the
 dequantized weights (dX), and the routing weights' gradient comes out of the same product, without recomputing the
-down projection: with a = act(g) * u and v = W_d^T dy,
+down projection: with a = silu(g) * u and v = W_d^T dy,
 
     ds_tk = <W_d^T dy_t, a_tk>,    da_tk = s_tk W_d^T dy_t.
 
 ds is always computed, also for a frozen router: the router's logits depend on the hidden states.
 
-How: the (token, choice) pairs are sorted by expert (stable, so the row order is deterministic and there are no
-atomics), each expert that got rows is dequantized into a temporary and multiplied, and the sums over a token's
-choices run in float32. Kept for backward: the routing and the gate_up output (2 * top_k * F elements a token); the
-input is not needed, and dequantized weights are never kept.
+How: the (token, choice) pairs are sorted by expert, multiplied by one of the backends of `experts_matmul.py`, and a
+token's choices are summed in float32. Kept for backward: the routing, always, and either the gate_up output h
+(2 * top_k * F elements a token) or the input x, from which h is computed again. Dequantized weights are never kept.
 
-What it leaves out: fused kernels and a grouped GEMM. One expert's bf16 weights (0.35 GB for Mixtral 8x7B) is all the
-workspace, at the price of one host synchronization a pass for the row counts.
+What a surrounding checkpoint may recompute: only x. The routing and h are taken out of its reach by the caller
+(`saved_tensors_hooks` around the call, see `quant/experts.py`); x comes from the node of `remember`, which the
+checkpoint's recomputation reaches last, so that it stops before the experts.
 
 Shapes: T tokens, K choices, S = T * K rows, E experts, H hidden, F intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.kernels.nf4 import Nf4Stack, dequantize_expert
+from finetune.kernels.experts_matmul import Backend, experts_matmul
+from finetune.kernels.nf4 import Nf4Stack
+from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 
 
-def frozen_experts(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up: Nf4Stack, down: Nf4Stack) -> Tensor:
+def frozen_experts(
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up: Nf4Stack,
+    down: Nf4Stack,
+    *,
+    backend: Backend = "loop",
+    keep_gate_up: bool = True,
+    source: Any = None,
+) -> Tensor:
     """Output [T, H] in x's dtype of the SwiGLU experts, differentiable in `x_TH` and `weight_TK`.
 
     Args:
@@ -43,80 +54,73 @@ def frozen_experts(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up: N
         weight_TK: routing weights, any float dtype; used and differentiated in float32.
         gate_up: E matrices [2F, H], gate's rows first.
         down: E matrices [H, F].
+        backend: see `experts_matmul.choose_backend`.
+        keep_gate_up: False computes the gate_up output again in the backward pass, with the same bits.
+        source: the node of `remember(x)`, asked for x where `keep_gate_up` is False; without it x itself is kept.
     """
-    return _FrozenExperts.apply(x_TH, index_TK, weight_TK, gate_up, down)
+    return _FrozenExperts.apply(x_TH, index_TK, weight_TK, gate_up, down, backend, keep_gate_up, source)
+
+
+def remember(x_TH: Tensor) -> tuple[Tensor, Any]:
+    """x, and the autograd node that keeps it: a surrounding checkpoint drops and recomputes what the node keeps.
+
+    The node is None where nothing needs a gradient.
+    """
+    remembered = _Remember.apply(x_TH)
+    return remembered, remembered.grad_fn
+
+
+class _Remember(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up: Nf4Stack, down: Nf4Stack
+        ctx: Any,
+        x_TH: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        gate_up: Nf4Stack,
+        down: Nf4Stack,
+        backend: Backend,
+        keep_gate_up: bool,
+        source: Any,
     ) -> Tensor:
         with torch.autocast(x_TH.device.type, enabled=False):
-            tokens, top_k = index_TK.shape
-            order_S = index_TK.reshape(-1).argsort(stable=True)
-            counts = index_TK.reshape(-1).bincount(minlength=gate_up.packed.shape[0]).tolist()
-            token_S = order_S // top_k
-            h_S2F = x_TH.new_empty(tokens * top_k, gate_up.matrix_shape[0])
-            y_SH = x_TH.new_empty(tokens * top_k, x_TH.shape[1])
-            for expert, rows in _expert_rows(counts):
-                torch.mm(x_TH[token_S[rows]], dequantize_expert(gate_up, expert, x_TH.dtype).T, out=h_S2F[rows])
-                torch.mm(_swiglu(h_S2F[rows]), dequantize_expert(down, expert, x_TH.dtype).T, out=y_SH[rows])
-            ctx.save_for_backward(h_S2F, weight_TK, order_S)
+            rows = sort_by_expert(index_TK, gate_up.packed.shape[0])
+            products = experts_matmul(backend, rows.end_E)
+            h_S2F = products.forward(gather_rows(x_TH, rows.token_S), gate_up)
+            y_SH = products.forward(swiglu_forward(h_S2F), down)
+            kept = h_S2F if keep_gate_up else x_TH if source is None else None
+            ctx.save_for_backward(kept, weight_TK, *rows[:3])
             # Not saved as tensors: they are frozen and outlive the graph, and hooks on saved tensors (offloading,
             # checkpointing) must not copy gigabytes of weights.
-            ctx.counts, ctx.gate_up, ctx.down = counts, gate_up, down
-            y_TKH = _unsort(y_SH, order_S).view(tokens, top_k, x_TH.shape[1])
-            scaled = y_TKH.float() * weight_TK.float().unsqueeze(-1)
-            return scaled.sum(1).to(x_TH.dtype)
+            ctx.products, ctx.gate_up, ctx.down = products, gate_up, down
+            ctx.keep_gate_up, ctx.source, ctx.dtype = keep_gate_up, source, x_TH.dtype
+            return combine_rows(y_SH, rows.position_TK, weight_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        h_S2F, weight_TK, order_S = ctx.saved_tensors
-        tokens, top_k = weight_TK.shape
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight_TK, token_S, order_S, position_TK = ctx.saved_tensors
         with torch.autocast(grad_TH.device.type, enabled=False):
-            token_S, weight_S = order_S // top_k, weight_TK.reshape(-1)[order_S].float()
-            grad_weight_S = torch.empty_like(weight_S)
-            grad_x_SH = grad_TH.new_empty(order_S.numel(), grad_TH.shape[1], dtype=h_S2F.dtype)
-            for expert, rows in _expert_rows(ctx.counts):
-                v = grad_TH[token_S[rows]].to(h_S2F.dtype) @ dequantize_expert(ctx.down, expert, h_S2F.dtype)
-                grad_h, grad_weight_S[rows] = _swiglu_backward(h_S2F[rows], v, weight_S[rows])
-                torch.mm(grad_h, dequantize_expert(ctx.gate_up, expert, h_S2F.dtype), out=grad_x_SH[rows])
-            grad_x_TKH = _unsort(grad_x_SH, order_S).view(tokens, top_k, grad_TH.shape[1])
-            grad_x = grad_x_TKH.float().sum(1).to(grad_TH.dtype)
-            grad_weight = _unsort(grad_weight_S, order_S).view(tokens, top_k).to(weight_TK.dtype)
-        return grad_x, None, grad_weight, None, None
-
-
-def _expert_rows(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its slice of the sorted rows) for every expert that got rows."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
-
-
-def _unsort(rows_S: Tensor, order_S: Tensor) -> Tensor:
-    """Rows back in (token, choice) order; every row is written once, so no atomics."""
-    out = torch.empty_like(rows_S)
-    out[order_S] = rows_S
-    return out
-
-
-def _swiglu(h_S2F: Tensor) -> Tensor:
-    gate, up = h_S2F.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _swiglu_backward(h_S2F: Tensor, v_SF: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the gate_up output [S, 2F] and of the routing weight [S] (float32), from v = W_d^T dy."""
-    gate, up = h_S2F.float().chunk(2, dim=-1)
-    v = v_SF.float()
-    sigmoid = gate.sigmoid()
-    act = gate * sigmoid
-    grad_weight = (v * act * up).sum(-1)
-    v = v * weight_S.unsqueeze(-1)
-    grad_gate = v * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([grad_gate, v * act], dim=-1).to(h_S2F.dtype), grad_weight
+            if ctx.keep_gate_up:
+                h_S2F = kept
+            else:
+                x_TH = kept if ctx.source is None else ctx.source.saved_tensors[0]
+                h_S2F = ctx.products.forward(gather_rows(x_TH, token_S), ctx.gate_up)
+                del x_TH
+            del kept
+            v_SF = ctx.products.backward(gather_rows(grad_TH.to(ctx.dtype), token_S), ctx.down)
+            grad_weight_TK = swiglu_backward_(h_S2F, v_SF, weight_TK, order_S)
+            del v_SF
+            grad_x = combine_rows(ctx.products.backward(h_S2F, ctx.gate_up), position_TK, None)
+        return grad_x.to(grad_TH.dtype), None, grad_weight_TK.to(weight_TK.dtype), None, None, None, None, None

@@ -6,19 +6,25 @@ section 3). That makes an expert's bytes independent of its neighbours, so the s
 offloaded and served, and equal `bitsandbytes.functional.quantize_4bit` of the matrix. Quantizing the fused
 [E, out, in] tensor in one go would not: its 8-bit scales differ by 0.28% (relative), since the mean is shared.
 
-The codec's arithmetic is bitsandbytes' own operators (CPU and CUDA). `dequantize_reference` is the same in plain
-torch, as the truth for tests.
+The codec's arithmetic is bitsandbytes' own operators; on CUDA with triton, dequantization is one kernel that decodes
+the scales too (bitsandbytes makes three passes), with the same bits. `dequantize_reference` is the same in plain torch,
+as the truth for tests.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+
+from finetune.kernels.operators import HAS_TRITON, define
+
+if HAS_TRITON:
+    from finetune.kernels import triton_kernels
 
 BLOCK = 64  # weights per scale
 NESTED_BLOCK = 256  # scales per nested scale
@@ -86,14 +92,65 @@ def dynamic_map(device: torch.device) -> Tensor:
 _DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
 
 
-def dequantize_expert(stack: Nf4Stack, expert: int, dtype: torch.dtype) -> Tensor:
-    """[out, in] of one expert in `dtype` (float32, bfloat16 or float16), by bitsandbytes' operators."""
-    packed = stack.packed[expert]
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        stack.absmax[expert], stack.nested_absmax[expert], dynamic_map(packed.device), NESTED_BLOCK, torch.float32
+def _code(device: torch.device) -> Tensor:
+    if device not in _CODES:
+        _CODES[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    return _CODES[device]
+
+
+_CODES: dict[torch.device, Tensor] = {}
+
+
+def _dequantize_plain(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
+    for matrix in range(packed.shape[0]):
+        scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            absmax[matrix], nested_absmax[matrix], dynamic_map(packed.device), NESTED_BLOCK, torch.float32
+        )
+        out[matrix] = torch.ops.bitsandbytes.dequantize_4bit.default(
+            packed[matrix], scales + offset[matrix], BLOCK, "nf4", out.shape[1:], out.dtype
+        )
+
+
+def _dequantize_cuda(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
+    tables = _code(packed.device), dynamic_map(packed.device)
+    triton_kernels.dequantize_nf4(packed, absmax, nested_absmax, offset, *tables, NESTED_BLOCK, out)
+
+
+_dequantize = define(
+    "dequantize_nf4(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor(a!) out) -> ()",
+    plain=_dequantize_plain,
+    cuda=_dequantize_cuda if HAS_TRITON else None,
+    fake=lambda packed, absmax, nested_absmax, offset, out: None,
+)
+
+
+def dequantize_stack(stack: Nf4Stack, dtype: torch.dtype) -> Tensor:
+    """[E, out, in] of all matrices in `dtype` (float32, bfloat16 or float16)."""
+    out = torch.empty(stack.packed.shape[0], *stack.matrix_shape, dtype=dtype, device=stack.packed.device)
+    _dequantize(*stack, out)
+    return out
+
+
+def dequantize_expert(stack: Nf4Stack, expert: int, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """[out, in] of one expert in `dtype` (float32, bfloat16 or float16), written to `out` where it is given."""
+    if out is None:
+        out = torch.empty(stack.matrix_shape, dtype=dtype, device=stack.packed.device)
+    _dequantize(*(tensor[expert : expert + 1] for tensor in stack), out.unsqueeze(0))
+    return out
+
+
+def stack_of_linear(layer: Linear4bit) -> Nf4Stack:
+    """The layer's own bytes, as a stack of one matrix [out, in]; nothing is copied."""
+    state: Any = layer.weight.quant_state
+    assert state.nested, "the layer was quantized without double quantization"
+    assert (state.quant_type, state.blocksize, state.state2.blocksize) == ("nf4", BLOCK, NESTED_BLOCK)
+    out, in_ = state.shape
+    return Nf4Stack(
+        layer.weight.detach().view(torch.uint8).view(1, out, in_ // 2),
+        state.absmax.view(1, -1),
+        state.state2.absmax.view(1, -1),
+        state.offset.view(1),
     )
-    absmax = absmax + stack.offset[expert]
-    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, "nf4", stack.matrix_shape, dtype)
 
 
 def dequantize_linear(layer: nn.Linear) -> Tensor:

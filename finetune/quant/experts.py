@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.arch import EXPERT_PROJECTIONS
-from finetune.kernels.frozen_experts import frozen_experts
+from finetune.kernels.experts_matmul import BackendChoice, choose_backend
+from finetune.kernels.frozen_experts import frozen_experts, remember
 from finetune.kernels.nf4 import Nf4Stack, empty_stack, quantize_stack
 
 
@@ -23,7 +24,14 @@ class Nf4Experts(nn.Module):
 
     While a full-precision checkpoint is loading, `<projection>` itself is a meta parameter that tells transformers
     where the fused tensor belongs; `set_stack` removes it.
+
+    Attributes:
+        backend: how the products are made; auto is `kernels.experts_matmul.choose_backend`'s rule.
+        keep_gate_up: False computes the gate_up output again in the backward pass, for less memory.
     """
+
+    backend: BackendChoice = "auto"
+    keep_gate_up: bool = True
 
     def __init__(self, experts: int, hidden: int, intermediate: int, *, awaits_fused: bool = False):
         super().__init__()
@@ -53,11 +61,27 @@ class Nf4Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H] in hidden_states' dtype."""
-        x, device = hidden_states, hidden_states.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x, device = hidden_states, hidden_states.device
+        if torch.is_autocast_enabled(device.type):
+            x = x.to(torch.get_autocast_dtype(device.type))
         gate_up, down = (self.stack(projection) for projection in EXPERT_PROJECTIONS)
-        return frozen_experts(x, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
+        source = None
+        if not self.keep_gate_up and torch.is_grad_enabled():
+            x, source = remember(x)
+        # The routing and the gate_up output are kept whatever checkpoint surrounds this: a routing that is recomputed
+        # can differ in a token, and the gate_up output is `keep_gate_up`'s business.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            y = frozen_experts(
+                x,
+                top_k_index,
+                top_k_weights,
+                gate_up,
+                down,
+                backend=choose_backend(self.backend, device, x.dtype),
+                keep_gate_up=self.keep_gate_up,
+                source=source,
+            )
+        return y.to(hidden_states.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves devices but keeps dtypes: `model.to(torch.bfloat16)` must not round the float32 scales."""
@@ -70,3 +94,7 @@ class Nf4Experts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, nf4"
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

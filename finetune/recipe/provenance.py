@@ -26,6 +26,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "triton",
+    "liger-kernel",
     "numpy",
     "wandb",
 )

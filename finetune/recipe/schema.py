@@ -1,4 +1,4 @@
-"""The recipe as types: what a run is, in eight sections.
+"""The recipe as types: what a run is, in nine sections.
 
 Every section is frozen, typed strictly (no text becomes a number) and refuses keys it does not know. Descriptions
 are the docstrings below the attributes; editors show them by way of the JSON Schema. Nothing here reads files:
@@ -36,8 +36,12 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of what is not quantized and of the arithmetic; auto: bfloat16 on a GPU that has it, float32 on the CPU."""
-    attn_implementation: Text = "sdpa"
-    """Name of a transformers attention function."""
+    attn_implementation: Text = "auto"
+    """Name of a transformers attention function; auto: "varlen" (no padding, no mask) where it runs, else "sdpa"."""
+    experts_backend: Literal["auto", "grouped", "loop"] = "auto"
+    """Experts in one grouped product (bfloat16, H100 or later) or one by one (least memory); auto: the faster one."""
+    fused_layers: Literal["auto"] | bool = "auto"
+    """RMSNorm and rotary embedding by liger-kernel; auto: on a GPU, where it is installed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it runs; auto takes a GPU when there is one."""
 
@@ -114,6 +118,13 @@ class DataSection(Section):
     """Evaluate on the first rows only."""
 
 
+class MemorySection(Section):
+    """How much of the device a run may use."""
+
+    budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """GiB that this process may use, to which activations are planned; null: what is free on the device."""
+
+
 class RouterSection(Section):
     """Watching and steering the routers."""
 
@@ -152,6 +163,7 @@ class Recipe(Section):
     data: DataSection
     training: dict[str, Any] = Field(default={}, validate_default=True)
     """Passed to TRL's `SFTConfig`; only what differs from its defaults need be said."""
+    memory: MemorySection = MemorySection()
     router: RouterSection = RouterSection()
     logging: LoggingSection = LoggingSection()
     output: OutputSection

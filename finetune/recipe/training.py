@@ -15,13 +15,26 @@ from typing import Any
 from finetune.recipe.faults import Fault, KeyPath, nearest, shown
 from finetune.recipe.training_fields import UNKNOWN, Accepts, TrainingField, training_fields
 
-# On top of TRL's defaults. TRL's lr of 2e-5 is for full fine-tuning; the other three are TRL's, made visible.
+# On top of TRL's defaults. TRL's lr of 2e-5 is for full fine-tuning; seed and logging_steps are TRL's, made visible.
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 2e-4,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "auto",
     "seed": 42,
     "logging_steps": 10,
 }
+
+# Fields of SFTConfig that mean something else here: the activation plan does what TRL's switch would do.
+OURS: Mapping[str, TrainingField] = {
+    "gradient_checkpointing": TrainingField(
+        "gradient_checkpointing",
+        Accepts(("boolean",), ("auto", "full", "none")),
+        "auto",
+        "What the backward pass computes again instead of keeping it. full: every layer (least memory). none: nothing. "
+        "auto: only what does not fit into the memory that `memory.budget_gib` allows, planned before the first step. "
+        "The gradients are the same. true means full, false means none.",
+    ),
+}
+_CHECKPOINTING = {True: "full", False: "none"}
 
 # Name -> the key of a recipe that decides it. Not all are fields of SFTConfig: `trl sft` has the others.
 OWNERS: Mapping[str, str] = {
@@ -37,6 +50,8 @@ OWNERS: Mapping[str, str] = {
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attn_implementation",
+    "use_liger_kernel": "model.fused_layers",
+    "liger_kernel_config": "model.fused_layers",
     "chat_template_path": "data.template",
     "dataset_text_field": "data.format",
     "dataset_name": "data.train",
@@ -70,6 +85,12 @@ REFUSED: Mapping[str, str] = {
     "trust_remote_code": "the supported models need no code from the hub, and none is run",
     "parallelism_config": "it comes from `accelerate launch --config_file`",
     "local_rank": "the launcher sets it",
+    "activation_checkpointing": "it is `training.gradient_checkpointing`: auto, full or none",
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        "`training.gradient_checkpointing` and `memory.budget_gib` decide which layers are recomputed, "
+        "and it is never reentrant",
+    ),
     "resume_from_checkpoint": "`SFTTrainer` does not read it; resuming is asked for on the command line",
     "do_train": "`SFTTrainer` does not read it",
     "do_eval": "`SFTTrainer` does not read it; see `training.eval_strategy`",
@@ -96,15 +117,14 @@ _AT_LEAST: Mapping[str, int] = {
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
 }
 
-_ALIASES = (
-    ("gradient_checkpointing", "activation_checkpointing"),
-    ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-)
-
 
 def open_fields() -> dict[str, TrainingField]:
-    """The fields of the installed `SFTConfig` that a recipe may set."""
-    return {name: field for name, field in training_fields().items() if name not in OWNERS and not _refusal(name)}
+    """The fields of the installed `SFTConfig` that a recipe may set, with our meaning where it differs."""
+    return {
+        name: OURS.get(name, field)
+        for name, field in training_fields().items()
+        if name not in OWNERS and not _refusal(name)
+    }
 
 
 def check_training(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
@@ -120,15 +140,11 @@ def check_training(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault
         fault = _value_fault(name, values[name], field.accepts)
         if fault is not None:
             faults.append(fault)
-    for old, new in _ALIASES:
-        if old in values and values.get(new, values[old]) != values[old]:
-            faults.append(_fault(old, f"`{old}` and `{new}` are one setting and differ", fix=f"keep `{new}`"))
+    if isinstance(values.get("gradient_checkpointing"), bool):
+        values["gradient_checkpointing"] = _CHECKPOINTING[values["gradient_checkpointing"]]
     if values.get("bf16") is True and values.get("fp16") is True:
         faults.append(_fault("fp16", "`bf16` and `fp16` are both true", fix="keep one; bf16 needs no loss scaling"))
-    defaults = {name: value for name, value in DEFAULTS.items() if name not in values}
-    if "activation_checkpointing" in values:
-        defaults.pop("gradient_checkpointing", None)
-    return {**values, **defaults}, faults
+    return {**values, **{name: value for name, value in DEFAULTS.items() if name not in values}}, faults
 
 
 def training_schema() -> dict[str, Any]:

@@ -112,7 +112,8 @@ class RouterCapture:
         self._layers = len(routers)
         self._signature = inspect.signature(decoder.forward)
         self._handles = [
-            decoder.register_forward_pre_hook(self._open, with_kwargs=True),
+            # Before other hooks: attention.py adds a mask without padding, which would hide the filler of packed rows.
+            decoder.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
             decoder.register_forward_hook(self._close),
             *(
                 router.register_forward_hook(lambda _router, _args, output, layer=layer: self._count(layer, output))

@@ -30,6 +30,7 @@ from finetune.trainable.files import (
     require_same,
     writing,
 )
+from finetune.trainable.lora_layers import register_lora_layers
 from finetune.trainable.masters import trainable_count
 
 # Names that people ask LoRA for and do not get: names, reason, way out.
@@ -116,7 +117,7 @@ def add_attention_lora(
         use_dora=use_dora,
     )
     expected = _lora_shapes(model, arch, r=r, targets=targets, dora=use_dora)
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, register_lora_layers(config))
     _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=use_dora))
     return peft_model
 
@@ -143,7 +144,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
         what=f"the adapter does not fit this model at r={r}",
         fix=f"load it onto the base it was trained on ({config.get('base_model_name_or_path')})",
     )
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    lora_config = register_lora_layers(LoraConfig.from_pretrained(str(folder)))
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=lora_config)
     if is_trainable:
         _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=dora))
     return peft_model

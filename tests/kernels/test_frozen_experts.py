@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from finetune.kernels import frozen_experts as frozen_experts_module
 from finetune.kernels.frozen_experts import frozen_experts
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
 from finetune.quant.experts import Nf4Experts
@@ -212,9 +213,62 @@ def test_saved_tensors_hold_no_weights(stacks: tuple[Nf4Stack, Nf4Stack]) -> Non
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         frozen_experts(case.x, case.index, case.weight, *stacks)
     rows = 300 * 2
-    assert sum(t.nbytes for t in saved) == rows * (2 * INTERMEDIATE * 2 + 8 + 4)
+    assert sum(t.nbytes for t in saved) == rows * (2 * INTERMEDIATE * 2 + 3 * 4 + 4)
     owned = {t.data_ptr() for stack in stacks for t in stack}
     assert not owned & {t.data_ptr() for t in saved}
+
+
+def test_a_second_backward_pass_is_refused(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+    """The gradient of the gate_up output takes its place: reading it again would be silently wrong."""
+    case = make_case(7, torch.float32)
+    y = frozen_experts(case.x.requires_grad_(), case.index, case.weight, *stacks)
+    y.backward(case.grad, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(case.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_the_gate_up_output_gives_the_same_bits(
+    stacks: tuple[Nf4Stack, Nf4Stack], dtype: torch.dtype
+) -> None:
+    case = make_case(40, dtype)
+    experts = make_module(stacks)
+    expected = ours(case, stacks)
+    for keep in (True, False):
+        for checkpointed in (False, True):
+            experts.keep_gate_up = keep
+            x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+            arguments = (x, case.index, weight)
+            y = checkpoint(experts, *arguments, use_reentrant=False) if checkpointed else experts(*arguments)
+            found = (y, *torch.autograd.grad(y, (x, weight), case.grad))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (keep, checkpointed)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_checkpoint_recomputes_neither_routing_nor_experts(
+    stacks: tuple[Nf4Stack, Nf4Stack], keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recomputation ends before the experts: they are called once, also where it gives another input back."""
+    case = make_case(40, torch.float32)
+    experts = make_module(stacks)
+    experts.keep_gate_up = keep
+    calls: list[int] = []
+    experts.register_forward_pre_hook(lambda *_: calls.append(1))
+    sorted_by = frozen_experts_module.sort_by_expert
+    sorts: list[int] = []
+    monkeypatch.setattr(
+        frozen_experts_module, "sort_by_expert", lambda *arguments: sorts.append(1) or sorted_by(*arguments)
+    )
+
+    def block(x: Tensor, weight: Tensor) -> Tensor:
+        return experts(torch.tanh(x), case.index, weight)
+
+    x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    y = checkpoint(block, x, weight, use_reentrant=False)
+    y.backward(case.grad)
+    assert len(sorts) == 1
+    # With keep_gate_up False the recomputation enters the module for its input and leaves at once.
+    assert len(calls) == (1 if keep else 2)
 
 
 def make_module(stacks: tuple[Nf4Stack, Nf4Stack]) -> Nf4Experts:

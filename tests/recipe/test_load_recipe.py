@@ -19,7 +19,8 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
             "path": "some/model",
             "revision": None,
             "dtype": "auto",
-            "attn_implementation": "sdpa",
+            "attn_implementation": "auto",
+            "experts_backend": "auto",
             "device": "auto",
         },
         "quantization": {"experts": "nf4", "attention": "nf4"},
@@ -45,7 +46,8 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
             "max_rows": None,
             "max_eval_rows": None,
         },
-        "training": {"learning_rate": 2e-4, "gradient_checkpointing": True, "seed": 42, "logging_steps": 10},
+        "training": {"learning_rate": 2e-4, "gradient_checkpointing": "auto", "seed": 42, "logging_steps": 10},
+        "memory": {"budget_gib": None},
         "router": {"log": True, "aux_loss_coef": 0.0, "figures": True},
         "logging": {"wandb": "disabled", "project": "moe-qlora", "run_name": None},
         "output": {"dir": "out"},
@@ -103,7 +105,17 @@ def test_resolved_yaml_reads_back_to_an_equal_recipe_from_anywhere(tmp_path: Pat
     resolved = resolved_yaml(recipe)
     assert load_recipe(write(tmp_path / "deeper", resolved)) == recipe
     sections = [line[:-1] for line in resolved.splitlines() if line.endswith(":") and line[0] != " "]
-    assert sections == ["model", "quantization", "trainable", "data", "training", "router", "logging", "output"]
+    assert sections == [
+        "model",
+        "quantization",
+        "trainable",
+        "data",
+        "training",
+        "memory",
+        "router",
+        "logging",
+        "output",
+    ]
 
 
 def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
@@ -135,12 +147,13 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
         (
             "modell: 3",
             "unknown section `modell`\n  where: r.yaml:7: modell\n"
-            "  allowed: model, quantization, trainable, data, training, router, logging, output\n  fix: write `model`",
+            "  allowed: model, quantization, trainable, data, training, memory, router, logging, output\n"
+            "  fix: write `model`",
         ),
         (
             "learning_rate: 3",
             "unknown section `learning_rate`\n  where: r.yaml:7: learning_rate\n"
-            "  allowed: model, quantization, trainable, data, training, router, logging, output\n"
+            "  allowed: model, quantization, trainable, data, training, memory, router, logging, output\n"
             "  fix: move it to `training.learning_rate`",
         ),
         (
@@ -162,6 +175,15 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
             "quantization:\n  attention: 4bit",
             "`quantization.attention` cannot be '4bit'\n  where: r.yaml:8: quantization.attention\n"
             "  allowed: 'nf4' or '16bit'\n  fix: write `16bit`",
+        ),
+        (
+            "memory:\n  budget_gib: 0",
+            "`memory.budget_gib` cannot be 0\n  where: r.yaml:8: memory.budget_gib\n  allowed: greater than 0",
+        ),
+        (
+            "memory:\n  budget: 40",
+            "unknown key `budget` in `memory`\n  where: r.yaml:8: memory.budget\n"
+            "  allowed: budget_gib\n  fix: write `budget_gib`",
         ),
         (
             "router:\n  log: yes",

@@ -88,7 +88,8 @@ def test_a_section_can_come_from_the_command_line_alone(tmp_path: Path) -> None:
         (
             "modle.path=x",
             "unknown section `modle`\n  where: --set modle.path=x\n"
-            "  allowed: model, quantization, trainable, data, training, router, logging, output\n  fix: write `model`",
+            "  allowed: model, quantization, trainable, data, training, memory, router, logging, output\n"
+            "  fix: write `model`",
         ),
     ],
 )

@@ -13,6 +13,13 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.training import DEFAULTS, OWNERS, check_training, open_fields, training_schema
 from finetune.recipe.training_fields import training_fields
 
+# The newer names are in transformers since 5.18.
+CHECKPOINTING_ELSEWHERE = {
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+} & set(training_fields())
+
 
 def with_training(*lines: str) -> str:
     return SMALLEST + "training:\n" + "".join(f"  {line}\n" for line in lines)
@@ -30,6 +37,7 @@ def test_the_section_builds_an_sft_config(tmp_path: Path) -> None:
         "max_length: null",
     )
     recipe = load_recipe(write(tmp_path, text))
+    assert recipe.training.pop("gradient_checkpointing") == "auto", "ours, not TRL's"
     config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **recipe.training)
     assert config.learning_rate == 3e-4
     assert isinstance(recipe.training["num_train_epochs"], int)
@@ -37,7 +45,7 @@ def test_the_section_builds_an_sft_config(tmp_path: Path) -> None:
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert config.save_strategy == "no"
     assert config.max_length is None
-    assert (config.seed, config.logging_steps, config.gradient_checkpointing) == (42, 10, True)
+    assert (config.seed, config.logging_steps) == (42, 10)
 
 
 def test_defaults_yield_to_what_is_given() -> None:
@@ -45,13 +53,13 @@ def test_defaults_yield_to_what_is_given() -> None:
     assert check_training({"seed": 1, "logging_steps": 2})[0]["seed"] == 1
 
 
-def test_the_newer_name_of_checkpointing_replaces_our_default() -> None:
-    values, faults = check_training({"activation_checkpointing": False})
-    assert (values.get("gradient_checkpointing"), faults) == (None, [])
-    _, faults = check_training({"activation_checkpointing": False, "gradient_checkpointing": True})
-    assert [fault.what for fault in faults] == [
-        "`gradient_checkpointing` and `activation_checkpointing` are one setting and differ"
-    ]
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(True, "full"), (False, "none"), ("full", "full"), ("none", "none"), ("auto", "auto")],
+)
+def test_checkpointing_is_one_of_three_words(given: object, meant: str) -> None:
+    values, faults = check_training({"gradient_checkpointing": given})
+    assert (values["gradient_checkpointing"], faults) == (meant, [])
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,27 @@ def test_the_newer_name_of_checkpointing_replaces_our_default() -> None:
             "bf16: yes",
             "`training.bf16` cannot be 'yes'\n  where: r.yaml:8: training.bf16\n"
             "  allowed: true or false | null\n  fix: write `true`",
+        ),
+        (
+            "gradient_checkpointing: ful",
+            "`training.gradient_checkpointing` cannot be 'ful'\n  where: r.yaml:8: training.gradient_checkpointing\n"
+            "  allowed: auto | full | none | true or false\n  fix: write `full`",
+        ),
+        (
+            "gradient_checkpointing: null",
+            "`training.gradient_checkpointing` cannot be null\n  where: r.yaml:8: training.gradient_checkpointing\n"
+            "  allowed: auto | full | none | true or false",
+        ),
+        (
+            "gradient_checkpointing_kwargs: {use_reentrant: true}",
+            "`training.gradient_checkpointing_kwargs` cannot be set in a recipe: `training.gradient_checkpointing` and "
+            "`memory.budget_gib` decide which layers are recomputed, and it is never reentrant\n"
+            "  where: r.yaml:8: training.gradient_checkpointing_kwargs\n  fix: remove it",
+        ),
+        (
+            "activation_checkpointing: true",
+            "`training.activation_checkpointing` cannot be set in a recipe: it is `training.gradient_checkpointing`: "
+            "auto, full or none\n  where: r.yaml:8: training.activation_checkpointing\n  fix: remove it",
         ),
         (
             "label_names: [a, 3]",
@@ -164,5 +193,6 @@ def test_nothing_that_another_section_decides_is_open() -> None:
         "do_train",
         "do_eval",
         "do_predict",
+        *CHECKPOINTING_ELSEWHERE,
     }
     assert set(training_schema()["properties"]) == set(open_fields())

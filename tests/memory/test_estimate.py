@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -19,7 +20,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from finetune.arch import MoeArch
-from finetune.memory import GIB, LOGIT_TILE, MemoryEstimate, estimate, nf4_bytes
+from finetune.memory import GIB, LOGIT_TILE, MemoryEstimate, Run, estimate, nf4_bytes
 from finetune.quant import Moe4bitConfig, take_census
 
 MIXTRAL = MoeArch.from_config(MixtralConfig().to_dict())
@@ -31,6 +32,15 @@ ARCHS = {
 SMALL = replace(MIXTRAL, layers=2, hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=64, vocab=1000)
 
 
+def estimated(arch: MoeArch, *, device_bytes: int | None = None, **run: Any) -> MemoryEstimate:
+    return estimate(Run(arch, **run), device_bytes=device_bytes)
+
+
+def kept(arch: MoeArch) -> dict[str, int]:
+    """Without checkpointing."""
+    return {"keep_attention": arch.layers, "keep_gate_up": arch.layers}
+
+
 def item(result: MemoryEstimate, name: str) -> int:
     (found,) = [entry.bytes for entry in result.items if entry.name == name]
     return found
@@ -40,16 +50,17 @@ def item(result: MemoryEstimate, name: str) -> int:
 
 
 def test_mixtral_8x7b_weighs_what_was_measured():
-    result = estimate(MIXTRAL)
+    result = estimated(MIXTRAL)
     assert round(item(result, "experts") / 1e9, 2) == 23.26
     assert round(item(result, "experts") / 32 / 1e6) == 727
     assert round(item(result, "attention") / 1e9, 2) == 0.69
     assert round(item(result, "embeddings and head") / 1e9, 2) == 0.52
     assert round(result.weight_bytes / GIB, 1) == 22.8
-    assert round(item(estimate(MIXTRAL, attention_storage="16bit"), "attention") / 1e9, 2) == 2.68
+    assert round(item(estimated(MIXTRAL, attention_storage="16bit"), "attention") / 1e9, 2) == 2.68
     assert item(result, "LoRA") == 4 * 13_631_488
-    assert item(result, "gradients") == 4 * 13_631_488
+    assert result.trained_bytes == 4 * 13_631_488
     assert item(result, "optimizer") == 8 * 13_631_488
+    assert result.checkpoint_bytes == 12 * 13_631_488
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 192), (320, 64), (256, 1088), (1024, 4096)])
@@ -76,7 +87,7 @@ def test_the_weights_of_a_quantized_model_to_the_byte(tmp_path: Path):
             tmp_path, quantization_config=Moe4bitConfig(attention=storage), dtype=torch.bfloat16
         )
         arch = MoeArch.from_config(config.to_dict())
-        result = estimate(arch, attention_storage=storage)
+        result = estimated(arch, attention_storage=storage)
         counted: dict[str, int] = {}
         for row in take_census(model).rows:
             counted[row.role] = counted.get(row.role, 0) + row.bytes
@@ -103,24 +114,24 @@ def test_trained_parameters_are_counted_as_peft_makes_them(use_dora: bool):
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
     everything_else = sum(p.numel() for name, p in model.named_parameters() if ".mlp." not in name)
-    assert item(estimate(arch, method="non_moe", attention_storage="16bit"), "gradients") == 4 * everything_else
+    assert estimated(arch, method="non_moe", attention_storage="16bit").trained_bytes == 4 * everything_else
     with torch.device("cpu"):
         model = MixtralForCausalLM(config)
     peft_model = get_peft_model(model, LoraConfig(r=8, target_modules=list(targets), use_dora=use_dora))
     count = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    result = estimate(arch, lora_r=8, lora_targets=targets, use_dora=use_dora)
+    result = estimated(arch, lora_r=8, lora_targets=targets, use_dora=use_dora)
     assert item(result, "LoRA") == 4 * count
 
 
 def test_masters_are_float32_and_the_router_trains_only_when_asked():
-    frozen = estimate(MIXTRAL, method="non_moe", attention_storage="16bit")
-    trained = estimate(MIXTRAL, method="non_moe", attention_storage="16bit", router=True)
+    frozen = estimated(MIXTRAL, method="non_moe", attention_storage="16bit")
+    trained = estimated(MIXTRAL, method="non_moe", attention_storage="16bit", router=True)
     assert item(frozen, "attention") == 4 * MIXTRAL.attention_params
     assert item(frozen, "router") == item(trained, "router") == 4 * MIXTRAL.router_params
-    assert item(trained, "gradients") - item(frozen, "gradients") == 4 * MIXTRAL.router_params
-    eight_bit = estimate(MIXTRAL, method="non_moe", attention_storage="16bit", optimizer="adamw_8bit")
+    assert trained.trained_bytes - frozen.trained_bytes == 4 * MIXTRAL.router_params
+    eight_bit = estimated(MIXTRAL, method="non_moe", attention_storage="16bit", optimizer="adamw_8bit")
     assert 0.25 < item(eight_bit, "optimizer") / item(frozen, "optimizer") < 0.26
-    unknown = estimate(MIXTRAL, optimizer="muon_of_tomorrow")
+    unknown = estimated(MIXTRAL, optimizer="muon_of_tomorrow")
     assert item(unknown, "optimizer") == 8 * 13_631_488
     assert "not known here: counted as AdamW" in {i.name: i.detail for i in unknown.items}["optimizer"]
 
@@ -138,7 +149,11 @@ RUNS = st.fixed_dictionaries(
         "seq_len": st.integers(1, 8192),
         "lora_r": st.integers(1, 128),
         "processes": st.integers(1, 8),
-        "gradient_checkpointing": st.booleans(),
+        "accumulates": st.booleans(),
+        "keep_attention": st.integers(0, 16),
+        "keep_gate_up": st.integers(0, 16),
+        "backend": st.sampled_from(["grouped", "loop"]),
+        "fused_layers": st.booleans(),
         "attention_storage": st.sampled_from(["nf4", "16bit"]),
         "dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
         "device": st.sampled_from(["cuda", "cpu"]),
@@ -149,8 +164,8 @@ RUNS = st.fixed_dictionaries(
 @given(arch=st.sampled_from(sorted(ARCHS)), run=RUNS, key=st.sampled_from(["micro_batch", "seq_len", "lora_r"]))
 @settings(max_examples=60, deadline=None)
 def test_more_of_anything_needs_more(arch: str, run: dict, key: str):
-    less = estimate(ARCHS[arch], **run)
-    more = estimate(ARCHS[arch], **{**run, key: run[key] + 1})
+    less = estimated(ARCHS[arch], **run)
+    more = estimated(ARCHS[arch], **{**run, key: run[key] + 1})
     assert more.total_bytes > less.total_bytes
     assert all(entry.bytes >= 0 for entry in less.items)
 
@@ -158,17 +173,20 @@ def test_more_of_anything_needs_more(arch: str, run: dict, key: str):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_choices_that_save_memory_do(arch: str):
     run = {"micro_batch": 4, "seq_len": 2048}
-    lora = estimate(ARCHS[arch], **run)
+    lora = estimated(ARCHS[arch], **run)
     for costly in (
-        estimate(ARCHS[arch], **run, gradient_checkpointing=False),
-        estimate(ARCHS[arch], **run, attention_storage="16bit"),
-        estimate(ARCHS[arch], **run, method="non_moe", attention_storage="16bit"),
-        estimate(ARCHS[arch], **run, processes=2),
-        estimate(ARCHS[arch], **run, dtype="float32"),
-        estimate(ARCHS[arch], **run, use_dora=True),
+        estimated(ARCHS[arch], **run, **kept(ARCHS[arch])),
+        estimated(ARCHS[arch], **run, keep_attention=3),
+        estimated(ARCHS[arch], **run, keep_gate_up=3),
+        estimated(ARCHS[arch], **run, attention_storage="16bit"),
+        estimated(ARCHS[arch], **run, method="non_moe", attention_storage="16bit"),
+        estimated(ARCHS[arch], **run, processes=2),
+        estimated(ARCHS[arch], **run, dtype="float32"),
+        estimated(ARCHS[arch], **run, use_dora=True),
     ):
         assert costly.total_bytes > lora.total_bytes
-    assert estimate(ARCHS[arch], **run, device="cpu").total_bytes < lora.total_bytes
+    assert "fixed" not in {entry.kind for entry in estimated(ARCHS[arch], **run, device="cpu").items}
+    assert estimated(ARCHS[arch], **run, backend="loop").total_bytes < lora.total_bytes
 
 
 # ---- fitting --------------------------------------------------------------------------------------------------
@@ -182,21 +200,21 @@ def test_the_choices_that_save_memory_do(arch: str):
 )
 @settings(max_examples=40, deadline=None)
 def test_the_largest_micro_batch_is_the_largest(budget: int, seq_len: int, checkpointing: bool, device: str):
-    run = {"seq_len": seq_len, "gradient_checkpointing": checkpointing, "device": device}
-    found = estimate(SMALL, **run, device_bytes=budget).largest_micro_batch
+    run = {"seq_len": seq_len, "device": device} | ({} if checkpointing else kept(SMALL))
+    found = estimated(SMALL, **run, device_bytes=budget).largest_micro_batch
     brute_force = 0
-    while estimate(SMALL, **run, micro_batch=brute_force + 1).total_bytes <= budget:
+    while estimated(SMALL, **run, micro_batch=brute_force + 1).total_bytes <= budget:
         brute_force += 1
     assert found == brute_force
 
 
 def test_the_classic_run_fits_one_80_gb_gpu_and_not_a_24_gb_one():
-    classic = estimate(MIXTRAL, micro_batch=2, seq_len=1024, device_bytes=80 * 10**9)
+    classic = estimated(MIXTRAL, micro_batch=2, seq_len=1024, device_bytes=80 * 10**9)
     assert classic.fits
     assert classic.advice == ()
     assert classic.largest_micro_batch is not None
     assert classic.largest_micro_batch > 8
-    small = estimate(MIXTRAL, micro_batch=2, seq_len=1024, device_bytes=24 * 10**9)
+    small = estimated(MIXTRAL, micro_batch=2, seq_len=1024, device_bytes=24 * 10**9)
     assert not small.fits
     assert small.largest_micro_batch == 0
     assert small.advice[0].startswith("set training.per_device_train_batch_size: 1, and more")
@@ -206,38 +224,38 @@ def test_the_classic_run_fits_one_80_gb_gpu_and_not_a_24_gb_one():
 
 def test_advice_names_the_keys_and_says_what_each_would_come_to():
     run = {"micro_batch": 16, "seq_len": 2048, "device_bytes": 40 * GIB}
-    result = estimate(MIXTRAL, **run, gradient_checkpointing=False, attention_storage="16bit")
+    result = estimated(MIXTRAL, **run, **kept(MIXTRAL), attention_storage="16bit")
     text = "\n".join(result.advice)
-    assert "set training.gradient_checkpointing: true: " in text
+    assert "set training.gradient_checkpointing: auto: " in text
     assert "set training.per_device_train_batch_size: 1," in text
     assert "set quantization.attention: nf4: " in text
-    checkpointed = estimate(MIXTRAL, **run, attention_storage="16bit")
-    assert f"true: {checkpointed.total_bytes / GIB:.2f} GiB, not enough alone" in text
+    checkpointed = estimated(MIXTRAL, **run, attention_storage="16bit")
+    assert f"auto: {checkpointed.total_bytes / GIB:.2f} GiB, " in text
     assert "larger device" not in text, "one sequence, checkpointed, with NF4 attention fits"
 
-    full = estimate(MIXTRAL, method="non_moe", attention_storage="16bit", seq_len=1024, device_bytes=48 * GIB)
+    full = estimated(MIXTRAL, method="non_moe", attention_storage="16bit", seq_len=1024, device_bytes=48 * GIB)
     text = "\n".join(full.advice)
     assert "set training.optim: adamw_8bit: " in text
     assert "set trainable.method: attention_lora with quantization.attention: nf4: " in text
     assert ", fits" in text
 
-    long = estimate(MIXTRAL, seq_len=32768, device_bytes=36 * GIB)
+    long = estimated(MIXTRAL, seq_len=32768, device_bytes=30 * GIB)
     assert [line for line in long.advice if line.startswith("set training.max_length: 8192: ")]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 8, 64])
 def test_an_advised_batch_size_fits_when_it_says_so(micro_batch: int):
     for gib in range(24, 80, 8):
-        result = estimate(MIXTRAL, micro_batch=micro_batch, seq_len=4096, device_bytes=gib * GIB)
+        result = estimated(MIXTRAL, micro_batch=micro_batch, seq_len=4096, device_bytes=gib * GIB)
         for line in result.advice:
             if "per_device_train_batch_size" in line and line.endswith(", fits"):
                 batch = int(line.split("batch_size: ")[1].split(",")[0])
-                assert estimate(MIXTRAL, micro_batch=batch, seq_len=4096).total_bytes <= gib * GIB
+                assert estimated(MIXTRAL, micro_batch=batch, seq_len=4096).total_bytes <= gib * GIB
         assert bool(result.advice) == (not result.fits)
 
 
 def test_an_unknown_device_gives_no_verdict():
-    result = estimate(MIXTRAL)
+    result = estimated(MIXTRAL)
     assert result.fits
     assert result.largest_micro_batch is None
     assert result.advice == ()
@@ -247,10 +265,10 @@ def test_an_unknown_device_gives_no_verdict():
 
 
 def test_rows_and_dict_say_the_same():
-    result = estimate(MIXTRAL, device_bytes=80 * GIB)
+    result = estimated(MIXTRAL, device_bytes=80 * GIB)
     rows = result.rows()
     assert rows[0] == ("experts", "21.67", "NF4, double quantization: 45.10 B weights")
-    assert rows[-1] == ("total", f"{result.total_bytes / GIB:.2f}", "of 80.00 GiB on the device")
+    assert rows[-1] == ("total", f"{result.total_bytes / GIB:.2f}", "of 80.00 GiB that it may use")
     document = json.loads(json.dumps(result.to_dict()))
     assert document["total_bytes"] == sum(entry["bytes"] for entry in document["items"]) == result.total_bytes
     assert document["fits"] is True

@@ -1,0 +1,66 @@
+"""RMSNorm and rotary embedding as one kernel each, from liger-kernel, where it is installed.
+
+Why: transformers' own RMSNorm makes six passes over [T, H], two of them in float32, and keeps float32 copies for the
+backward pass; at 8192 tokens of Mixtral 8x7B that is a tenth of a training step and 0.5 GiB a layer.
+
+How: liger-kernel's public functions, applied to one loaded model. Its replacements for the experts and for the LM head
+stay off: the experts are ours, and TRL's trainer has its own fused head. Note that liger-kernel exchanges the rotary
+function of the model's module, for every model of that type in the process.
+
+Leaves out: the CPU (its kernels are Triton's).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from finetune.errors import ModelError
+
+FusedLayers = Literal["auto"] | bool
+# The model types for which liger-kernel 0.8.5 has them.
+SUPPORTED = ("mixtral", "qwen3_moe")
+
+
+def wants_fused_layers(wanted: FusedLayers, device: torch.device, model_type: str) -> bool:
+    """Whether a model gets them; auto: on a GPU, with liger-kernel installed, where it knows the model type.
+
+    Raises:
+        ModelError: they are asked for and cannot be had.
+    """
+    if wanted is False:
+        return False
+    installed = find_spec("liger_kernel") is not None
+    obstacles = {
+        "the package liger-kernel is not installed": not installed,
+        f"the model is on the {device.type}": device.type != "cuda",
+        f"liger-kernel has none for {model_type}": model_type not in SUPPORTED,
+    }
+    found = [obstacle for obstacle, holds in obstacles.items() if holds]
+    if wanted is True and found:
+        raise ModelError(
+            f"fused layers are asked for, but {', and '.join(found)}",
+            where="model.fused_layers",
+            allowed=f"auto, true (on a GPU, with liger-kernel, for {', '.join(SUPPORTED)}), false",
+            fix="set model.fused_layers=auto" if installed else "pip install 'moe-qlora[kernels]', or choose auto",
+        )
+    return not found
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Exchanges the norms and the rotary embedding of `model`, in place."""
+    from liger_kernel.transformers import (  # here, because it imports triton
+        apply_liger_kernel_to_mixtral,
+        apply_liger_kernel_to_qwen3_moe,
+    )
+
+    apply = {
+        "mixtral": apply_liger_kernel_to_mixtral,
+        "qwen3_moe": apply_liger_kernel_to_qwen3_moe,
+    }[model.config.model_type]
+    apply(
+        rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, model=model
+    )

@@ -1,0 +1,122 @@
+"""The products of rows with the dequantized matrices of their experts, in two ways behind one call.
+
+    grouped   dequantizes the whole stack into one workspace and multiplies it in one grouped GEMM. No host
+              synchronization. Needs bfloat16 and compute capability 9.0 or later: below, torch's grouped GEMM falls
+              back to a loop that synchronizes. Workspace: 1.88 GB for the gate_up matrices of Mixtral 8x7B.
+    loop      dequantizes one expert at a time and multiplies its rows. Any device and dtype. Workspace: 0.24 GB an expert.
+              The host must know each expert's row count; it is copied once a layer, asynchronously, while the first
+              expert is dequantized, and kept for the backward pass.
+
+`choose_backend` states the rule.
+
+Shape suffixes: S rows sorted by expert, E experts, O and I a matrix's output and input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.errors import DeviceError
+from finetune.kernels.nf4 import Nf4Stack, dequantize_expert, dequantize_stack
+
+Backend = Literal["grouped", "loop"]
+BackendChoice = Literal["auto", "grouped", "loop"]
+
+
+def choose_backend(wanted: BackendChoice, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for `device` and the products' `dtype`; auto is `grouped` wherever it runs.
+
+    Raises:
+        DeviceError: `grouped` is asked for where it does not run.
+    """
+    able = (
+        device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    if wanted == "grouped" and not able:
+        raise DeviceError(
+            f"the grouped backend of the experts does not run in {str(dtype).removeprefix('torch.')} on {device.type}",
+            where="model.experts_backend",
+            allowed="grouped: bfloat16 on a GPU of compute capability 9.0 or later (H100, H200, B200); loop: anywhere",
+            fix="set model.experts_backend=auto",
+        )
+    if wanted == "loop" or not able:
+        return "loop"
+    return "grouped"
+
+
+class ExpertsMatmul(Protocol):
+    """Multiplies rows by their experts' matrices."""
+
+    def forward(self, x_SI: Tensor, stack: Nf4Stack) -> Tensor:
+        """[S, O]: x W^T."""
+
+    def backward(self, grad_SO: Tensor, stack: Nf4Stack) -> Tensor:
+        """[S, I]: the input's gradient, grad W."""
+
+
+class GroupedMatmul:
+    """All experts at once. `end_E` int32 [E] on the device: where each expert's rows end."""
+
+    def __init__(self, end_E: Tensor):
+        self.end_E = end_E
+
+    def forward(self, x_SI: Tensor, stack: Nf4Stack) -> Tensor:
+        return F.grouped_mm(x_SI, dequantize_stack(stack, x_SI.dtype).transpose(-2, -1), offs=self.end_E)
+
+    def backward(self, grad_SO: Tensor, stack: Nf4Stack) -> Tensor:
+        return F.grouped_mm(grad_SO, dequantize_stack(stack, grad_SO.dtype), offs=self.end_E)
+
+
+class LoopMatmul:
+    """One expert after the other; experts without rows are not dequantized."""
+
+    def __init__(self, end_E: Tensor):
+        self._ends_on_host = torch.empty(end_E.shape, dtype=end_E.dtype, pin_memory=end_E.is_cuda)
+        self._ends_on_host.copy_(end_E, non_blocking=True)
+        self._copied = torch.cuda.Event() if end_E.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+        self._ends: list[int] | None = None
+
+    def forward(self, x_SI: Tensor, stack: Nf4Stack) -> Tensor:
+        out = x_SI.new_empty(x_SI.shape[0], stack.matrix_shape[0])
+        for rows, weight in self._experts(stack, x_SI.dtype):
+            torch.mm(x_SI[rows], weight.T, out=out[rows])
+        return out
+
+    def backward(self, grad_SO: Tensor, stack: Nf4Stack) -> Tensor:
+        out = grad_SO.new_empty(grad_SO.shape[0], stack.matrix_shape[1])
+        for rows, weight in self._experts(stack, grad_SO.dtype):
+            torch.mm(grad_SO[rows], weight, out=out[rows])
+        return out
+
+    def _experts(self, stack: Nf4Stack, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(an expert's rows, its matrix) for every expert that has rows; the matrix is valid until the next one."""
+        workspace = torch.empty(stack.matrix_shape, dtype=dtype, device=stack.packed.device)
+        # Dequantized before the counts are asked for, so that the device works while the host waits for them.
+        ready = self._ends is None and workspace.is_cuda
+        if ready:
+            dequantize_expert(stack, 0, dtype, out=workspace)
+        start = 0
+        for expert, end in enumerate(self._row_ends()):
+            if end > start:
+                if not (ready and expert == 0):
+                    dequantize_expert(stack, expert, dtype, out=workspace)
+                yield slice(start, end), workspace
+            start = end
+
+    def _row_ends(self) -> list[int]:
+        if self._ends is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._ends = self._ends_on_host.tolist()
+        return self._ends
+
+
+def experts_matmul(backend: Backend, end_E: Tensor) -> ExpertsMatmul:
+    return GroupedMatmul(end_E) if backend == "grouped" else LoopMatmul(end_E)

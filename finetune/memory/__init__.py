@@ -1,0 +1,30 @@
+"""How much memory a training run needs, before anything is loaded, and what to change when it does not fit.
+
+Why: a run that dies of memory after minutes of loading tells nobody what to change, and what a step keeps for its
+backward pass (finetune/activations.py) can only be planned when bytes are known before the first step.
+
+How: run.py says what the estimate depends on. static.py counts what is there all the time: weights, trained
+parameters, optimizer. step.py walks through a training step and finds its largest moment. estimate.py adds both up to
+a table, finds the largest micro-batch and says what to change. Arithmetic only: no torch.
+
+Leaves out: memory of other processes, evaluation batches larger than training's, sharding (each process is counted as
+holding everything).
+"""
+
+from finetune.memory.estimate import CUDA_CONTEXT, MemoryEstimate, estimate, total
+from finetune.memory.run import GIB, MemoryItem, Run
+from finetune.memory.static import nf4_bytes
+from finetune.memory.step import LOGIT_TILE, recompute_seconds
+
+__all__ = [
+    "CUDA_CONTEXT",
+    "GIB",
+    "LOGIT_TILE",
+    "MemoryEstimate",
+    "MemoryItem",
+    "Run",
+    "estimate",
+    "nf4_bytes",
+    "recompute_seconds",
+    "total",
+]

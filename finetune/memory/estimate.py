@@ -1,0 +1,184 @@
+"""The table: everything that a run needs of its device, the largest micro-batch that fits, and what to change."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from finetune.memory.run import GIB, MemoryItem, Run
+from finetune.memory.static import optimizer_states, training, weights
+from finetune.memory.step import largest_moment, moment_items
+
+# What the driver and the kernels take of a device before the first tensor: 0.5 GiB on an H100 (measured).
+CUDA_CONTEXT = GIB // 2
+# cuBLAS asks torch's allocator for 32 MiB a handle on compute capability 9.0, and the forward and the backward pass
+# run in threads with a handle each.
+CUBLAS_WORKSPACES = 2 * 32 * 2**20
+# The allocator's blocks are larger than the tensors in them: so much of what comes and goes, and so much at least.
+FRAGMENTATION, FRAGMENTATION_AT_LEAST = 20, GIB // 4
+MAX_MICRO_BATCH = 2**16
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The items, what they add up to, and what to do when that is too much.
+
+    `device_bytes` is what the process may use, None where that is not known; then nothing is said about fitting.
+    `largest_micro_batch` is of the plan that needs least, as far as the recipe leaves the choice.
+    """
+
+    items: tuple[MemoryItem, ...]
+    device_bytes: int | None
+    micro_batch: int
+    seq_len: int
+    layers: int
+    keep_attention: int
+    keep_gate_up: int
+    backend: str
+    trained_bytes: int
+    optimizer_bytes: int
+    largest_micro_batch: int | None
+    advice: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The largest sum of tensors at a time, as `torch.cuda.max_memory_allocated` measures it."""
+        return sum(item.bytes for item in self.items if item.kind != "fixed")
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(item.bytes for item in self.items if item.kind == "weights")
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Trained weights in float32 and optimizer states, as a checkpoint holds them."""
+        return self.trained_bytes + self.optimizer_bytes
+
+    @property
+    def fits(self) -> bool:
+        """True as well when the device's size is not known."""
+        return self.device_bytes is None or self.total_bytes <= self.device_bytes
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, GiB, how) for a table, the total last."""
+        rows = [(item.name, f"{item.bytes / GIB:.2f}", item.detail) for item in self.items]
+        size = "" if self.device_bytes is None else f"of {self.device_bytes / GIB:.2f} GiB that it may use"
+        return [*rows, ("total", f"{self.total_bytes / GIB:.2f}", size)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "total_bytes": self.total_bytes,
+            "tensor_bytes": self.tensor_bytes,
+            "weight_bytes": self.weight_bytes,
+            "fits": self.fits,
+        }
+
+
+def estimate(run: Run, *, device_bytes: int | None = None, least: Run | None = None) -> MemoryEstimate:
+    """Adds up a run.
+
+    Args:
+        device_bytes: what the process may use of its device; None leaves out the largest micro-batch and the advice.
+        least: the same run as it would be if memory were short (with full checkpointing, where the plan is free).
+    """
+    least = least or run
+    items = _items(run)
+    (optimizer,) = (item.bytes for item in items if item.name == "optimizer")
+    fits_not = device_bytes is not None and sum(item.bytes for item in items) > device_bytes
+    return MemoryEstimate(
+        items=items,
+        device_bytes=device_bytes,
+        micro_batch=run.micro_batch,
+        seq_len=run.seq_len,
+        layers=run.arch.layers,
+        keep_attention=run.keep_attention,
+        keep_gate_up=run.keep_gate_up,
+        backend=run.backend,
+        trained_bytes=4 * run.trained,
+        optimizer_bytes=optimizer,
+        largest_micro_batch=None if device_bytes is None else _largest_micro_batch(least, device_bytes),
+        advice=_advice(least, device_bytes) if fits_not and device_bytes is not None else (),
+    )
+
+
+def total(run: Run) -> int:
+    """All bytes that a run needs, margin included."""
+    return sum(item.bytes for item in _items(run))
+
+
+def _items(run: Run) -> tuple[MemoryItem, ...]:
+    always = [*weights(run), *training(run)]
+    step = moment_items(run, largest_moment(run))
+    if run.device == "cpu":
+        return (*always, *step)
+    margin = FRAGMENTATION_AT_LEAST + sum(item.bytes for item in step) // FRAGMENTATION
+    return (
+        *always,
+        *step,
+        MemoryItem("cuBLAS", CUBLAS_WORKSPACES, "step", "workspaces of the forward and the backward pass, 32 MiB each"),
+        MemoryItem("CUDA context", CUDA_CONTEXT, "fixed", "driver and kernels, 0.5 GiB"),
+        MemoryItem("margin", margin, "fixed", "fragmentation: 0.25 GiB and 5% of what comes and goes"),
+    )
+
+
+def _largest_micro_batch(run: Run, device_bytes: int) -> int:
+    """The largest micro-batch that fits, 0 when none does."""
+    low, high = 0, 1
+    while high <= MAX_MICRO_BATCH and total(replace(run, micro_batch=high)) <= device_bytes:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if total(replace(run, micro_batch=middle)) <= device_bytes:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _advice(run: Run, device_bytes: int) -> tuple[str, ...]:
+    """What to change, each line with what that alone would come to; then what all of it comes to, if too much."""
+    lines: list[str] = []
+
+    def propose(text: str, changed: Run) -> None:
+        outcome = "fits" if total(changed) <= device_bytes else "not enough alone"
+        lines.append(f"{text}: {total(changed) / GIB:.2f} GiB, {outcome}")
+
+    best = replace(run, micro_batch=1)
+    if run.keep_attention or run.keep_gate_up:
+        full: dict[str, Any] = {"keep_attention": 0, "keep_gate_up": 0}
+        best = replace(best, **full)
+        propose("set training.gradient_checkpointing: auto", replace(run, **full))
+    largest = _largest_micro_batch(run, device_bytes)
+    if run.micro_batch > 1:
+        fewer = max(1, largest)
+        propose(
+            f"set training.per_device_train_batch_size: {fewer}, and more training.gradient_accumulation_steps",
+            replace(run, micro_batch=fewer),
+        )
+    if run.backend == "grouped":
+        best = replace(best, backend="loop")
+        propose("set model.experts_backend: loop", replace(run, backend="loop"))
+    if run.method == "attention_lora" and run.attention_storage == "16bit":
+        best = replace(best, attention_storage="nf4")
+        propose("set quantization.attention: nf4", replace(run, attention_storage="nf4"))
+    if run.method == "non_moe":
+        if optimizer_states(run.optimizer)[1] == 32:
+            propose("set training.optim: adamw_8bit", replace(run, optimizer="adamw_8bit"))
+        lora: dict[str, Any] = {"method": "attention_lora", "attention_storage": "nf4", "router": False}
+        best = replace(best, **lora)
+        propose("set trainable.method: attention_lora with quantization.attention: nf4", replace(run, **lora))
+    shorter = [run.seq_len // 2**halvings for halvings in (1, 2, 3) if run.seq_len // 2**halvings >= 128]
+    for seq_len in shorter:
+        if total(replace(run, seq_len=seq_len)) <= device_bytes:
+            propose(f"set training.max_length: {seq_len}", replace(run, seq_len=seq_len))
+            break
+    if total(best) > device_bytes:
+        lines.append(
+            f"with one sequence and all of this it still needs {total(best) / GIB:.2f} GiB: use a larger device"
+        )
+    return tuple(lines)

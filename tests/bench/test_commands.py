@@ -1,0 +1,119 @@
+"""The bench commands, end to end on a CPU: what they print, what they refuse. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.bench.peer import PEERS, measure_peer
+from tests.running import refused, run_finetune
+
+Write = Callable[..., Path]
+
+
+@pytest.mark.parametrize("method", ["attention_lora", "non_moe"])
+def test_train(method: str, write_recipe: Write, tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    recipe = write_recipe(trainable={"method": method}, quantization={"attention": "16bit"})
+    options = ["--batch", "2", "--length", "32", "--steps", "2", "--out", out]
+    ran = run_finetune("bench", "train", recipe, "--random-weights", *options)
+    assert ran.status == 0, ran.stderr
+    *table, line = ran.stdout.splitlines()
+    document = json.loads(line)
+    assert json.loads(out.read_text()) == document
+    for words in ("tokens/s", "trainer", "bare", "model TFLOP/s", "estimated"):
+        assert words in "\n".join(table)
+    assert document["bench"] == "train"
+    assert (document["batch"], document["length"], document["steps"]) == (2, 32, 2)
+    assert document["tokens_per_step"] == 2 * 32
+    assert len(document["trainer"]["losses"]) == 3 + 2 + 1
+    assert len(document["bare"]["losses"]) == 2
+    for path in ("trainer", "bare"):
+        speed = document[path]
+        assert speed["tokens_per_second"] == pytest.approx(64 / speed["seconds_per_step"], rel=1e-2)
+        flops = speed["tokens_per_second"] * document["model_flops_per_token"]
+        assert speed["tflops"] == pytest.approx(flops / 1e12, rel=1e-2)
+    assert document["memory"]["estimate_bytes"] > 0
+    assert document["packages"]["torch"]
+    if not torch.cuda.is_available():
+        assert document["device"] == "cpu"
+        assert document["rates"] is document["families"] is document["memory"]["peak"] is None
+    # Nothing is left where the recipe would have written.
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bare_step_repeats_the_trainers_first_loss(write_recipe: Write) -> None:
+    """With a learning rate of zero, the same batches give the same losses to the digit."""
+    ran = run_finetune(
+        *("bench", "train", write_recipe(), "--random-weights", "--json"),
+        *("--batch", "2", "--length", "32", "--steps", "2", "--set", "training.learning_rate=0.0"),
+    )
+    assert ran.status == 0, ran.stderr
+    assert ran.document["bare"]["losses"] == ran.document["trainer"]["losses"][3:5]
+
+
+def test_json_is_the_only_output(write_recipe: Write) -> None:
+    recipe = write_recipe()
+    ran = run_finetune(
+        *("bench", "train", recipe, "--json", "--batch", "1", "--length", "16", "--steps", "1"),
+        *("--set", "trainable.lora.r=4"),
+    )
+    assert ran.status == 0, ran.stderr
+    assert ran.document["random_weights"] is False
+    assert ran.document["overrides"] == ["trainable.lora.r=4"]
+
+
+def test_peers_on_a_cpu(small_mixtral: Path) -> None:
+    ran = run_finetune(
+        *("bench", "peers", "--shape", small_mixtral, "--json"),
+        *("--batch", "1", "--length", "8", "--steps", "1", "--layers", "1"),
+    )
+    assert ran.status == 0, ran.stderr
+    document = ran.document
+    assert (document["layers"], document["scaled_to_layers"]) == (1, 2)
+    rows = {peer["peer"]: peer for peer in document["peers"]}
+    assert list(rows) == list(PEERS)
+    measured = rows["parametrization"]
+    assert measured["status"] == "measured", measured["status"]
+    assert measured["layers"] == 1
+    assert measured["tokens_per_second"] == pytest.approx(8 / measured["seconds_per_step"], rel=1e-2)
+    for name in ("liger", "unsloth"):
+        if rows[name]["status"] != "measured":
+            assert rows[name]["status"].startswith("not installed: ")
+
+
+def test_a_peer_learns_with_its_experts_in_4_bits(small_mixtral: Path) -> None:
+    result = measure_peer("parametrization", small_mixtral, batch=2, length=8, steps=4)
+    first, last = result["losses"]
+    assert last < first
+    assert result["layers"] == 2
+
+
+def test_kernels(small_mixtral: Path) -> None:
+    ran = run_finetune("bench", "kernels", "--shape", small_mixtral, "--tokens", "3", "--tokens", "16", "--json")
+    assert ran.status == 0, ran.stderr
+    names = {kernel["kernel"] for kernel in ran.document["kernels"]}
+    assert {"dequantize NF4", "gather", "swiglu forward", "swiglu backward", "combine"} <= names
+    assert all(kernel["bytes_per_second"] > 0 for kernel in ran.document["kernels"])
+    cases = ran.document["experts"]
+    assert {(case["backend"], case["tokens"], case["routing"]) for case in cases} == {
+        (backend, tokens, routing)
+        for backend in ("grouped", "loop")
+        for tokens in (3, 16)
+        for routing in ("even", "skewed")
+    }
+    assert all(case["status"] == "measured" for case in cases if case["backend"] == "loop")
+
+
+def test_refusals(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    train = ("bench", "train", recipe, "--random-weights")
+    refused(tmp_path, *train, "--set", "training.max_steps=3", says=("a bench sets `training.max_steps`", "--steps"))
+    refused(tmp_path, *train, "--out", tmp_path / "no" / "file", says=("cannot be written", "--out"))
+    refused(tmp_path, *train, "--set", "training.learning_rat=1", says=("unknown key `learning_rat`",))
+    refused(tmp_path, "bench", "peers", "--shape", tmp_path, says=("config.json",))
+    refused(tmp_path, "bench", "kernels", "--shape", tmp_path / "nowhere", says=("config.json",))

@@ -61,6 +61,4 @@ def fuse_layers(model: PreTrainedModel) -> None:
         "mixtral": apply_liger_kernel_to_mixtral,
         "qwen3_moe": apply_liger_kernel_to_qwen3_moe,
     }[model.config.model_type]
-    apply(
-        rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, model=model
-    )
+    apply(rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False, model=model)

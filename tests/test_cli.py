@@ -87,13 +87,16 @@ def test_preflight_says_what_fits_and_what_to_change() -> None:
     assert large["advice"] == []
     assert large["largest_micro_batch"] >= 2
     assert not small["fits"]
-    assert small["device_bytes"] == 24 * 2**30 < small["total_bytes"] == large["total_bytes"] < 80 * 2**30
+    assert small["device_bytes"] == 24 * 2**30 < small["total_bytes"] < large["total_bytes"] < 80 * 2**30
+    assert (small["keep_attention"], small["keep_gate_up"]) == (0, 0)
+    assert (large["keep_attention"], large["keep_gate_up"]) == (32, 32)
     assert small["total_bytes"] == sum(item["bytes"] for item in small["items"])
     assert small["advice"]
 
     shown = run_finetune("preflight", CLASSIC, "--set", SHAPE, "--gpu-gib", 24)
     assert shown.status == 0
     assert "Preflight: memory of 2 x 1024 tokens" in shown.stdout
+    assert "activations: 0 of 32 layers keep the gate_up output, 0 keep attention\n" in shown.stdout
     assert "does not fit: " in shown.stdout
     for advice in small["advice"]:
         assert f"to make it fit: {advice}\n" in shown.stdout

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 ROWS = (
     ("errors", "console"),
     ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl"),
-    ("quant", "data", "trainable", "routing", "attention", "activations", "memory", "progress"),
+    ("quant", "data", "trainable", "routing", "attention", "fused_layers", "activations", "memory", "progress"),
     ("model",),
     ("preflight", "trainer", "summary", "evaluate", "infer"),
     ("train", "export"),

@@ -14,9 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.activations import ActivationPlan
+from finetune.console import Report
 from finetune.data import load_conversations, supervise
+from finetune.errors import DeviceError
 from finetune.evaluate import completion_loss
 from finetune.model import load
+from finetune.recipe import load_recipe
+from finetune.train import out_of_memory_explained, prepare
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 
@@ -148,12 +153,60 @@ def test_auxiliary_loss_stands_apart(write_recipe: Write, tmp_path: Path) -> Non
     assert with_aux["loss"] == pytest.approx(without["loss"], abs=2e-4)
 
 
+@pytest.mark.parametrize("method", ["attention_lora", "non_moe"])
+def test_the_plan_is_shown_applied_and_changes_no_loss(write_recipe: Write, tmp_path: Path, method: str) -> None:
+    sections: dict[str, Any] = {"trainable": {"method": method}}
+    if method == "non_moe":
+        sections["quantization"] = {"attention": "16bit"}
+    found = {}
+    for word, kept in (("none", 2), ("full", 0), ("auto", 2)):
+        training = {"max_steps": 3, "gradient_checkpointing": word}
+        recipe = write_recipe(f"{word}.yaml", training=training, output={"dir": str(tmp_path / word)}, **sections)
+        ran = run_finetune("train", recipe)
+        assert ran.status == 0, ran.stderr
+        assert f"activations: {kept} of 2 layers keep the gate_up output, {kept} keep attention\n" in ran.stdout
+        found[word] = losses(tmp_path / word)
+    assert found["none"] == found["full"] == found["auto"]
+
+
+def test_the_trainer_follows_the_plan_and_the_backend(write_recipe: Write, tmp_path: Path) -> None:
+    path = write_recipe(model={"experts_backend": "loop"}, training={"gradient_checkpointing": "full"})
+    ready = prepare(load_recipe(path), Report(as_json=True))
+    assert ready.trainer.plan == ActivationPlan.full(2)
+    assert not ready.trainer.args.gradient_checkpointing
+    layers = ready.trainer.model.get_base_model().model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, True]
+    assert [(layer.mlp.experts.backend, layer.mlp.experts.keep_gate_up) for layer in layers] == [("loop", False)] * 2
+
+
+def test_the_grouped_backend_is_refused_on_a_cpu(write_recipe: Write) -> None:
+    ran = run_finetune("train", write_recipe(model={"experts_backend": "grouped"}))
+    assert ran.status == 2
+    assert (
+        "the grouped backend of the experts does not run in float32 on cpu\n  where: model.experts_backend"
+        in ran.stderr
+    )
+    assert "fix: set model.experts_backend=auto" in ran.stderr
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_packing_and_padding_train(write_recipe: Write, tmp_path: Path, packing: bool) -> None:
     recipe = write_recipe(training={"packing": packing, "max_steps": 2})
     ran = run_finetune("train", recipe)
     assert ran.status == 0, ran.stderr
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+
+
+def test_running_out_of_memory_names_what_to_change(write_recipe: Write) -> None:
+    recipe = load_recipe(write_recipe())
+    with pytest.raises(DeviceError) as caught, out_of_memory_explained(recipe):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.75 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
+    text = str(caught.value)
+    assert "Tried to allocate 1.75 GiB" in text
+    for key in ("training.gradient_checkpointing=auto", "memory.budget_gib", "per_device_train_batch_size"):
+        assert key in text
 
 
 def test_wandb_offline_needs_no_account(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

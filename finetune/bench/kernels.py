@@ -135,7 +135,12 @@ def _row_kernels(arch: MoeArch, tokens: int, device: torch.device, dtype: torch.
         _timed("gather", ends + 8 * rows, lambda: gather_rows(x_TH, sorted_rows.token_S), device),
         _timed("swiglu forward", 3 * rows * inner * size, lambda: swiglu_forward(h_S2F), device),
         # In place: repeated on its own result, whose values do not change its time.
-        _timed("swiglu backward", 5 * rows * inner * size, lambda: swiglu_backward_(h_S2F, v_SF, weight_TK, sorted_rows.order_S), device),
+        _timed(
+            "swiglu backward",
+            5 * rows * inner * size,
+            lambda: swiglu_backward_(h_S2F, v_SF, weight_TK, sorted_rows.order_S),
+            device,
+        ),
         _timed("combine", ends + 12 * rows, lambda: combine_rows(y_SH, sorted_rows.position_TK, weight_TK), device),
     ]
 

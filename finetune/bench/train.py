@@ -104,6 +104,7 @@ def bench_train(
             "layers": ready.memory.layers,
             "keep_attention": ready.memory.keep_attention,
             "keep_gate_up": ready.memory.keep_gate_up,
+            "resident_attention": ready.memory.resident_attention,
         },
         "experts_backend": ready.memory.backend,
         "census_bytes": ready.census.total_bytes,

@@ -34,9 +34,7 @@ def choose_backend(wanted: BackendChoice, device: torch.device, dtype: torch.dty
     Raises:
         DeviceError: `grouped` is asked for where it does not run.
     """
-    able = (
-        device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    able = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
     if wanted == "grouped" and not able:
         raise DeviceError(
             f"the grouped backend of the experts does not run in {str(dtype).removeprefix('torch.')} on {device.type}",

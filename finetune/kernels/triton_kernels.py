@@ -127,9 +127,7 @@ def swiglu_forward_kernel(h_ptr, out_ptr, F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward_kernel(
-    h_ptr, v_ptr, weight_ptr, order_ptr, grad_weight_ptr, F: tl.constexpr, BLOCK: tl.constexpr
-):
+def swiglu_backward_kernel(h_ptr, v_ptr, weight_ptr, order_ptr, grad_weight_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     """One program: one row. Replaces h by its gradient and writes the routing weight's gradient.
 
     v = W_d^T dy, without the routing weight s: ds = <v, a>, da = s v. s and ds lie in the order of the choices.

@@ -34,6 +34,7 @@ class MemoryEstimate:
     layers: int
     keep_attention: int
     keep_gate_up: int
+    resident_attention: bool
     backend: str
     trained_bytes: int
     optimizer_bytes: int
@@ -98,6 +99,7 @@ def estimate(run: Run, *, device_bytes: int | None = None, least: Run | None = N
         layers=run.arch.layers,
         keep_attention=run.keep_attention,
         keep_gate_up=run.keep_gate_up,
+        resident_attention=run.resident_attention,
         backend=run.backend,
         trained_bytes=4 * run.trained,
         optimizer_bytes=optimizer,

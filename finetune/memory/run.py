@@ -39,6 +39,7 @@ class Run:
         accumulates: gradients of earlier micro-batches are there while one runs.
         keep_attention: so many of the last layers keep what their attention and norms need for the backward pass.
         keep_gate_up: so many of the last layers keep their experts' gate_up output.
+        resident_attention: the attention's NF4 weights that carry LoRA lie dequantized beside their NF4 form.
         dtype: of what is not quantized, and of the arithmetic.
         backend: how the experts are multiplied (`kernels/experts_matmul.py`).
         fused_layers: liger-kernel's RMSNorm instead of transformers' own.
@@ -59,6 +60,7 @@ class Run:
     accumulates: bool = False
     keep_attention: int = 0
     keep_gate_up: int = 0
+    resident_attention: bool = False
     dtype: Dtype = "bfloat16"
     backend: Backend = "grouped"
     fused_layers: bool = True
@@ -71,6 +73,12 @@ class Run:
         assert self.seq_len > 0
         assert 0 <= self.keep_attention <= self.arch.layers
         assert 0 <= self.keep_gate_up <= self.arch.layers
+
+    @property
+    def can_be_resident(self) -> bool:
+        """Whether the fused LoRA layers, which read dequantized weights, serve the attention's 4-bit layers."""
+        usual = self.method == "attention_lora" and not (self.lora_dropout or self.use_dora)
+        return usual and self.attention_storage == "nf4" and self.device == "cuda"
 
     @property
     def tokens(self) -> int:

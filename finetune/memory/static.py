@@ -39,12 +39,19 @@ def weights(run: Run) -> list[MemoryItem]:
         attention = MemoryItem("attention", arch.layers * a_layer, "weights", "NF4, double quantization")
     else:
         attention = MemoryItem("attention", arch.attention_params * size, "weights", kept)
+    dequantized = []
+    if run.resident_attention:
+        elements = arch.layers * sum(
+            out * in_ for n, (out, in_) in arch.attention_shapes().items() if n in run.lora_targets
+        )
+        dequantized = [MemoryItem("attention, dequantized", elements * size, "weights", "spares dequantizing it anew")]
     tied = ", tied" if arch.tied else ""
     return [
         MemoryItem(
             "experts", experts, "weights", f"NF4, double quantization: {arch.expert_params / 1e9:.2f} B weights"
         ),
         attention,
+        *dequantized,
         MemoryItem("embeddings and head", arch.embedding_params * size, "weights", kept + tied),
         MemoryItem("norms", arch.norm_params * size, "weights", kept),
         MemoryItem("router", arch.router_params * size, "weights", kept),

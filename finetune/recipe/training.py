@@ -21,6 +21,9 @@ DEFAULTS: Mapping[str, Any] = {
     "gradient_checkpointing": "auto",
     "seed": 42,
     "logging_steps": 10,
+    # transformers' filter looks at the loss on the host after every step, which keeps the device waiting for the next
+    # batch, and hides what a NaN would tell.
+    "logging_nan_inf_filter": False,
 }
 
 # Fields of SFTConfig that mean something else here: the activation plan does what TRL's switch would do.

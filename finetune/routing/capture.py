@@ -77,6 +77,7 @@ class _Window:
 
     mode: Mode
     real_N: Tensor
+    real_choices: Tensor  # int64 [N * K]
     sums: _DeviceSums
 
 
@@ -144,7 +145,9 @@ class RouterCapture:
             real_BT = _real_tokens(call)
             sums = _DeviceSums.zeros(self._layers, self.num_experts, real_BT.device)
             sums.tokens += real_BT.sum()
-        self._window = _Window("train" if decoder.training else "eval", real_BT.reshape(-1), sums)
+            real_N = real_BT.reshape(-1)
+            choices = real_N.long().repeat_interleave(self.top_k)
+        self._window = _Window("train" if decoder.training else "eval", real_N, choices, sums)
 
     def _count(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
         if self._window is None:
@@ -154,9 +157,10 @@ class RouterCapture:
         with torch.inference_mode(False), torch.no_grad():
             # A layer may sit on another device than the decoder's input (a model split by device_map).
             real_N = self._window.real_N.to(logits_NE.device, non_blocking=True)
+            real_choices = self._window.real_choices.to(logits_NE.device, non_blocking=True)
             # scatter_add_ of integers: no host synchronization, unlike bincount, and no order to depend on.
             counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=logits_NE.device)
-            counts_E.scatter_add_(0, indices_NK.reshape(-1), real_N.long().repeat_interleave(self.top_k))
+            counts_E.scatter_add_(0, indices_NK.reshape(-1), real_choices)
             # Filled, not multiplied: the logits of padding may be NaN.
             probs_NE = torch.softmax(logits_NE.float(), dim=-1).masked_fill(~real_N.unsqueeze(1), 0.0)
             sums.counts_LE[layer] += counts_E.to(sums.counts_LE.device, non_blocking=True)

@@ -98,7 +98,10 @@ def test_at_most_a_fifth_worse_than_plain(tokens: int, routing: str, dtype: torc
     for backend in BACKENDS[dtype]:
         for keep in (True, False):
             errors = relative(ours(*case, stacks, backend, keep), true)
-            print(f"{tokens} {routing} {dtype} {backend} keep={keep}", *(f"{e:.1e}/{a:.1e}" for e, a in zip(errors, allowed)))
+            print(
+                f"{tokens} {routing} {dtype} {backend} keep={keep}",
+                *(f"{e:.1e}/{a:.1e}" for e, a in zip(errors, allowed)),
+            )
             assert all(error <= 1.2 * limit for error, limit in zip(errors, allowed, strict=True))
 
 
@@ -113,9 +116,7 @@ def in_float16(case: tuple[Tensor, Tensor, Tensor, Tensor], stacks: Stacks) -> t
             token, choice = (index == expert).nonzero(as_tuple=True)
             gate_up, down = (dequantize_expert(stack, expert, torch.float16).to(dtype) for stack in stacks)
             gate, up = F.linear(leaf[token], gate_up).chunk(2, -1)
-            y = y.index_add(
-                0, token, F.linear(F.silu(gate) * up, down) * leaf_weight[token, choice].unsqueeze(-1)
-            )
+            y = y.index_add(0, token, F.linear(F.silu(gate) * up, down) * leaf_weight[token, choice].unsqueeze(-1))
         results.append([y.detach(), *torch.autograd.grad(y, (leaf, leaf_weight), grad.to(dtype))])
     return results[0], results[1]
 

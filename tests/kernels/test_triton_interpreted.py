@@ -18,7 +18,12 @@ def test_kernels_under_the_interpreter() -> None:
     cases = str(REPOSITORY / "tests" / "kernels" / "interpreted" / "cases.py")
     command = [sys.executable, "-m", "pytest", cases, "-q", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -172,6 +172,8 @@ def test_every_owner_is_a_key_of_the_recipe() -> None:
 def test_nothing_that_another_section_decides_is_open() -> None:
     closed = set(training_fields()) - set(open_fields())
     assert closed == {name for name in training_fields() if name.startswith(("hub_", "trackio_", "push_to_hub"))} | {
+        "use_liger_kernel",
+        "liger_kernel_config",
         "output_dir",
         "report_to",
         "run_name",

@@ -35,7 +35,9 @@ def test_dequantize(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     out = torch.empty(shape, dtype=dtype)
     triton_kernels.dequantize_nf4(*stack, torch.tensor(NF4_CODE), dynamic_map(CPU), NESTED_BLOCK, out)
     expected = dequantize_reference(stack, dtype)
-    if dtype == torch.bfloat16:  # the interpreter truncates where the device rounds to nearest: one unit in the last place
+    if (
+        dtype == torch.bfloat16
+    ):  # the interpreter truncates where the device rounds to nearest: one unit in the last place
         torch.testing.assert_close(out, expected, rtol=2**-7, atol=0)
     else:  # float32 arithmetic rounds as torch's: the same bits
         assert torch.equal(out, expected)

@@ -4,6 +4,7 @@ Importing this file registers it with transformers; `attn_implementation="varlen
 as `kernels.varlen_attention` over sequences that lie one after another:
 
 - packed rows: the sequences of `cu_seq_lens_q`, which TRL's padding-free collator sends, or of `position_ids`;
+  `FullRows` says in the same way of a padding collator's batch that it has no padding;
 - rows without a mask: one sequence a row;
 - rows with a padding mask [B, T], before any cache is filled: in each row what stands before the first real token is a
   sequence of its own, so no real token sees it; what follows the last real token comes later, and causal attention
@@ -32,6 +33,7 @@ Shapes: B rows, T tokens a row, N sequences; tensors from transformers are [B, h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +65,32 @@ def read_packing(model: PreTrainedModel) -> None:
     model.base_model.register_forward_pre_hook(_tell_packing, with_kwargs=True)
 
 
+class FullRows:
+    """A collator that adds, to batches of another in which no row is padded, the boundaries of the rows.
+
+    The collator runs where the mask can be read for nothing; on the device nobody may look.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        mask = batch.get("attention_mask")
+        if mask is not None and "cu_seq_lens_q" not in batch and bool(mask.all()):
+            rows, length = mask.shape
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.arange(rows + 1, dtype=torch.int32) * length
+            batch["max_length_q"] = batch["max_length_k"] = length
+        return batch
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Boundaries in the flattened batch: int32 [N+1] on the device, and at least the longest length."""
 
     cu_seqlens: Tensor
     max_length: int
+    rows: int | None = None  # the number of sequences, where all are known to be of one length
 
 
 @dataclass
@@ -167,7 +189,7 @@ def varlen_attention_forward(
     if isinstance(attention_mask, LazyMask):
         sequences = attention_mask.sequences
         if packed is not None:
-            sequences = Sequences(packed, kwargs.get("max_length_q") or query.shape[0] * query.shape[2])
+            sequences = _packed(packed, kwargs.get("max_length_q"), query.shape[0], query.shape[2])
         if (
             sequences is not None
             and causal
@@ -202,6 +224,7 @@ def _varlen(
         int(sequences.max_length),
         query.shape[3] ** -0.5 if scaling is None else scaling,
         window=window,
+        rows=sequences.rows,
     )
     return out_THD.unflatten(0, (query.shape[0], query.shape[2]))
 
@@ -212,7 +235,13 @@ def _serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 def _rows(rows: int, length: int, device: torch.device | str) -> Sequences:
     """One sequence a row. Made anew each forward pass: a tensor kept from `inference_mode` could not train."""
-    return Sequences(torch.arange(rows + 1, dtype=torch.int32, device=device) * length, length)
+    return Sequences(torch.arange(rows + 1, dtype=torch.int32, device=device) * length, length, rows)
+
+
+def _packed(cu_seqlens: Tensor, max_length: int | None, rows: int, length: int) -> Sequences:
+    """The given boundaries. As many sequences as rows, none longer than a row, fill the rows only if each is one."""
+    alike = cu_seqlens.numel() - 1 == rows and max_length == length
+    return Sequences(cu_seqlens, max_length or rows * length, rows if alike else None)
 
 
 def _padded_rows(real_BT: Tensor) -> Sequences | None:

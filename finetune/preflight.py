@@ -15,9 +15,9 @@ from finetune.activations import ActivationPlan, plan_activations
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
 from finetune.fused_layers import wants_fused_layers
-from finetune.kernels.experts_matmul import BackendChoice, choose_backend
+from finetune.kernels.experts_matmul import choose_backend
 from finetune.memory import CUDA_CONTEXT, GIB, MemoryEstimate, Run, estimate, recompute_seconds, total
-from finetune.memory.run import Backend, Dtype
+from finetune.memory.run import Dtype
 from finetune.model import read_config, resolve_dtype
 from finetune.recipe import Recipe
 
@@ -55,6 +55,8 @@ def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None 
     if budget is not None:
         usable = min(int(budget * GIB), usable or int(budget * GIB))
     run = _run(recipe, arch, device)
+    if recipe.model.experts_backend == "auto" and usable is not None and total(run) > usable:
+        run = replace(run, backend="loop")  # needs less
     checkpointing = recipe.training["gradient_checkpointing"]
     if checkpointing == "auto" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         checkpointing = "full"  # what a shard needs is not estimated
@@ -98,6 +100,7 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
     """The recipe as the estimate sees it, with full checkpointing; the defaults are TRL's."""
     training: dict[str, Any] = recipe.training
     lora, dtype = recipe.trainable.lora, resolve_dtype(recipe.model.dtype, device)
+    micro_batch, seq_len = training.get("per_device_train_batch_size", 8), training.get("max_length") or 1024
     return Run(
         arch,
         method=recipe.trainable.method,
@@ -108,21 +111,17 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
         router=recipe.trainable.router,
         attention_storage=recipe.quantization.attention,
         optimizer=training.get("optim", "adamw_torch_fused"),
-        micro_batch=training.get("per_device_train_batch_size", 8),
-        seq_len=training.get("max_length") or 1024,
+        micro_batch=micro_batch,
+        seq_len=seq_len,
         accumulates=training.get("gradient_accumulation_steps", 1) > 1,
         dtype=_DTYPES[dtype],
-        backend=_backend(recipe.model.experts_backend, device, dtype),
+        backend=choose_backend(
+            recipe.model.experts_backend, device, dtype, rows=micro_batch * seq_len * arch.top_k, experts=arch.experts
+        ),
         fused_layers=wants_fused_layers(recipe.model.fused_layers, device, arch.model_type),
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         device="cuda" if device.type == "cuda" else "cpu",
     )
-
-
-def _backend(wanted: BackendChoice, device: torch.device, dtype: torch.dtype) -> Backend:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "loop" if wanted == "loop" else "grouped"  # of a GPU that is not at hand: the one that needs more
-    return choose_backend(wanted, device, dtype)
 
 
 def _usable_bytes(device: torch.device) -> int:

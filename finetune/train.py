@@ -24,6 +24,7 @@ from trl import SFTConfig
 
 from finetune.activations import apply_plan
 from finetune.arch import MoeArch
+from finetune.attention import VARLEN, FullRows
 from finetune.console import Report
 from finetune.data import apply_template, audit, load_conversations, require_supervision, supervise
 from finetune.errors import DeviceError, FinetuneError, RecipeError
@@ -198,7 +199,7 @@ def prepare(
     apply_plan(model, arch, plan := plan_of(memory))
     for module in model.modules():
         if isinstance(module, Nf4Experts):
-            module.backend = recipe.model.experts_backend
+            module.backend = memory.backend
         if memory.resident_attention and isinstance(module, FusedLoraLinear4bit):
             module.keep_dequantized(loaded.model.dtype)
 
@@ -229,6 +230,8 @@ def prepare(
             )
 
     trainer.base, trainer.plan = loaded.base, plan
+    if loaded.model.config._attn_implementation == VARLEN:
+        trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
     return Prepared(trainer, run, checkpoint, memory, census, arch, progress, speed, router)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, masking_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune import attention
-from finetune.attention import LazyMask, read_packing, resolve_attention, varlen_mask
+from finetune.attention import FullRows, LazyMask, read_packing, resolve_attention, varlen_mask
 from finetune.model import BaseSpec, load_base
 from finetune.routing import RouterCapture
 from tests.models import EXPERTS, FAMILIES, tiny_model, tokens
@@ -313,3 +313,36 @@ def test_a_loaded_model_has_it_and_saves_nothing_of_it(small_mixtral: Path, tmp_
     with torch.no_grad():
         packed = model(ids, position_ids=ends).logits[0, :5]
         torch.testing.assert_close(packed, explicit(ids[:, :5]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_full_rows_are_said_to_be_full_and_others_are_not() -> None:
+    """TRL's padding collator; the boundaries of a batch without padding are those of its rows."""
+    collate = FullRows(DataCollatorForLanguageModeling(pad_token_id=0))
+    rows = [{"input_ids": list(range(5, 5 + length))} for length in (6, 6, 4)]
+    full, padded = collate(rows[:2]), collate(rows)
+    assert full["cu_seq_lens_q"].tolist() == full["cu_seq_lens_k"].tolist() == [0, 6, 12]
+    assert (full["max_length_q"], full["max_length_k"]) == (6, 6)
+    assert "cu_seq_lens_q" not in padded
+    packing = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    packed = [{"input_ids": [5, 6, 7], "seq_lengths": [1, 2]}]
+    assert FullRows(packing)(packed)["cu_seq_lens_q"].tolist() == packing(packed)["cu_seq_lens_q"].tolist()
+
+
+def test_full_rows_reach_the_kernel_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with("varlen")
+    ids = tokens(3, 8)
+    batch = FullRows(DataCollatorForLanguageModeling(pad_token_id=0))([{"input_ids": row.tolist()} for row in ids])
+    del batch["labels"]
+    seen: list[int | None] = []
+    kernel = attention.varlen_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["rows"])
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attention", spy)
+    assert torch.equal(model(**batch, use_cache=False).logits, model(ids, use_cache=False).logits)
+    docs = documents()
+    model(**packed_batch(docs), use_cache=False)
+    layers = model.config.num_hidden_layers
+    assert seen == [3] * layers + [3] * layers + [None] * layers

@@ -157,7 +157,7 @@ def _experts(
     """One layer's experts, forward and backward."""
     case = {"backend": backend, "tokens": tokens, "routing": routing}
     try:
-        choose_backend(backend, device, dtype)
+        choose_backend(backend, device, dtype, rows=tokens * arch.top_k, experts=arch.experts)
     except DeviceError:
         return {**case, "status": "does not run here"}
     layer.backend = backend

@@ -1,13 +1,21 @@
 """The products of rows with the dequantized matrices of their experts, in two ways behind one call.
 
     grouped   dequantizes the whole stack into one workspace and multiplies it in one grouped GEMM. No host
-              synchronization. Needs bfloat16 and compute capability 9.0 or later: below, torch's grouped GEMM falls
-              back to a loop that synchronizes. Workspace: 1.88 GB for the gate_up matrices of Mixtral 8x7B.
-    loop      dequantizes one expert at a time and multiplies its rows. Any device and dtype. Workspace: 0.24 GB an expert.
+              synchronization, few launches. Needs bfloat16 and compute capability 9 or 10: elsewhere torch's grouped
+              GEMM is a loop that synchronizes. Workspace for Mixtral 8x7B: 1.88 GB.
+    loop      dequantizes one expert at a time and multiplies its rows. Any device and dtype. Workspace: 0.24 GB.
               The host must know each expert's row count; it is copied once a layer, asynchronously, while the first
               expert is dequantized, and kept for the backward pass.
 
-`choose_backend` states the rule.
+`choose_backend` states the rule. Behind it, one H100 (torch 2.11), LoRA steps of Mixtral 8x7B, grouped / loop:
+
+    2 x 1024 tokens   310 / 432 ms    32 products a layer with new shapes each time: the host cannot keep up (cuBLAS
+                                      takes 90 us to choose a kernel for a shape that it has not met)
+    4 x 1024          497 / 473 ms
+    8 x 1024          878 / 848 ms    cuBLAS's kernels are the faster ones, most of all where experts differ in load
+    4 x 4096         1954 / 1934 ms
+
+`finetune bench train --set model.experts_backend=loop` repeats these, `finetune bench kernels` those of one layer.
 
 Shape suffixes: S rows sorted by expert, E experts, O and I a matrix's output and input.
 """
@@ -26,25 +34,34 @@ from finetune.kernels.nf4 import Nf4Stack, dequantize_expert, dequantize_stack
 
 Backend = Literal["grouped", "loop"]
 BackendChoice = Literal["auto", "grouped", "loop"]
+# From so many rows an expert on, a product takes the device longer than the host needs to launch the next.
+ROWS_FOR_LOOP = 1024
 
 
-def choose_backend(wanted: BackendChoice, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for `device` and the products' `dtype`; auto is `grouped` wherever it runs.
+def choose_backend(
+    wanted: BackendChoice, device: torch.device, dtype: torch.dtype, *, rows: int, experts: int
+) -> Backend:
+    """The backend for `rows` (tokens * top_k) in `dtype`; auto is `grouped` where it runs and rows are few.
 
     Raises:
         DeviceError: `grouped` is asked for where it does not run.
     """
-    able = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = device.type == "cuda" and dtype == torch.bfloat16 and _capability(device)[0] in (9, 10)
     if wanted == "grouped" and not able:
         raise DeviceError(
             f"the grouped backend of the experts does not run in {str(dtype).removeprefix('torch.')} on {device.type}",
             where="model.experts_backend",
-            allowed="grouped: bfloat16 on a GPU of compute capability 9.0 or later (H100, H200, B200); loop: anywhere",
+            allowed="grouped: bfloat16 on a GPU of compute capability 9 or 10 (H100, H200, B200); loop: anywhere",
             fix="set model.experts_backend=auto",
         )
-    if wanted == "loop" or not able:
-        return "loop"
-    return "grouped"
+    if wanted == "auto":
+        return "grouped" if able and rows < ROWS_FOR_LOOP * experts else "loop"
+    return wanted
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the device; of an H100 for a GPU that is not at hand, which a preflight may ask about."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 class ExpertsMatmul(Protocol):

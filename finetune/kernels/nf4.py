@@ -141,7 +141,7 @@ def dequantize_expert(stack: Nf4Stack, expert: int, dtype: torch.dtype, *, out: 
 
 def stack_of_linear(layer: Linear4bit) -> Nf4Stack:
     """The layer's own bytes, as a stack of one matrix [out, in]; nothing is copied."""
-    state: Any = layer.weight.quant_state
+    state: Any = layer.weight.quant_state  # type: ignore[attr-defined]  # Params4bit carries it
     assert state.nested, "the layer was quantized without double quantization"
     assert (state.quant_type, state.blocksize, state.state2.blocksize) == ("nf4", BLOCK, NESTED_BLOCK)
     out, in_ = state.shape

@@ -10,6 +10,9 @@ Leaves out: the matrix products, which are cuBLAS's or CUTLASS's.
 Shape suffixes: T tokens, K choices, S = T * K rows sorted by expert, H hidden, F intermediate.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Kernels take pointers and numbers that only triton's compiler types.
+
 from __future__ import annotations
 
 from typing import Any
@@ -44,7 +47,7 @@ def dequantize_nf4_kernel(
     nested = tl.load(nested_ptr + matrix * nested_per_matrix + scale_index // NESTED_BLOCK, mask=inside, other=0.0)
     scale = tl.load(map_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr + matrix)
     packed = tl.load(words_ptr + matrix * words_per_matrix + word, mask=inside, other=0)
-    # Little-endian bytes, the even column in the high nibble: weight j of a word sits at bit 8 * (j // 2) + 4 * (1 - j % 2).
+    # Little-endian bytes, the even column in the high nibble: weight j sits at bit 8 * (j // 2) + 4 * (1 - j % 2).
     j = tl.arange(0, 8)
     nibble = (packed[:, None] >> ((j // 2) * 8 + (1 - j % 2) * 4)[None, :]) & 0xF
     value = tl.load(code_ptr + nibble) * scale[:, None]

@@ -13,6 +13,9 @@ Everything else (CPU, float32, a head_dim that flash has no kernel for) takes th
 `scaled_dot_product_attention` over the sequences, which is the reference as well. On CUDA it reads the boundaries on
 the host.
 
+Where the sequences are known to be of one length, the forward pass is cuDNN's, which is twice as fast on an H100 and
+gives what flash's backward needs.
+
 Kept for backward: q, k, v, the output and its logsumexp. Flash's backward takes, for the time it runs, float32
 [T + 128 N, H, D] for the queries' gradient (times the SMs over N * H, rounded up) and keys' and values' gradients at
 H heads in the compute dtype.
@@ -48,6 +51,7 @@ def varlen_attention(
     scale: float,
     *,
     window: int | None = None,
+    rows: int | None = None,
 ) -> Tensor:
     """Output [T, H, D]: every token attends to itself and what stands before it in its own sequence.
 
@@ -59,13 +63,14 @@ def varlen_attention(
         max_length: at least the longest sequence's length.
         scale: factor on the scores.
         window: a token sees only the last `window` tokens, itself among them.
+        rows: N, where the host knows that all sequences are of length T / N; a faster forward kernel may serve them.
     """
     dtype = compute_dtype(q_THD)
     q_THD, k_TGD, v_TGD = q_THD.to(dtype), k_TGD.to(dtype), v_TGD.to(dtype)
     assert cu_seqlens.dtype == torch.int32, cu_seqlens.dtype
     assert q_THD.shape[1] % k_TGD.shape[1] == 0, (q_THD.shape, k_TGD.shape)
     if flash_serves(q_THD.device, dtype, q_THD.shape[-1]):
-        return _FlashVarlen.apply(q_THD, k_TGD, v_TGD, cu_seqlens, max_length, scale, window)
+        return _FlashVarlen.apply(q_THD, k_TGD, v_TGD, cu_seqlens, max_length, scale, window, rows)
     return varlen_attention_reference(q_THD, k_TGD, v_TGD, cu_seqlens, scale, window=window)
 
 
@@ -116,6 +121,11 @@ def _has_flash(index: int | None) -> bool:
     )
 
 
+@functools.cache
+def _has_cudnn(index: int | None) -> bool:
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
 class _FlashVarlen(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -127,42 +137,48 @@ class _FlashVarlen(torch.autograd.Function):
         max_length: int,
         scale: float,
         window: int | None,
+        rows: int | None,
     ) -> Tensor:
         # Strides are free but for the last; these copy only what a caller has laid out otherwise.
-        q_THD, k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TGD, v_TGD))
-        out_THD, logsumexp, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
-            q_THD,
-            k_TGD,
-            v_TGD,
-            cu_seqlens,
-            cu_seqlens,
-            max_length,
-            max_length,
-            0.0,  # dropout
-            True,  # causal
-            False,  # no debug mask
-            scale=scale,
-            **_flash_window(window),
-        )
-        ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, logsumexp, rng_state, cu_seqlens)
+        qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TGD, v_TGD)]
+        boundaries: Tensor | None = cu_seqlens
+        if rows is not None:  # flash knows rows of one length as [N, T / N, H, D]; without boundaries it is faster
+            qkv, boundaries, max_length = [x.unflatten(0, (rows, -1)) for x in qkv], None, q_THD.shape[0] // rows
+        if rows is not None and window is None and _cudnn_serves(qkv[0]):
+            out, logsumexp = _cudnn_forward(qkv[0], qkv[1], qkv[2], scale)
+            rng_state = torch.empty(2, dtype=torch.uint64, device=out.device)  # of a dropout that is not there
+        else:
+            out, logsumexp, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
+                *qkv,
+                boundaries,
+                boundaries,
+                max_length,
+                max_length,
+                0.0,  # dropout
+                True,  # causal
+                False,  # no debug mask
+                scale=scale,
+                **_flash_window(window),
+            )
+        ctx.save_for_backward(*qkv, out, logsumexp, rng_state, boundaries)
         ctx.max_length, ctx.scale, ctx.window = max_length, scale, window
-        return out_THD
+        return out.reshape(q_THD.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
-        q_THD, k_TGD, v_TGD, out_THD, logsumexp, rng_state, cu_seqlens = ctx.saved_tensors
-        unused = torch.empty(0, device=q_THD.device)  # second half of the dropout state
+    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logsumexp, rng_state, boundaries = ctx.saved_tensors
+        unused = torch.empty(0, device=q.device)  # second half of the dropout state
         with reproducible() if REPRODUCIBLE_BACKWARD else contextlib.nullcontext():
             grads = torch.ops.aten._flash_attention_backward(
-                grad_THD,
-                q_THD,
-                k_TGD,
-                v_TGD,
-                out_THD,
+                grad_THD.reshape(out.shape),
+                q,
+                k,
+                v,
+                out,
                 logsumexp,
-                cu_seqlens,
-                cu_seqlens,
+                boundaries,
+                boundaries,
                 ctx.max_length,
                 ctx.max_length,
                 0.0,  # dropout
@@ -172,7 +188,30 @@ class _FlashVarlen(torch.autograd.Function):
                 scale=ctx.scale,
                 **_flash_window(ctx.window),
             )
-        return *grads, None, None, None, None
+        return *(grad.reshape(-1, *grad.shape[-2:]) for grad in grads), None, None, None, None, None
+
+
+def _cudnn_serves(q_NLHD: Tensor) -> bool:
+    # cuDNN builds a plan for every shape that it meets (tens of milliseconds), so not for rows of just any length.
+    return (
+        q_NLHD.shape[-1] <= 128
+        and q_NLHD.shape[1] % 256 == 0
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and _has_cudnn(q_NLHD.device.index)
+    )
+
+
+def _cudnn_forward(q_NLHD: Tensor, k_NLGD: Tensor, v_NLGD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [N, L, H, D] and logsumexp [N, H, L], as flash's.
+
+    On an H100, 32 query and 8 key heads of 128: 0.16 ms instead of 0.40 for 8 x 1024 tokens, 0.91 instead of 1.95 for
+    4 x 4096. Its backward kernel is faster too, but adds with atomics and cannot be told not to (torch 2.11).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_NLHD, k_NLGD, v_NLGD))
+    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=scale
+    )
+    return out.transpose(1, 2), logsumexp.squeeze(-1)
 
 
 @contextlib.contextmanager

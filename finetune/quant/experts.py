@@ -77,7 +77,9 @@ class Nf4Experts(nn.Module):
                 top_k_weights,
                 gate_up,
                 down,
-                backend=choose_backend(self.backend, device, x.dtype),
+                backend=choose_backend(
+                    self.backend, device, x.dtype, rows=top_k_index.numel(), experts=self.num_experts
+                ),
                 keep_gate_up=self.keep_gate_up,
                 source=source,
             )

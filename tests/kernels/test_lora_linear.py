@@ -125,3 +125,13 @@ def test_only_the_input_needs_a_gradient() -> None:
     x = torch.randn(4, IN, requires_grad=True)
     lora_linear(x, torch.randn(OUT, IN), torch.randn(RANK, IN), torch.randn(OUT, RANK), 1.0).sum().backward()
     assert x.grad is not None
+
+
+def test_a_resident_weight_gives_the_same_bits() -> None:
+    x = torch.randn(33, IN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    model = with_lora(make_layer("nf4", torch.bfloat16), fused=True)
+    before = run(model, x)
+    model.zero_grad()
+    model.base_model.model.q_proj.keep_dequantized(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(before, run(model, x), strict=True))
+    assert not [name for name in model.state_dict() if "resident" in name]

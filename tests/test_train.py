@@ -260,3 +260,18 @@ def _environment() -> dict[str, str]:
     import os
 
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_every_module_trains_in_every_step(write_recipe: Write) -> None:
+    """The trainer spares what upstream does anew before each step, and an evaluation between steps undoes it."""
+    path = write_recipe(training={"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2})
+    ready = prepare(load_recipe(path), Report(as_json=True))
+    modes: list[set[bool]] = []
+    decoder = ready.trainer.model.get_base_model().model
+    decoder.register_forward_pre_hook(lambda *_: modes.append({m.training for m in ready.trainer.model.modules()}))
+    ready.trainer.train()
+    trained, evaluated = {True}, {False}
+    assert modes.count(trained) == 4
+    assert modes.index(evaluated) == 2, "two steps, then an evaluation"
+    assert [mode for mode in modes if mode not in (trained, evaluated)] == []
+    assert ready.trainer.state.total_flos > 0

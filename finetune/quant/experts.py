@@ -57,7 +57,9 @@ class Nf4Experts(nn.Module):
         self.set_stack(projection, quantize_stack(weight_EOI))
 
     def stack(self, projection: str) -> Nf4Stack:
-        return Nf4Stack(*(self.get_parameter(f"{projection}_{field}") for field in Nf4Stack._fields))
+        # Not `get_parameter`, which walks a path: a forward pass asks 256 times.
+        stored: Any = self._parameters
+        return Nf4Stack(*(stored[f"{projection}_{field}"] for field in Nf4Stack._fields))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H] in hidden_states' dtype."""

@@ -6,6 +6,7 @@ through the steps.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finetune.checkpoint import read_json
 from finetune.console import Report
 from finetune.fused_layers import wants_fused_layers
 from finetune.memory import GIB, MemoryEstimate, Run, estimate
+from finetune.model import load_tokenizer
 from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
 from finetune.recipe import load_recipe
 from tests.conftest import REPOSITORY
@@ -135,6 +137,30 @@ def test_the_loop_backend_needs_less() -> None:
     grouped, loop = classic(full), classic(full, "model.experts_backend=loop")
     assert (grouped.backend, loop.backend) == ("grouped", "loop")
     assert loop.total_bytes < grouped.total_bytes
+
+
+# ---- the supervised tokens ------------------------------------------------------------------------------------
+
+
+def test_only_supervised_tokens_have_logits(tmp_path: Path) -> None:
+    """Of a small model they are most of a step. A prompt of many tokens and a short answer, counted by hand."""
+    tiny = REPOSITORY / "recipes" / "tiny-mixtral"
+    turns = [{"role": "user", "content": "word " * 600}, {"role": "assistant", "content": "yes"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
+
+    def estimated(train: Path) -> MemoryEstimate:
+        settings = [f"data.train={train}", "training.max_length=1024", "model.dtype=bfloat16"]
+        return preflight(load_recipe(tiny / "qlora-attention.yaml", settings), torch.device("cuda"), device_bytes=GIB)
+
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    prompt = len(tokenizer.encode("[INST] " + turns[0]["content"]))
+    assert prompt > 600
+    # "yes" and </s> of about 610 tokens: hardly any logits; a file that is not there: all of them.
+    few, all_of_them = estimated(rows), estimated(tmp_path / "missing.jsonl")
+    tile = 2 * 2 * 1024 * 32768  # micro-batch 2, bfloat16
+    saved = all_of_them.tensor_bytes - few.tensor_bytes
+    assert 0.5 * tile < saved <= 1.1 * tile
 
 
 # ---- the disk -------------------------------------------------------------------------------------------------

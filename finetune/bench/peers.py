@@ -6,6 +6,7 @@ A stack that is not installed, or that fails, has a row that says so; the others
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -44,7 +45,7 @@ def bench_peers(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     document = {
         "bench": "peers",
-        "shape": str(shape),
+        "shape": os.path.relpath(shape),
         "batch": batch,
         "length": length,
         "warm_up": WARM_UP,

@@ -36,6 +36,7 @@ class Run:
     Args:
         micro_batch: sequences of one forward and backward pass (`training.per_device_train_batch_size`).
         seq_len: tokens of a sequence (`training.max_length`).
+        supervised: share of a micro-batch's tokens whose logits the LM head computes.
         accumulates: gradients of earlier micro-batches are there while one runs.
         keep_attention: so many of the last layers keep what their attention and norms need for the backward pass.
         keep_gate_up: so many of the last layers keep their experts' gate_up output.
@@ -57,6 +58,7 @@ class Run:
     optimizer: str = "adamw_torch_fused"
     micro_batch: int = 1
     seq_len: int = 1024
+    supervised: float = 1.0
     accumulates: bool = False
     keep_attention: int = 0
     keep_gate_up: int = 0
@@ -71,6 +73,7 @@ class Run:
         assert self.method == "attention_lora" or self.attention_storage == "16bit", "NF4 weights cannot train"
         assert self.micro_batch > 0
         assert self.seq_len > 0
+        assert 0 < self.supervised <= 1
         assert 0 <= self.keep_attention <= self.arch.layers
         assert 0 <= self.keep_gate_up <= self.arch.layers
 

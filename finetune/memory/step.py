@@ -23,6 +23,7 @@ and of keys (or values), c bytes of an element in the products, r of one in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -256,13 +257,14 @@ def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Moment
 
 def _lm_head(run: Run, sizes: _Sizes, copy: int) -> Iterator[Moment]:
     """TRL's fused head: a tile of logits at a time, the hidden states' gradient in float32."""
-    arch, size, tokens, (rows, columns) = run.arch, run.size, run.tokens, LOGIT_TILE
+    arch, size, (rows, columns) = run.arch, run.size, LOGIT_TILE
+    tokens = math.ceil(run.tokens * run.supervised)  # the others' logits are not computed
     tile = min(tokens, rows) * columns * size
     if run.device == "cpu":
         tile += PLAIN_TILE_COPIES * min(tokens, rows) * min(columns, arch.vocab) * 4
     if run.mixed:
         tile += size * arch.hidden * (min(tokens, rows) + min(arch.vocab, columns))
-    norm = sizes.stream if sizes.input else 4 * tokens * arch.hidden  # what the last norm keeps
+    norm = sizes.stream if sizes.input else 4 * run.tokens * arch.hidden  # what the last norm keeps
     layers, kept = arch.layers, run.keep_attention * copy
     yield _at(
         run,

@@ -3,13 +3,14 @@
 # 80 GB GPU. Uses the python3 on the path (PYTHON=... for another), since GPU machines bring their own torch.
 #
 #   PARTS="tests train peers kernels"   which parts; one that fails does not stop the others
-#   ROWS="8x1024 4x4096"                which rows of training; also 8x1024-non-moe and 8x1024-grouped
+#   ROWS="8x1024 4x4096"                which rows of training; further ones: 8x1024-non-moe, 8x1024-grouped,
+#                                       tiny-qlora-attention, tiny-freeze-experts
 #   RESULTS=DIR                         keeps the raw JSON lines there
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 parts=${PARTS:-tests train peers kernels}
-rows=${ROWS:-2x1024 8x1024 8x1024-34gib 4x4096 tiny-qlora-attention tiny-freeze-experts}
+rows=${ROWS:-2x1024 8x1024 8x1024-34gib 4x4096}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 results=${RESULTS:-$work/results}
@@ -46,8 +47,7 @@ fi
 if part train; then
   for row in $rows; do
     case $row in
-      8x1024) train "$row" --batch 8 --length 1024 --steps 16 ;;
-      8x1024-34gib) train "$row" --batch 8 --length 1024 --steps 16 --set memory.budget_gib=34 ;;
+      8x1024-34gib) train "$row" --batch 8 --length 1024 --set memory.budget_gib=34 ;;
       8x1024-grouped) train "$row" --batch 8 --length 1024 --set model.experts_backend=grouped ;;
       8x1024-non-moe) METHOD=freeze-experts train "$row" --batch 8 --length 1024 ;;
       tiny-*) bench "train-$row" train "recipes/tiny-mixtral/${row#tiny-}.yaml" --batch 2 --length 256 --set model.device=cuda ;;

@@ -41,7 +41,8 @@ ROWS_FOR_LOOP = 1024
 def choose_backend(
     wanted: BackendChoice, device: torch.device, dtype: torch.dtype, *, rows: int, experts: int
 ) -> Backend:
-    """The backend for `rows` (tokens * top_k) in `dtype`; auto is `grouped` where it runs and rows are few.
+    """The backend for `rows` (tokens * top_k) in `dtype`; auto is `grouped` where it runs and rows are neither many nor
+    fewer than experts.
 
     Raises:
         DeviceError: `grouped` is asked for where it does not run.
@@ -55,7 +56,8 @@ def choose_backend(
             fix="set model.experts_backend=auto",
         )
     if wanted == "auto":
-        return "grouped" if able and rows < ROWS_FOR_LOOP * experts else "loop"
+        # With fewer rows than experts (decoding), the loop leaves out the experts that have none.
+        return "grouped" if able and experts <= rows < ROWS_FOR_LOOP * experts else "loop"
     return wanted
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer, set_seed
 
+from finetune.data.encoding import Refused, encoder_of
 from finetune.errors import DataError
 from finetune.model import LoadedModel
 
@@ -96,13 +97,18 @@ def generate(
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str, *, raw: bool) -> list[int]:
-    """Token ids of the prompt, with the beginning-of-sequence token."""
+    """Token ids of the prompt, with the beginning-of-sequence token.
+
+    A control token spelled out in the prompt is ordinary text, raw or not.
+
+    Raises:
+        DataError: an empty prompt, no chat template, or one that refuses the prompt.
+    """
     if not prompt.strip():
         raise DataError("the prompt is empty", where="--prompt", fix="give some text")
     tokenizer: Any = loaded.tokenizer
     if raw:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return [tokenizer.bos_token_id, *ids]
+        return [tokenizer.bos_token_id, *encoder_of(tokenizer).encode_text(prompt)]
     if tokenizer.chat_template is None:
         raise DataError(
             "the model's tokenizer has no chat template",
@@ -110,5 +116,8 @@ def encode_prompt(loaded: LoadedModel, prompt: str, *, raw: bool) -> list[int]:
             fix="use --raw to continue the text as it stands",
         )
     message = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    try:
+        [encoded] = encoder_of(tokenizer).encode([message], add_generation_prompt=True)
+    except Refused as refusal:
+        raise refusal.error("--prompt") from None
+    return [int(token) for token in encoded.ids]

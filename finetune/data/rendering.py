@@ -1,0 +1,176 @@
+"""Conversations through a chat template, with the template's control tokens told from those that somebody typed.
+
+Why: a template gives one string, and nothing in it says whose `</s>` is whose. How: a control token spelled out in a
+message has its characters replaced by stand-ins before the template sees it, one for one, so that the bounds of
+`{% generation %}` blocks hold. What is a control token in the rendered text is then the template's; the rest becomes
+what was typed again. As a check, the template must write the same control tokens around messages of one harmless
+character; a template that makes them out of text (by changing its case, say) is refused.
+
+`MISTRAL_V1` is known to place texts as they are and to ask only whether they are empty. It is rendered once for each
+sequence of roles and filled in after that: about 7 us a conversation instead of 100, where tokenizing it takes 80
+(2,000 bundled conversations of 46 tokens, one core).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Conversation = list[dict[str, str]]
+Spans = list[tuple[int, int]]
+
+MISTRAL_V1 = (Path(__file__).parent / "templates" / "mistral_v1.jinja").read_text(encoding="utf-8")
+# As transformers looks for it before it warns that the mask will be empty.
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16: no character there has a meaning
+_HARMLESS = "\ue000"
+
+
+class TemplateRefusal(Exception):
+    """The template does not take a conversation, or does not keep its text apart from control tokens."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text, control token, text, control token, ..., text; and the assistant's [start, end) in their concatenation."""
+
+    pieces: list[str]
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A rendered conversation with its texts left out.
+
+    `pieces` are those of `Rendered`, the texts among them in parts: literals, and numbers of messages. A bound is a
+    position in the literals, and the number of messages that have been placed before it.
+    """
+
+    pieces: list[list[str | int]]
+    order: list[int]
+    bounds: list[tuple[int, int]]
+
+    def fill(self, texts: Sequence[str]) -> Rendered:
+        """Puts the texts of a conversation in."""
+        pieces = ["".join([part if isinstance(part, str) else texts[part] for part in parts]) for parts in self.pieces]
+        placed = [0]
+        for message in self.order:
+            placed.append(placed[-1] + len(texts[message]))
+        bounds = [position + placed[count] for position, count in self.bounds]
+        return Rendered(pieces, list(zip(bounds[::2], bounds[1::2], strict=True)))
+
+
+class Renderer:
+    """One chat template with the control tokens of one tokenizer.
+
+    Args:
+        template: Jinja source.
+        names: what the template may call control tokens, `bos_token` for example.
+        specials: every control token.
+    """
+
+    def __init__(self, template: str, names: dict[str, Any], specials: Iterable[str]) -> None:
+        self._template, self._names = template, names
+        self._is_marked = GENERATION_MARKER.search(template) is not None
+        # The longest first, as tokenizers match them. The group makes `split` keep what it splits at.
+        self._special = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+        self._controls: dict[tuple[object, ...], list[str]] = {}
+        self._forms: dict[tuple[object, ...], _Form] = {}
+
+    def render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
+        """Renders a conversation.
+
+        Raises:
+            TemplateRefusal: see there.
+        """
+        try:
+            if self._template == MISTRAL_V1 and len(messages) < len(PRIVATE):
+                return self._form_of(messages, add_generation_prompt).fill([m["content"] for m in messages])
+            return self.render_by_template(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateError as fault:
+            raise TemplateRefusal(f"the chat template refuses a conversation: {fault}") from None
+
+    def render_by_template(self, messages: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
+        """Renders a conversation by any template; the truth that a form must agree with.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+            TemplateRefusal: the template makes control tokens of the text of messages.
+        """
+        hidden, shown = self._hide(messages)
+        text, spans = self._run(hidden, add_generation_prompt)
+        pieces = self._special.split(text)
+        controls, expected = pieces[1::2], self._controls_around(hidden, add_generation_prompt)
+        if controls != expected:
+            raise TemplateRefusal(
+                "the chat template makes control tokens out of the text of messages: "
+                f"{' '.join(controls) or 'none'} instead of {' '.join(expected) or 'none'}"
+            )
+        if shown:
+            pieces[::2] = [piece.translate(shown) for piece in pieces[::2]]
+        return Rendered(pieces, spans)
+
+    def _run(self, messages: Conversation, add_generation_prompt: bool) -> tuple[str, Spans]:
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self._template,
+            return_assistant_tokens_mask=self._is_marked,
+            add_generation_prompt=add_generation_prompt,
+            **self._names,
+        )
+        texts, spans = rendered
+        return texts[0], spans[0] if self._is_marked else []
+
+    def _hide(self, messages: Conversation) -> tuple[Conversation, dict[int, str]]:
+        """The messages without control tokens, and what each stand-in character is for."""
+        typed = [text for message in messages for text in message.values()]
+        if not any(map(self._special.search, typed)):
+            return messages, {}
+        hidden = sorted({char for text in typed for special in self._special.findall(text) for char in special})
+        taken = set(self._template).union(*typed)
+        stand_ins = [char for char in map(chr, PRIVATE) if char not in taken][: len(hidden)]
+        if len(stand_ins) < len(hidden):
+            raise TemplateRefusal("a conversation uses every character of Unicode's private planes")
+        hide = dict(zip(map(ord, hidden), stand_ins, strict=True))
+        without = [
+            {key: self._special.sub(lambda match: match[0].translate(hide), text) for key, text in message.items()}
+            for message in messages
+        ]
+        return without, {ord(stand_in): chr(char) for char, stand_in in hide.items()}
+
+    def _controls_around(self, messages: Conversation, add_generation_prompt: bool) -> list[str]:
+        """The control tokens that the template writes around such messages: the same roles, the same emptiness."""
+        shapes = [(m["role"], _HARMLESS if m["content"].strip() else m["content"][:1]) for m in messages]
+        key = (add_generation_prompt, *shapes)
+        if key not in self._controls:
+            alike = [{**m, "content": text} for m, (_, text) in zip(messages, shapes, strict=True)]
+            self._controls[key] = self._special.findall(self._run(alike, add_generation_prompt)[0])
+        return self._controls[key]
+
+    def _form_of(self, messages: Conversation, add_generation_prompt: bool) -> _Form:
+        key = (add_generation_prompt, *((m["role"], m["content"] == "") for m in messages))
+        if key not in self._forms:
+            self._forms[key] = self._make_form(messages, add_generation_prompt)
+        return self._forms[key]
+
+    def _make_form(self, messages: Conversation, add_generation_prompt: bool) -> _Form:
+        """Renders one private character in place of every text, and remembers where it went."""
+        places = [chr(PRIVATE.start + number) if m["content"] else "" for number, m in enumerate(messages)]
+        alike = [{**m, "content": place} for m, place in zip(messages, places, strict=True)]
+        text, spans = self._run(alike, add_generation_prompt)
+        number_of = {place: number for number, place in enumerate(places) if place}
+        order = [number_of[char] for char in text if char in number_of]
+        assert len(set(order)) == len(order) == len(number_of), "every text is placed once"
+        place_pattern = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
+        pieces: list[list[str | int]] = [
+            [number_of.get(part, part) for part in place_pattern.split(piece)] for piece in self._special.split(text)
+        ]
+        placed = [0, *accumulate(char in number_of for char in text)]
+        return _Form(pieces, order, [(bound - placed[bound], placed[bound]) for span in spans for bound in span])

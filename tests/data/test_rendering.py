@@ -1,0 +1,51 @@
+"""The forms of the Mistral v1 template against the template itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune.data.rendering import MISTRAL_V1, Renderer, TemplateRefusal
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+TEXTS = ("", " ", "\n", "a", "</s>", "a\U000f0000b", "\U000f0001", "{{ x }}", "  two  ", "\ue000", "<s></s>")
+
+
+@pytest.fixture
+def renderer() -> Renderer:
+    return Renderer(MISTRAL_V1, NAMES, ["<unk>", "<s>", "</s>"])
+
+
+def test_a_filled_form_is_what_the_template_gives(
+    renderer: Renderer, reference_conversations: list[dict[str, Any]]
+) -> None:
+    made = [
+        [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant"), texts, strict=True)]
+        for texts in ((a, b, c) for a in TEXTS for b in TEXTS for c in TEXTS)
+    ]
+    conversations = made + [row["messages"] for row in reference_conversations]
+    conversations += [messages[:-1] for messages in conversations]
+    for messages in conversations:
+        assert renderer.render(messages) == renderer.render_by_template(messages), messages
+
+
+def test_many_turns(renderer: Renderer) -> None:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"</s>{i}"} for i in range(400)]
+    rendered = renderer.render(messages)
+    assert rendered == renderer.render_by_template(messages)
+    text = "".join(rendered.pieces)
+    assert [text[start:end] for start, end in rendered.spans] == [f" </s>{i}</s>" for i in range(1, 400, 2)]
+
+
+def test_a_role_that_is_a_control_token_is_refused(renderer: Renderer) -> None:
+    with pytest.raises(TemplateRefusal, match="message 1 has role </s> where"):
+        renderer.render([{"role": "</s>", "content": "x"}])
+
+
+def test_control_tokens_typed_as_a_role_are_text_in_a_template_that_writes_roles() -> None:
+    renderer = Renderer(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}", NAMES, ["</s>"]
+    )
+    rendered = renderer.render([{"role": "</s>", "content": "x</s>"}])
+    assert rendered.pieces == ["</s>: x</s>", "</s>", ""]

@@ -1,7 +1,7 @@
 """RMSNorm and rotary embedding as one kernel each, from liger-kernel, where it is installed.
 
-Why: transformers' own RMSNorm makes six passes over [T, H], two of them in float32, and keeps float32 copies for the
-backward pass; at 8192 tokens of Mixtral 8x7B that is a tenth of a training step and 0.5 GiB a layer.
+Why: written in torch, both are chains of elementwise kernels over [T, H], partly in float32, whose intermediate results
+are kept for the backward pass. Fused they take 13 of 826 ms of a step (H100, 8 x 1024 tokens of Mixtral 8x7B).
 
 How: liger-kernel's public functions, applied to one loaded model. Its replacements for the experts and for the LM head
 stay off: the experts are ours, and TRL's trainer has its own fused head. Note that liger-kernel exchanges the rotary

@@ -95,8 +95,8 @@ def _planned(run: Run, usable: int) -> Run:
         gate_up_cost=gate_up_cost,
     )
     planned = with_plan(plan)
-    # What room is left after every activation is kept goes to the attention's weights: a gigabyte of it saves a sixth
-    # of what a gigabyte of gate_up outputs does.
+    # What room is left after every activation is kept goes to the attention's weights: 2.5 GiB save 2.5 ms of a step,
+    # a layer's gate_up output of 0.9 GiB saves about 6 (H100, Mixtral 8x7B, 8 x 1024 tokens).
     resident = replace(planned, resident_attention=run.can_be_resident)
     keeps_all = plan == ActivationPlan.none(run.arch.layers)
     return resident if keeps_all and total(resident) <= usable else planned

@@ -9,7 +9,7 @@ from finetune.memory.run import GIB, Backend, MemoryItem, Run
 from finetune.memory.static import optimizer_states, training, weights
 from finetune.memory.step import largest_moment, moment_items
 
-# What the driver and the kernels take of a device before the first tensor: 0.5 GiB on an H100 (measured).
+# What the driver and the kernels take of a device before the first tensor: 0.5 GiB is assumed.
 CUDA_CONTEXT = GIB // 2
 # cuBLAS asks torch's allocator for 32 MiB a handle on compute capability 9.0, and the forward and the backward pass
 # run in threads with a handle each.

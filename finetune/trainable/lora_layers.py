@@ -67,7 +67,8 @@ class FusedLoraLinear4bit(_Fused, PeftLinear4bit):
     def keep_dequantized(self, dtype: torch.dtype) -> None:
         """Dequantizes the frozen weight once and for all: the same values, for 2 bytes a weight instead of passes.
 
-        A layer of Mixtral 8x7B gives up 84 MB and saves 12 launches and 0.11 ms a step (H100, full checkpointing).
+        2.5 GiB for Mixtral 8x7B. A step without checkpointing launches 128 dequantizations instead of 381, 77.5 ms of
+        them instead of 80.0 (H100, 2 x 1024 tokens, `finetune bench train`).
         """
         self._resident = dequantize_stack(stack_of_linear(self._layer()), dtype)[0]
 

@@ -322,8 +322,8 @@ def fail(error: FinetuneError, debug: bool) -> NoReturn:
 def quiet_libraries(debug: bool) -> None:
     """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The allocator's segments grow instead of being split. The memory margin counts on it: 0.3 GiB is reserved beyond the
-    # tensors with it (8 x 1024 tokens in 34 GiB, H100).
+    # The allocator's segments grow instead of being split. The memory margin counts on it: 0.3 GiB is reserved beyond
+    # the tensors with it (8 x 1024 tokens in 34 GiB, H100).
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")

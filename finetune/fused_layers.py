@@ -4,8 +4,8 @@ Why: written in torch, both are chains of elementwise kernels over [T, H], partl
 are kept for the backward pass. Fused they take 13 of 826 ms of a step (H100, 8 x 1024 tokens of Mixtral 8x7B).
 
 How: liger-kernel's public functions, applied to one loaded model. Its replacements for the experts and for the LM head
-stay off: the experts are ours, and TRL's trainer has its own fused head. Note that liger-kernel exchanges the rotary
-function of the model's module, for every model of that type in the process.
+stay off: the experts are ours, and TRL's trainer has its own fused head. Note that liger-kernel also exchanges the
+rotary function and the norm's class in transformers' module, for every model of that type built later in the process.
 
 Leaves out: the CPU (its kernels are Triton's).
 """

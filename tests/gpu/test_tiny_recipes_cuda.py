@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).resolve().parents[2]
+METHODS = ("qlora-attention", "freeze-experts")
 
 
 def finetune(*args: str) -> dict:
@@ -20,19 +20,29 @@ def finetune(*args: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("method", ["qlora-attention", "freeze-experts"])
-def test_train_merge_answer(method: str, tmp_path: Path) -> None:
+def train_merge_answer(method: str, folder: Path) -> tuple[dict, dict, dict]:
     run = finetune(
         "train",
         f"recipes/tiny-mixtral/{method}.yaml",
-        *("--set", f"output.dir={tmp_path / 'run'}", "--set", "model.device=cuda"),
+        *("--set", f"output.dir={folder / 'run'}", "--set", "model.device=cuda"),
         *("--set", "training.max_steps=40"),
     )
-    assert run["eval_loss_last"] < run["eval_loss_first"] - 0.1
-    assert run["peak_device_bytes"] > 0
-    merged = finetune("merge", str(tmp_path / "run" / "adapter"), "--output", str(tmp_path / "merged"))
-    # Measured on CPU in float32: 1e-7 and below. In bf16 arithmetic live and merged round differently.
-    assert merged["fidelity"]["kl"] < 1e-2
-    assert merged["fidelity"]["top_k_overlap"] > 0.97
-    answer = finetune("generate", str(tmp_path / "merged"), "--prompt", "What is AI?", "--max-new-tokens", "8")
-    assert answer["answers"][0]["completion_tokens"] > 0
+    merged = finetune("merge", str(folder / "run" / "adapter"), "--output", str(folder / "merged"))
+    answer = finetune("generate", str(folder / "merged"), "--prompt", "What is AI?", "--max-new-tokens", "8")
+    return run, merged, answer
+
+
+def test_train_merge_answer(tmp_path: Path) -> None:
+    """Beside each other: each is three processes, one after the other."""
+    folders = [tmp_path / method for method in METHODS]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(train_merge_answer, METHODS, folders))
+    for run, merged, answer in results:
+        assert run["eval_loss_last"] < run["eval_loss_first"] - 0.1
+        assert run["peak_device_bytes"] > 0
+        # Measured on CPU in float32: 1e-7 and below. In bf16 arithmetic live and merged round differently.
+        assert merged["fidelity"]["kl"] < 1e-2
+        assert merged["fidelity"]["top_k_overlap"] > 0.97
+        assert answer["answers"][0]["completion_tokens"] > 0

@@ -1,7 +1,7 @@
 """RMSNorm and rotary embedding as one kernel each, from liger-kernel, where it is installed.
 
 Why: written in torch, both are chains of elementwise kernels over [T, H], partly in float32, whose intermediate results
-are kept for the backward pass. Fused they take 13 of 826 ms of a step (H100, 8 x 1024 tokens of Mixtral 8x7B).
+are kept for the backward pass. Fused they take 13 of 843 ms of a step (H100, 8 x 1024 tokens of Mixtral 8x7B).
 
 How: liger-kernel's public functions, applied to one loaded model. Its replacements for the experts and for the LM head
 stay off: the experts are ours, and TRL's trainer has its own fused head. Note that liger-kernel also exchanges the

@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 app.add_typer(recipe_app, name="recipe")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
+app.add_typer(data_app, name="data")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: training, what others would do, kernels.")
 app.add_typer(bench_app, name="bench")
 
@@ -204,6 +206,33 @@ def generate(
         report.finish(document)
 
 
+@data_app.command("check")
+def data_check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="Print so many examples, what is learnt coloured.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page.", show_default=False)] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a corrected copy of the data to this new folder.", show_default=False)
+    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one GPU, for the cost.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Report what a recipe's data teaches, before a GPU is touched; exit status 1 where training would refuse it."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        quiet_libraries(debug)
+        from finetune.datacheck.check import check_data
+
+        document = check_data(
+            loaded, report, name=str(recipe), show=show, html=html, fix=fix, price_per_hour=price_per_hour
+        )
+        report.finish(document)
+    if any(fault["level"] == "error" for fault in document["faults"]):
+        raise typer.Exit(1)
+
+
 @recipe_app.command("show")
 def recipe_show(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
     """Print the fully resolved recipe, with package versions and the commit."""
@@ -274,6 +303,28 @@ def bench_peers(
 
         require_appendable(out)
         hand_over(run(report, shape=shape, batch=batch, length=length, steps=steps, layers=layers), report, out)
+
+
+@bench_app.command("data")
+def bench_data(
+    rows: Annotated[int, typer.Option(min=1, help="Conversations to make, of about 400 tokens.")] = 100_000,
+    processes: Annotated[int, typer.Option(min=1)] = 2,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
+    source: Annotated[
+        Path | None, typer.Option(help="Tokenize this file instead, and only that.", show_default=False)
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the data path beside bare tokenization."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.bench.data import bench_data as run
+        from finetune.bench.result import hand_over, require_appendable
+
+        require_appendable(out)
+        hand_over(run(report, rows=rows, processes=processes, max_length=length, source=source), report, out)
 
 
 @bench_app.command("kernels")

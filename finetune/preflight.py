@@ -16,8 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from finetune.activations import ActivationPlan, plan_activations
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
-from finetune.data import apply_template, load_conversations, supervise
-from finetune.data.mask import IGNORED
+from finetune.data import IGNORED, Reading, Source, Teaching, apply_template, encode_source
 from finetune.errors import FinetuneError
 from finetune.fused_layers import wants_fused_layers
 from finetune.kernels.experts_matmul import choose_backend
@@ -142,15 +141,16 @@ def _supervised_share(recipe: Recipe, *, tokens: int, max_length: int | None) ->
     try:
         tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
         apply_template(tokenizer, recipe.data.template)
-        sample = load_conversations(
-            recipe.data.train, split=recipe.data.train_split, format=recipe.data.format, max_rows=_SAMPLED_ROWS
-        )
-        rows = supervise(sample, tokenizer)["labels"]
+        data = recipe.data
+        source = Source(data.train, data.train_split, min(_SAMPLED_ROWS, data.max_rows or _SAMPLED_ROWS))
+        reading = Reading(source, data.format, dict(data.columns), dict(data.roles))
+        teaching = Teaching(data.loss_on, max_length, data.too_long)
+        rows = encode_source(reading, tokenizer, teaching).dataset["labels"]
     except FinetuneError:  # `finetune train` says it where it matters
         return 1.0
     finally:
         enable_progress_bars()
-    supervised = [label != IGNORED for labels in rows for label in labels[:max_length]]
+    supervised = [label != IGNORED for labels in rows for label in labels]
     batches = (supervised[begin : begin + tokens] for begin in range(0, len(supervised) - tokens + 1, tokens))
     return max((sum(batch) / tokens for batch in batches), default=1.0) or 1.0
 

@@ -4,6 +4,7 @@ that a kill leaves no half files.
 <dir>/run.json          recipe, versions, commit: what makes this folder a run
       recipe.yaml       the resolved recipe, to run it again
       census.json       bytes by role and dtype
+      data.json         the report on the data
       metrics.jsonl     one line a log
       checkpoints/      the trainer's
       adapter/          what was trained
@@ -50,6 +51,10 @@ class RunFolder:
     @property
     def census(self) -> Path:
         return self.root / "census.json"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.json"
 
     @property
     def metrics(self) -> Path:

@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from transformers.integrations import WandbCallback
 from trl import SFTConfig
@@ -26,7 +25,11 @@ from finetune.activations import apply_plan
 from finetune.arch import MoeArch
 from finetune.attention import VARLEN, FullRows
 from finetune.console import Report
-from finetune.data import apply_template, audit, load_conversations, require_supervision, supervise
+from finetune.data import apply_template
+from finetune.datacheck.prepare import prepare_data
+from finetune.datacheck.report import document as describe_data
+from finetune.datacheck.report import require_sound
+from finetune.datacheck.short import show_short
 from finetune.errors import DeviceError, FinetuneError, RecipeError
 from finetune.jsonl import JsonlCallback
 from finetune.memory import MemoryEstimate
@@ -63,14 +66,6 @@ from finetune.trainable import (
     unfreeze_non_moe,
 )
 from finetune.trainer import MoeTrainer, SpeedCallback
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Supervised rows to train and to evaluate on."""
-
-    train: Dataset
-    eval: Dataset | None
 
 
 @dataclass(frozen=True)
@@ -164,9 +159,13 @@ def prepare(
 
     # Data: before the weights, because most mistakes are here.
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    apply_template(tokenizer, recipe.data.template)
+    template = apply_template(tokenizer, recipe.data.template)
     with args.main_process_first(desc="data"):
-        rows = load_rows(recipe, tokenizer, args, report if main else None)
+        rows = prepare_data(recipe, tokenizer)
+    supervision = describe_data(recipe, rows, template=template)
+    if main:
+        show_short(supervision, report)
+    require_sound(supervision)
     needed = disk_bytes(memory, args, len(rows.train)) - folder_bytes(run.checkpoints)
     require_space(run.root, needed, what="the run's checkpoints and adapter")
     checkpoint = run.last_checkpoint() if resume else None
@@ -219,12 +218,13 @@ def prepare(
             write_json(run.run_file, {"recipe": settings, **provenance()})
             write_text(run.recipe, resolved_yaml(recipe))
             write_json(run.census, census.to_dict())
+            write_json(run.data, supervision)
         with refusals_explained(), keep_fp32_masters(model):
             trainer = MoeTrainer(
                 model=model,
                 args=args,
                 train_dataset=rows.train,
-                eval_dataset=rows.eval,
+                eval_dataset=rows.held_out,
                 processing_class=loaded.tokenizer,
                 callbacks=callbacks,
             )
@@ -262,7 +262,8 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
             **given,
             output_dir=str(RunFolder(Path(recipe.output.dir)).checkpoints),
             use_cpu=device.type == "cpu",
-            # The data room has labelled the rows; TRL only truncates, packs and pads them.
+            # The rows come labelled, of the right length and packed; TRL only pads them.
+            dataset_kwargs={"skip_prepare_dataset": True},
             router_aux_loss_coef=recipe.router.aux_loss_coef,
             report_to="none",
             disable_tqdm=True,
@@ -301,30 +302,6 @@ def refusals_explained() -> Iterator[None]:
             fix="change the setting that the message names",
         )
         raise RecipeError([fault]) from error
-
-
-def load_rows(recipe: Recipe, tokenizer: Any, args: SFTConfig, report: Report | None) -> Rows:
-    """Conversations to supervised rows; the supervision table, and refusal when nothing would be learnt.
-
-    Raises:
-        DataError: see the data room.
-    """
-    data = recipe.data
-
-    def supervised(source: str, split: str, max_rows: int | None, name: str) -> Dataset:
-        conversations = load_conversations(source, split=split, format=data.format, max_rows=max_rows)
-        dataset = supervise(conversations, tokenizer, num_proc=args.dataset_num_proc)
-        supervision = audit(dataset, eos_token_id=tokenizer.eos_token_id, max_length=args.max_length)
-        if report is not None:
-            report.table(f"Supervision: {name}", ("what", "how many"), supervision.table())
-        require_supervision(supervision, where=source)
-        return dataset
-
-    rows = supervised(data.train, data.train_split, data.max_rows, "train")
-    if data.eval is None and data.eval_split is None:
-        return Rows(rows, None)
-    held_out = supervised(data.eval or data.train, data.eval_split or "train", data.max_eval_rows, "held-out")
-    return Rows(rows, held_out)
 
 
 def choose_trainable(loaded: LoadedModel, recipe: Recipe) -> Any:

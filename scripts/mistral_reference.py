@@ -7,7 +7,8 @@ Nothing of the package is imported here. What it answers:
 - `sha256`, `pieces`: the SentencePiece model's own digest, and every piece as [text, score, kind], by id;
 - `texts`: ids of plain texts, without beginning- or end-of-sequence;
 - `conversations`: ids of the finetuning encoding and the [start, end) of each assistant turn, or null and the reason
-  where mistral-common refuses the conversation. The spans come from encoding every prefix of the conversation.
+  where mistral-common refuses the conversation. The spans come from encoding every prefix of the conversation; v3 puts
+  the system prompt into the last user turn, so there the prefixes before that turn are encoded without it.
 """
 
 from __future__ import annotations
@@ -47,23 +48,33 @@ def read_pieces(model: SentencePieceProcessor) -> list[tuple[str, float, str]]:
 
 
 class Reference:
-    """mistral-common's v1 instruct encoding, once as it trains and once as it prompts."""
+    """mistral-common's instruct encoding of the model's version, once as it trains and once as it prompts."""
 
     def __init__(self, model_file: Path) -> None:
         self._train = MistralTokenizer.from_file(str(model_file), mode=ValidationMode.finetuning)
         self._prompt = MistralTokenizer.from_file(str(model_file), mode=ValidationMode.test)
+        self._system_is_last = model_file.suffix == ".v3"
 
     def conversation(self, messages: list[Message]) -> dict[str, Any]:
         """Ids and assistant spans of one conversation, or the reason why it is refused."""
         try:
             spans = [
-                (len(self._ids(self._prompt, messages[:turn])), len(self._ids(self._train, messages[: turn + 1])))
+                (
+                    len(self._ids(self._prompt, self._prefix(messages, turn))),
+                    len(self._ids(self._train, self._prefix(messages, turn + 1))),
+                )
                 for turn, message in enumerate(messages)
                 if message["role"] == "assistant"
             ]
             return {"ids": self._ids(self._train, messages), "assistant": spans}
         except MistralCommonException as refusal:
             return {"ids": None, "reason": str(refusal)}
+
+    def _prefix(self, messages: list[Message], length: int) -> list[Message]:
+        """The first messages, as they are written within the whole conversation."""
+        if self._system_is_last and any(message["role"] == "user" for message in messages[length:]):
+            return [message for message in messages[:length] if message["role"] != "system"]
+        return messages[:length]
 
     @staticmethod
     def _ids(tokenizer: MistralTokenizer, messages: list[Message]) -> list[int]:
@@ -76,7 +87,7 @@ class Reference:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="tokenizer.model.v1 of mistral-common")
+    parser.add_argument("--model", type=Path, required=True, help="tokenizer.model.v1 of mistral-common, or its v3")
     parser.add_argument("--request", type=Path, required=True, help="JSON: {texts: [...], conversations: [[...], ...]}")
     parser.add_argument("--answer", type=Path, required=True, help="where to write the JSON answer")
     args = parser.parse_args()

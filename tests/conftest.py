@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tokenized rows are kept; tests neither find earlier ones nor leave any.
+if "PYTEST_XDIST_WORKER" not in os.environ or "MOE_QLORA_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="moe-qlora-tests-")
+    os.environ["MOE_QLORA_CACHE"] = _cache.name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -20,7 +20,7 @@ ROWS = (
     ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl"),
     ("quant", "data", "trainable", "routing", "attention", "fused_layers", "activations", "memory", "progress"),
     ("model",),
-    ("preflight", "trainer", "summary", "evaluate", "infer"),
+    ("datacheck", "preflight", "trainer", "summary", "evaluate", "infer"),
     ("train", "export"),
     ("bench", "chat", "serve"),
     ("cli",),

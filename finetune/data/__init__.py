@@ -1,17 +1,20 @@
-"""Conversations in, supervised tokens out: sources, chat template, label mask and the report on all three."""
+"""Conversations in, supervised tokens out: readers, forms, chat templates, marks, and rows on the disk."""
 
 from __future__ import annotations
 
-from finetune.data.audit import SupervisionReport, audit, require_supervision
+from finetune.data.batching import pack
 from finetune.data.chat import apply_template
-from finetune.data.mask import supervise
-from finetune.data.sources import load_conversations
+from finetune.data.mask import IGNORED
+from finetune.data.pipeline import EncodedSource, Reading, Teaching, encode_source
+from finetune.data.readers import Source
 
 __all__ = [
-    "SupervisionReport",
+    "IGNORED",
+    "EncodedSource",
+    "Reading",
+    "Source",
+    "Teaching",
     "apply_template",
-    "audit",
-    "load_conversations",
-    "require_supervision",
-    "supervise",
+    "encode_source",
+    "pack",
 ]

@@ -1,28 +1,28 @@
-"""Conversations to token ids, such that what somebody typed is never a control token.
+"""Conversations to training rows: token ids, and which of them are learnt.
 
-Why: a Hugging Face tokenizer parses every `</s>` in a rendered conversation, the user's as well as the template's;
-`split_special_tokens` parses neither. mistral-common keeps the two apart, and so does this file, for any template. How:
-`rendering.py` says which control tokens are the template's. Those are respelled as aliases from Unicode's private
-planes, and a copy of the tokenizer that knows its special tokens by alias only encodes the text in one piece. What was
-typed meets the normalizer and the merges that it would meet anyway, and no seam is cut into it. None of it is taken on
-trust: the tokenizer must find exactly the template's control tokens, and no other token may be special; otherwise the
-conversation is refused.
+Why: a rendered conversation does not say whose `</s>` is whose, and a wrong mask is the most silent of faults.
+mistral-common keeps the two apart, and so does this file, for any template. How: `rendering.py` says which control
+tokens are the template's and where the assistant speaks, `learnt.py` which of its turns are learnt, `aliases.py` encodes
+the text such that what somebody typed is never a control token, and `words.py` does the same faster for tokenizers of
+Mistral's kind. An encoder can be sent to another process.
 
-Leaves out added tokens that are not special, as `<think>` is in some tokenizers: an assistant may say those.
+Leaves out lengths: every row is as long as its conversation.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-from tokenizers import Encoding, Tokenizer
-
-from finetune.data.rendering import PRIVATE, Conversation, Renderer, Spans, TemplateRefusal
+from finetune.data.aliases import AliasedTokenizer, Leak
+from finetune.data.prefixes import TemplateRefusal
+from finetune.data.rendering import Rendered, Renderer
+from finetune.data.rows import Encoded, LossOn
+from finetune.data.words import WordTokenizer
+from finetune.data.learnt import Turns, learnt_turns
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Refused(Exception):
         super().__init__(reason)
         self.position = position
 
+    def __reduce__(self) -> tuple[type[Refused], tuple[int, str]]:
+        return Refused, (self.position, str(self))
+
     def error(self, where: str) -> DataError:
         """The same for a user, who knows the conversation as `where`."""
         return DataError(
@@ -44,65 +47,6 @@ class Refused(Exception):
             allowed="roles in the order that the template takes; a template that places texts as they are",
             fix="correct or remove the conversation, or choose another data.template",
         )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids (int32), and for each whether the template marks it as the assistant's (bool)."""
-
-    ids: np.ndarray
-    is_assistant: np.ndarray
-
-    def __post_init__(self) -> None:
-        assert self.ids.shape == self.is_assistant.shape, "a token without its mark, or a mark without its token"
-
-
-class _AliasedTokenizer:
-    """A copy of a tokenizer that finds its special tokens by alias, in characters of `PRIVATE` from `base` on.
-
-    An alias is as long as its token. Its first character is in no other alias and not repeated, so that two of them
-    never overlap: what was typed beside one cannot hide it.
-    """
-
-    def __init__(self, definition: str, specials: Sequence[str], unknown: str | None, base: int) -> None:
-        self.alias = {text: chr(base + 1 + i) + chr(base) * (len(text) - 1) for i, text in enumerate(specials)}
-        parts = json.loads(definition)
-        real = {self.alias.get(token["content"], token["content"]): token["id"] for token in parts["added_tokens"]}
-        for token in parts["added_tokens"]:
-            token["content"] = self.alias.get(token["content"], token["content"])
-        parts["truncation"] = parts["padding"] = None
-        self._tokenizer = Tokenizer.from_str(json.dumps(parts))
-
-        total = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self._real = np.arange(total, dtype=np.int32)
-        self._is_control = np.zeros(total, dtype=bool)
-        added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-        for content, i in added.items():
-            self._real[i] = real[content]
-        self._is_control[[added[alias] for alias in self.alias.values()]] = True
-        # Special tokens that are in the vocabulary besides: merges must not make them out of text.
-        self._is_forbidden = np.zeros(total, dtype=bool)
-        inside = {text: self._tokenizer.token_to_id(text) for text in specials}
-        if unknown is not None and inside.get(unknown) in self._tokenizer.encode("\U0010fffd").ids:
-            del inside[unknown]  # the honest token of a character that the vocabulary has not
-        self._is_forbidden[[i for i in inside.values() if i is not None]] = True
-
-    def encode(self, rows: Sequence[Sequence[str]]) -> list[tuple[Encoding, np.ndarray, np.ndarray, str | None]]:
-        """Encodes the pieces of `Rendered`.
-
-        Returns:
-            for each row its encoding, the real ids, those ids that are control tokens, and a special token that came
-            out of text, if one did.
-        """
-        texts = ["".join(p if i % 2 == 0 else self.alias[p] for i, p in enumerate(pieces)) for pieces in rows]
-        found = []
-        for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
-            raw = np.array(encoding.ids, dtype=np.int32)
-            ids = self._real[raw]
-            forbidden = raw[self._is_forbidden[raw]]
-            leak = self._tokenizer.id_to_token(int(forbidden[0])) if len(forbidden) else None
-            found.append((encoding, ids, ids[self._is_control[raw]], leak))
-        return found
 
 
 class ChatEncoder:
@@ -118,79 +62,97 @@ class ChatEncoder:
             raise _unfit(
                 tokenizer, "this tokenizer cannot tell a control token from its spelling: it is not a fast one"
             )
-        self._definition = source.backend_tokenizer.to_str()
-        added = json.loads(self._definition)["added_tokens"]
+        definition = source.backend_tokenizer.to_str()
+        added = json.loads(definition)["added_tokens"]
         named = set(source.all_special_tokens)
-        self._id_of = {t["content"]: t["id"] for t in added if t["special"] or t["content"] in named}
-        if not self._id_of:
+        id_of = {t["content"]: t["id"] for t in added if t["special"] or t["content"] in named}
+        if not id_of:
             raise _unfit(tokenizer, "this tokenizer has no special tokens")
-        self._unknown = source.unk_token
         self._renderer = None
         if source.chat_template is not None:
-            self._renderer = Renderer(source.get_chat_template(), dict(source.special_tokens_map), self._id_of)
-        self._aliased = {PRIVATE.start: self._make_aliased(PRIVATE.start)}
-        self._require_same_parse(tokenizer)
+            self._renderer = Renderer(source.get_chat_template(), dict(source.special_tokens_map), id_of)
+        self._tokenizer = AliasedTokenizer(definition, id_of, source.unk_token)
+        self._words = WordTokenizer.make(definition, id_of)
+        self._require_same_parse(tokenizer, list(id_of))
 
-    def encode(self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False) -> list[Encoded]:
-        """Ids and assistant marks of whole conversations, or of prompts that an assistant is to answer.
+    def encode(
+        self, conversations: Sequence[Turns], *, loss_on: LossOn = "all", add_generation_prompt: bool = False
+    ) -> list[Encoded]:
+        """Training rows of whole conversations, or prompts that an assistant is to answer, of which nothing is learnt.
+
+        Args:
+            conversations: messages with `role`, `content`, and `train`, which is True where it is missing.
+            loss_on: which assistant turns are learnt; see `learnt.py`. The end of sequence is part of a turn.
+            add_generation_prompt: end where the assistant should begin.
 
         Raises:
-            Refused: the template does not take a conversation, or makes control tokens of its text.
+            Refused: the first conversation that `encode_each` refuses.
         """
-        assert self._renderer is not None, "conversations need a chat template"
-        rendered = []
-        for position, messages in enumerate(conversations):
+        rows = []
+        for row in self.encode_each(conversations, loss_on=loss_on, add_generation_prompt=add_generation_prompt):
+            if isinstance(row, Refused):
+                raise row
+            rows.append(row)
+        return rows
+
+    def encode_each(
+        self, conversations: Sequence[Turns], *, loss_on: LossOn = "all", add_generation_prompt: bool = False
+    ) -> list[Encoded | Refused]:
+        """The same for data of which some may be unfit: in a conversation's place why it is refused.
+
+        The template does not take it, or makes control tokens of its text, or does not say which turn is which.
+        """
+        rendered: list[Rendered | TemplateRefusal] = []
+        for messages in conversations:
             try:
-                rendered.append(self._renderer.render(messages, add_generation_prompt=add_generation_prompt))
+                rendered.append(self._render(messages, loss_on, add_generation_prompt))
             except TemplateRefusal as refusal:
-                raise Refused(position, str(refusal)) from None
-        encoded = self._encode_pieces([row.pieces for row in rendered])
-        return [
-            Encoded(ids, _marks(encoding, row.spans, len(ids)))
-            for (encoding, ids), row in zip(encoded, rendered, strict=True)
-        ]
+                rendered.append(refusal)
+        fine = iter(self._encode_rendered([row for row in rendered if isinstance(row, Rendered)]))
+        rows = [next(fine) if isinstance(row, Rendered) else row for row in rendered]
+        return [row if isinstance(row, Encoded) else Refused(number, str(row)) for number, row in enumerate(rows)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text without control tokens, whatever it spells."""
-        [(_, ids)] = self._encode_pieces([[text]])
-        return [int(i) for i in ids]
+        """Ids of a text without control tokens, whatever it spells.
 
-    def _encode_pieces(self, rows: Sequence[Sequence[str]]) -> list[tuple[Encoding, np.ndarray]]:
-        encoded = []
-        for position, result in enumerate(self._aliased[PRIVATE.start].encode(rows)):
-            pieces = rows[position]
-            wanted = [self._id_of[special] for special in pieces[1::2]]
-            encoding, ids, controls, leak = result
-            if controls.tolist() != wanted:  # an alias was typed, or the tokenizer takes no alias here
-                [(encoding, ids, controls, leak)] = self._aliased_besides("".join(pieces)).encode([pieces])
-            if controls.tolist() != wanted:
-                raise Refused(position, "the tokenizer does not find the control tokens that the chat template writes")
-            if leak is not None:
-                raise Refused(position, f"the tokenizer makes the control token {leak!r} out of ordinary text")
-            encoded.append((encoding, ids))
-        return encoded
+        Raises:
+            Refused: the tokenizer makes control tokens of it.
+        """
+        [row] = self._encode_rendered([Rendered([text], [])])
+        if isinstance(row, Leak):
+            raise Refused(0, str(row))
+        return [int(i) for i in row.ids]
 
-    def _aliased_besides(self, text: str) -> _AliasedTokenizer:
-        """One whose aliases have no character in common with the text."""
-        stride = len(self._id_of) + 1
-        used = {(ord(c) - PRIVATE.start) // stride for c in set(text) if ord(c) in PRIVATE}
-        slots = range(len(PRIVATE) // stride)
-        slot = next((s for s in slots if s not in used), None)
-        assert slot is not None, "a conversation uses every private character"
-        base = PRIVATE.start + slot * stride
-        if base not in self._aliased:
-            self._aliased[base] = self._make_aliased(base)
-        return self._aliased[base]
+    def _encode_rendered(self, rows: list[Rendered]) -> list[Encoded | Leak]:
+        if self._words is None:
+            return self._tokenizer.encode(rows)
+        by_words = self._words.encode(rows)
+        left = iter(self._tokenizer.encode([row for row, done in zip(rows, by_words, strict=True) if done is None]))
+        return [next(left) if done is None else done for done in by_words]
 
-    def _make_aliased(self, base: int) -> _AliasedTokenizer:
-        return _AliasedTokenizer(self._definition, list(self._id_of), self._unknown, base)
+    def _render(self, messages: Turns, loss_on: LossOn, add_generation_prompt: bool) -> Rendered:
+        """A conversation with the spans that are learnt."""
+        assert self._renderer is not None, "conversations need a chat template"
+        rendered = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return Rendered(rendered.pieces, [])
+        learnt = learnt_turns(messages, loss_on)
+        if all(learnt):
+            return rendered
+        if len(rendered.spans) != len(learnt):
+            raise TemplateRefusal(
+                f"the chat template marks {len(rendered.spans)} stretches of a conversation with {len(learnt)} "
+                "assistant turns, so it cannot be told which of them to learn"
+            )
+        spans = [span for span, is_learnt in zip(rendered.spans, learnt, strict=True) if is_learnt]
+        return Rendered(rendered.pieces, spans)
 
-    def _require_same_parse(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _require_same_parse(self, tokenizer: PreTrainedTokenizerBase, specials: list[str]) -> None:
         """Aliases must be found exactly as the tokens themselves are where nobody typed any."""
-        pieces = [piece for special in self._id_of for piece in ("a ", special, "", special, " b\n", special)]
+        pieces = [piece for special in specials for piece in ("a ", special, "", special, " b\n", special)]
         native: Any = tokenizer("".join(pieces), add_special_tokens=False, split_special_tokens=False, verbose=False)
-        [(_, ids, _, leak)] = self._aliased[PRIVATE.start].encode([[*pieces, ""]])
-        if leak is not None or ids.tolist() != native["input_ids"]:
+        [row] = self._tokenizer.encode([Rendered([*pieces, ""], [])])
+        if isinstance(row, Leak) or row.ids.tolist() != native["input_ids"]:
             raise _unfit(tokenizer, "this tokenizer finds its special tokens in a way that cannot be told from text")
 
 
@@ -205,17 +167,20 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
     return _encoders[tokenizer][1]
 
 
-def _marks(encoding: Encoding, spans: Spans, length: int) -> np.ndarray:
-    """True for the tokens of the spans, which count characters."""
-    marks = np.zeros(length, dtype=bool)
-    for start, end in spans:
-        # A normalizer may drop characters; then the nearest one inside the span speaks for them.
-        inside = range(start, end)
-        first = next((t for t in map(encoding.char_to_token, inside) if t is not None), None)
-        last = next((t for t in map(encoding.char_to_token, reversed(inside)) if t is not None), None)
-        if first is not None and last is not None:
-            marks[first : last + 1] = True
-    return marks
+def encode_settings(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what decides the ids and marks of a conversation: the tokenizer, its template and special tokens.
+
+    The same in every process and on every machine. Truncation and padding are left out: no encoder uses them.
+    """
+    source: Any = tokenizer
+    definition = json.loads(source.backend_tokenizer.to_str())
+    definition["truncation"] = definition["padding"] = None
+    settings = {
+        "tokenizer": definition,
+        "template": None if source.chat_template is None else source.get_chat_template(),
+        "special_tokens": dict(source.special_tokens_map),
+    }
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode("ascii"), digest_size=16).hexdigest()
 
 
 def _unfit(tokenizer: PreTrainedTokenizerBase, what: str) -> DataError:

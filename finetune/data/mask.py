@@ -1,8 +1,7 @@
 """Conversations to token ids and labels: the assistant's text and its end of sequence are learnt, the prompt is not.
 
 How: the chat template marks what the assistant says, `encoding.py` maps that to tokens, everything else gets -100.
-TRL's `SFTTrainer` takes the result as an already processed data set. Leaves out truncation and packing, which TRL does,
-and choosing among turns: every assistant turn is supervised.
+TRL's `SFTTrainer` takes the result as an already processed data set. Leaves out truncation and packing, which TRL does.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encoding import Refused, encoder_of
-from finetune.data.rendering import Conversation
+from finetune.data.learnt import Turns
 
 IGNORED = -100  # the label that cross-entropy leaves out, in torch and in transformers
 
@@ -43,7 +42,7 @@ def supervise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc:
 
 
 def _encode(
-    batch: dict[str, list[Conversation]], indices: list[int], tokenizer: PreTrainedTokenizerBase
+    batch: dict[str, list[Turns]], indices: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Any]]:
     try:
         rows = encoder_of(tokenizer).encode(batch["messages"])
@@ -51,5 +50,5 @@ def _encode(
         raise refusal.error(f"row {indices[refusal.position] + 1} of the data set") from None
     return {
         "input_ids": [row.ids for row in rows],
-        "labels": [np.where(row.is_assistant, row.ids, IGNORED).astype(np.int64) for row in rows],
+        "labels": [np.where(row.supervised, row.ids, IGNORED).astype(np.int64) for row in rows],
     }

@@ -6,9 +6,9 @@ message has its characters replaced by stand-ins before the template sees it, on
 what was typed again. As a check, the template must write the same control tokens around messages of one harmless
 character; a template that makes them out of text (by changing its case, say) is refused.
 
-`MISTRAL_V1` is known to place texts as they are and to ask only whether they are empty. It is rendered once for each
-sequence of roles and filled in after that: about 7 us a conversation instead of 100, where tokenizing it takes 80
-(2,000 bundled conversations of 46 tokens, one core).
+Our own templates (`finetune/data/templates`) are known to place texts as they are and to ask only whether they are
+empty. They are rendered once for each sequence of roles and filled in after that: about 7 us a conversation instead of
+100, where tokenizing it takes 80 (2,000 bundled conversations of 46 tokens, one core).
 """
 
 from __future__ import annotations
@@ -20,21 +20,28 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-Conversation = list[dict[str, str]]
-Spans = list[tuple[int, int]]
+from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
+from finetune.data.learnt import Turns
 
-MISTRAL_V1 = (Path(__file__).parent / "templates" / "mistral_v1.jinja").read_text(encoding="utf-8")
+
+def _own(name: str) -> str:
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+MISTRAL_V1, MISTRAL_V3, CHATML = map(_own, ("mistral_v1", "mistral_v3", "chatml"))
+# For tokenizers that put no space before the text after a control token, as Mistral's own do: the template puts it.
+MISTRAL_V1_SPACED = MISTRAL_V1.replace("{{- '[INST] ' -}}", "{{- ' [INST] ' -}}")
+MISTRAL_V3_SPACED = MISTRAL_V3.replace("{%- set lead = '' -%}", "{%- set lead = ' ' -%}")
+_STRIPS_ANSWERS = {
+    **dict.fromkeys((MISTRAL_V1, MISTRAL_V1_SPACED, CHATML), False),
+    **dict.fromkeys((MISTRAL_V3, MISTRAL_V3_SPACED), True),
+}
 # As transformers looks for it before it warns that the mask will be empty.
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16: no character there has a meaning
-_HARMLESS = "\ue000"
-
-
-class TemplateRefusal(Exception):
-    """The template does not take a conversation, or does not keep its text apart from control tokens."""
 
 
 @dataclass(frozen=True)
@@ -84,25 +91,28 @@ class Renderer:
         self._controls: dict[tuple[object, ...], list[str]] = {}
         self._forms: dict[tuple[object, ...], _Form] = {}
 
-    def render(self, messages: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
-        """Renders a conversation.
+    def render(self, messages: Turns, *, add_generation_prompt: bool = False) -> Rendered:
+        """Renders a conversation. A prompt (`add_generation_prompt`) has spans only where the template is marked.
 
         Raises:
             TemplateRefusal: see there.
         """
         try:
-            if self._template == MISTRAL_V1 and len(messages) < len(PRIVATE):
-                return self._form_of(messages, add_generation_prompt).fill([m["content"] for m in messages])
+            if self._template in _STRIPS_ANSWERS and len(messages) < len(PRIVATE):
+                return self._fill_form(messages, add_generation_prompt)
             return self.render_by_template(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateSyntaxError as fault:
+            raise TemplateRefusal(f"the chat template is not Jinja: {fault.message}, line {fault.lineno}") from None
         except TemplateError as fault:
             raise TemplateRefusal(f"the chat template refuses a conversation: {fault}") from None
 
-    def render_by_template(self, messages: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
+    def render_by_template(self, messages: Turns, *, add_generation_prompt: bool = False) -> Rendered:
         """Renders a conversation by any template; the truth that a form must agree with.
 
         Raises:
             TemplateError: the template refuses the conversation.
-            TemplateRefusal: the template makes control tokens of the text of messages.
+            TemplateRefusal: the template makes control tokens of the text of messages, or has no markers and the
+                assistant's text cannot be told.
         """
         hidden, shown = self._hide(messages)
         text, spans = self._run(hidden, add_generation_prompt)
@@ -113,13 +123,15 @@ class Renderer:
                 "the chat template makes control tokens out of the text of messages: "
                 f"{' '.join(controls) or 'none'} instead of {' '.join(expected) or 'none'}"
             )
+        if not self._is_marked and not add_generation_prompt:
+            spans = derive_spans(lambda part, prompt: self._run(part, prompt)[0], hidden, text)
         if shown:
             pieces[::2] = [piece.translate(shown) for piece in pieces[::2]]
         return Rendered(pieces, spans)
 
-    def _run(self, messages: Conversation, add_generation_prompt: bool) -> tuple[str, Spans]:
+    def _run(self, messages: Turns, add_generation_prompt: bool) -> tuple[str, Spans]:
         rendered: Any = render_jinja_template(
-            conversations=[messages],
+            conversations=[list(messages)],
             chat_template=self._template,
             return_assistant_tokens_mask=self._is_marked,
             add_generation_prompt=add_generation_prompt,
@@ -128,11 +140,12 @@ class Renderer:
         texts, spans = rendered
         return texts[0], spans[0] if self._is_marked else []
 
-    def _hide(self, messages: Conversation) -> tuple[Conversation, dict[int, str]]:
+    def _hide(self, messages: Turns) -> tuple[Turns, dict[int, str]]:
         """The messages without control tokens, and what each stand-in character is for."""
-        typed = [text for message in messages for text in message.values()]
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        typed = [text for message in plain for text in message.values()]
         if not any(map(self._special.search, typed)):
-            return messages, {}
+            return plain, {}
         hidden = sorted({char for text in typed for special in self._special.findall(text) for char in special})
         taken = set(self._template).union(*typed)
         stand_ins = [char for char in map(chr, PRIVATE) if char not in taken][: len(hidden)]
@@ -141,33 +154,38 @@ class Renderer:
         hide = dict(zip(map(ord, hidden), stand_ins, strict=True))
         without = [
             {key: self._special.sub(lambda match: match[0].translate(hide), text) for key, text in message.items()}
-            for message in messages
+            for message in plain
         ]
         return without, {ord(stand_in): chr(char) for char, stand_in in hide.items()}
 
-    def _controls_around(self, messages: Conversation, add_generation_prompt: bool) -> list[str]:
+    def _controls_around(self, messages: Turns, add_generation_prompt: bool) -> list[str]:
         """The control tokens that the template writes around such messages: the same roles, the same emptiness."""
-        shapes = [(m["role"], _HARMLESS if m["content"].strip() else m["content"][:1]) for m in messages]
+        shapes = [(m["role"], HARMLESS if m["content"].strip() else m["content"][:1]) for m in messages]
         key = (add_generation_prompt, *shapes)
         if key not in self._controls:
-            alike = [{**m, "content": text} for m, (_, text) in zip(messages, shapes, strict=True)]
+            alike = [{"role": role, "content": text} for role, text in shapes]
             self._controls[key] = self._special.findall(self._run(alike, add_generation_prompt)[0])
         return self._controls[key]
 
-    def _form_of(self, messages: Conversation, add_generation_prompt: bool) -> _Form:
-        key = (add_generation_prompt, *((m["role"], m["content"] == "") for m in messages))
+    def _fill_form(self, messages: Turns, add_generation_prompt: bool) -> Rendered:
+        strips = _STRIPS_ANSWERS[self._template]
+        texts = [m["content"].rstrip(" ") if strips and m["role"] == "assistant" else m["content"] for m in messages]
+        roles = [m["role"] for m in messages]
+        key = (add_generation_prompt, *roles, *map(bool, texts))
         if key not in self._forms:
-            self._forms[key] = self._make_form(messages, add_generation_prompt)
-        return self._forms[key]
+            self._forms[key] = self._make_form(roles, texts, add_generation_prompt)
+        return self._forms[key].fill(texts)
 
-    def _make_form(self, messages: Conversation, add_generation_prompt: bool) -> _Form:
+    def _make_form(self, roles: list[str], texts: list[str], add_generation_prompt: bool) -> _Form:
         """Renders one private character in place of every text, and remembers where it went."""
-        places = [chr(PRIVATE.start + number) if m["content"] else "" for number, m in enumerate(messages)]
-        alike = [{**m, "content": place} for m, place in zip(messages, places, strict=True)]
+        places = [chr(PRIVATE.start + number) if text else "" for number, text in enumerate(texts)]
+        alike = [{"role": role, "content": place} for role, place in zip(roles, places, strict=True)]
         text, spans = self._run(alike, add_generation_prompt)
         number_of = {place: number for number, place in enumerate(places) if place}
         order = [number_of[char] for char in text if char in number_of]
-        assert len(set(order)) == len(order) == len(number_of), "every text is placed once"
+        assert len(set(order)) == len(order), "no text is placed twice"
+        if left_out := set(number_of.values()) - set(order):
+            raise TemplateRefusal(f"the chat template does not write message {min(left_out) + 1}")
         place_pattern = re.compile(f"([{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}])")
         pieces: list[list[str | int]] = [
             [number_of.get(part, part) for part in place_pattern.split(piece)] for piece in self._special.split(text)

@@ -15,6 +15,7 @@ import numpy as np
 
 Unit = Literal["line", "row"]
 Role = Literal["system", "user", "assistant"]
+LossOn = Literal["all", "last", "completion"]
 
 
 class Message(TypedDict):

@@ -14,23 +14,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.checkpoint import read_json
-from finetune.data import load_conversations, supervise
+from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.data.readers import open_source
+from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
 from finetune.errors import AdapterError
 from finetune.evaluate import Fidelity, Row, fidelity
 from finetune.kernels.nf4 import dequantize_linear
 from finetune.model import LoadedModel, load
 from finetune.quant import Moe4bitConfig, Nf4Experts, take_census
+from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder, require_fresh, require_space, staged, write_json
 from finetune.trainable import read_adapter_kind
 
@@ -53,7 +56,7 @@ def merge_adapter(
         data: conversations to compare on; without, the held-out data of the run that the adapter folder lies in.
 
     Raises:
-        FinetuneError: as `load`, `load_conversations` and `merge`.
+        FinetuneError: as `load`, `encode_source` and `merge`.
     """
     require_fresh(output)
     if read_adapter_kind(adapter) is None:
@@ -63,24 +66,33 @@ def merge_adapter(
             allowed="a folder that `finetune train` saved as <output.dir>/adapter",
             fix="check the path",
         )
-    source = _held_out(adapter) if data is None else HeldOut(data, "train", "auto")
-    conversations = None
-    if source is not None:
-        conversations = load_conversations(source.path, split=source.split, format=source.format, max_rows=max_rows)
+    recipe = _recipe_of(adapter) if data is None else None
+    held_out = data if recipe is None else held_out_name(recipe)
+    # Whatever is wrong with it is said before the model loads.
+    if data is not None:
+        open_source(Source(data))
+    elif recipe is not None and recipe.data.evaluates:
+        open_source(readings_of(recipe)[-1].source)
     loaded = load(str(adapter), base_path=base_path, device=device)
-    probe = [] if conversations is None else list(supervise(conversations, loaded.tokenizer))
+    probe: Dataset | None = None
+    if data is not None:
+        reading = Reading(Source(data, max_rows=max_rows))
+        probe = encode_source(reading, loaded.tokenizer, Teaching()).dataset
+    elif recipe is not None:
+        probe = held_out_rows(recipe, loaded.tokenizer)
+    rows: list[Row] = [] if probe is None else list(probe.select(range(min(max_rows, len(probe)))))
 
     def describe(folder: Path, report: Fidelity | None) -> None:
         about = {
             "merged_from": str(adapter),
             "base": loaded.base.path,
             "dtype": "bfloat16 attention, NF4 experts as trained",
-            "held_out": None if source is None else source.path,
+            "held_out": held_out,
             "fidelity": None if report is None else report.to_dict(),
         }
         write_json(folder / "fidelity.json", about)
 
-    return merge(loaded, output, probe=probe, extra_files=describe)
+    return merge(loaded, output, probe=rows, extra_files=describe)
 
 
 def merge(
@@ -123,23 +135,12 @@ def merge(
     return report
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Where held-out conversations come from."""
-
-    path: str
-    split: str
-    format: Literal["auto", "messages", "chatml_text"]
-
-
-def _held_out(adapter: Path) -> HeldOut | None:
-    """The held-out data of the run that saved the adapter, if it is still where it was."""
+def _recipe_of(adapter: Path) -> Recipe | None:
+    """The recipe of the run that saved the adapter, if it lies in a run's folder."""
     run_file = RunFolder(adapter.parent).run_file
     if not run_file.is_file():
         return None
-    data = read_json(run_file, kind=AdapterError)["recipe"]["data"]
-    path = data["eval"] or (data["train"] if data["eval_split"] else None)
-    return None if path is None else HeldOut(path, data["eval_split"] or "train", data["format"])
+    return Recipe.model_validate(read_json(run_file, kind=AdapterError)["recipe"])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from finetune.recipe.faults import Fault, KeyPath, dotted, nearest, shown
-from finetune.recipe.schema import SELF_MADE, Recipe
+from finetune.recipe.schema import SELF_MADE, DataSource, Recipe
 from finetune.recipe.training import open_fields
 
 
@@ -26,6 +26,8 @@ def _sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tu
 
 _SECTIONS: Mapping[KeyPath, type[BaseModel]] = dict(_sections(Recipe))
 _TRAINING: KeyPath = ("training",)
+# Lists of sections.
+_ITEMS: Mapping[KeyPath, type[BaseModel]] = {("data", "more"): DataSource}
 _PLAIN = {
     "a valid boolean": "true or false",
     "a valid integer": "a whole number",
@@ -61,7 +63,8 @@ def explain(error: ValidationError) -> Iterator[Fault]:
 
 def _unknown_key(path: KeyPath) -> Fault:
     section, name = path[:-1], path[-1]
-    known = list(_SECTIONS[section].model_fields)
+    item = bool(section) and isinstance(section[-1], int)
+    known = list((_ITEMS[section[:-1]] if item else _SECTIONS[section]).model_fields)
     elsewhere = [dotted((*home, name)) for home, model in _SECTIONS.items() if name in model.model_fields]
     if name in open_fields():
         elsewhere.append(dotted((*_TRAINING, name)))

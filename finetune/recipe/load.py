@@ -26,7 +26,13 @@ from finetune.recipe.schema import Recipe
 _LARGEST = 1_000_000  # bytes; a recipe has about a thousand, a checkpoint given by mistake many millions
 
 # Values that may name a file or a folder, and whether "./" starts at the recipe (outputs start where one works).
-_PATHS = {("model", "path"): True, ("data", "train"): True, ("data", "eval"): True, ("output", "dir"): False}
+_PATHS = {
+    ("model", "path"): True,
+    ("data", "train"): True,
+    ("data", "eval"): True,
+    ("data", "template"): True,
+    ("output", "dir"): False,
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -94,10 +100,17 @@ def _refuse(what: str, where: str, fix: str) -> RecipeError:
 def _anchor(values: dict[str, Any], folder: Path) -> None:
     """Makes relative paths absolute, in place, so that they mean the same file from anywhere."""
     for (section, key), from_recipe in _PATHS.items():
-        keys = values.get(section)
-        if not isinstance(keys, dict) or not isinstance(path := keys.get(key), str):
-            continue
-        if path.startswith("~/"):
-            keys[key] = os.path.expanduser(path)
-        elif from_recipe and path.split("/")[0] in (".", ".."):
-            keys[key] = os.path.abspath(folder / path)
+        _anchor_key(values.get(section), key, folder, from_recipe=from_recipe)
+    data = values.get("data")
+    more = data.get("more") if isinstance(data, dict) else None
+    for source in more if isinstance(more, list) else ():
+        _anchor_key(source, "path", folder, from_recipe=True)
+
+
+def _anchor_key(keys: Any, key: str, folder: Path, *, from_recipe: bool) -> None:
+    if not isinstance(keys, dict) or not isinstance(path := keys.get(key), str):
+        return
+    if path.startswith("~/"):
+        keys[key] = os.path.expanduser(path)
+    elif from_recipe and path.split("/")[0] in (".", ".."):
+        keys[key] = os.path.abspath(folder / path)

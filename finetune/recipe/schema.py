@@ -97,25 +97,93 @@ class TrainableSection(Section):
     """With `method: non_moe`: train the routers too."""
 
 
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "human_text"]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# JSON has one kind of number, and 1 is a weight too.
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class DataSource(Section):
+    """One more set to train on, with rows of its own form."""
+
+    path: Text
+    """File, folder or hub id; "./" and "../" start at the recipe's folder."""
+    split: Text = "train"
+    """Name of a split, or a slice of one as in `train[:1000]`."""
+    weight: Weight = 1.0
+    """Rows drawn from it, relative to the other sources."""
+    format: DataFormat = "auto"
+    """As `data.format`."""
+    columns: dict[str, str] = {}
+    """As `data.columns`."""
+    roles: dict[str, str] = {}
+    """As `data.roles`."""
+    max_rows: Annotated[int, Field(gt=0)] | None = None
+    """Its first rows only."""
+
+
 class DataSection(Section):
-    """Conversations to train and to evaluate on. The assistant's turns are supervised, nothing else."""
+    """Conversations to train and to evaluate on. What the assistant says is supervised, nothing else."""
 
     train: Text
-    """File, folder or hub id; "./" and "../" start at the recipe's folder."""
+    """JSON lines, JSON, Parquet, CSV or Arrow file, a folder of them, or hub id; "./" starts at the recipe's folder."""
     train_split: Text = "train"
-    """Split of a hub data set."""
+    """Name of a split, or a slice of one as in `train[:1000]`."""
+    more: Annotated[tuple[DataSource, ...], Field(strict=False)] = ()
+    """Further sets to train on, interleaved with `train` by weight."""
+    train_weight: Weight = 1.0
+    """With `more`: rows drawn from `train`, relative to the other sources."""
+    mixture: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
+    """With `more`, an epoch ends when every set has been seen whole (small ones again), or when the first one has."""
+    streaming: bool = False
+    """Read hub ids as a stream, without downloading them whole."""
     eval: Text | None = None
     """Held-out data, as `train`; without it `eval_split` is taken from `train`."""
     eval_split: Text | None = None
     """Split to evaluate on."""
-    format: Literal["auto", "messages", "chatml_text"] = "auto"
-    """A `messages` column of roles and contents, or a `text` column in ChatML markup."""
-    template: Literal["mistral-v1", "model"] = "mistral-v1"
-    """Chat template: Mixtral's [INST] format, or the one that the tokenizer carries."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this share of the conversations of `train`, drawn by `training.seed`; equal ones stay on one side."""
+    eval_rows: Annotated[int, Field(gt=0)] | None = None
+    """Hold out so many conversations of `train`, drawn as `eval_fraction`."""
+    format: DataFormat = "auto"
+    """How a row holds its conversation; auto looks at the first row."""
+    columns: dict[str, str] = {}
+    """Our name of a column to the data's: `{prompt: question, completion: answer}`."""
+    roles: dict[str, str] = {}
+    """The data's name of a role to ours: `{customer: user, agent: assistant}`."""
+    template: Text = "auto"
+    """mistral-v1, mistral-v3, chatml, model (the tokenizer's own), a .jinja file; auto: what the tokenizer is for."""
+    loss_on: Literal["all", "last", "completion"] = "all"
+    """Every assistant turn, the last, or the completion of a prompt; a turn with `train: false` is never learnt."""
+    too_long: Literal["truncate", "drop", "split", "cut"] = "truncate"
+    """Longer than `training.max_length`: end at a turn's end, leave out, make several rows, or cut anywhere."""
+    deduplicate: Literal["off", "exact", "near"] = "off"
+    """Keep one of equal conversations, or of those that share most of their words (MinHash)."""
+    max_refused: Share = 0.05
+    """Largest share of rows that may be unusable; training refuses to start beyond it."""
+    tokens_per_batch: Annotated[int, Field(gt=0)] | None = None
+    """Batches of so many tokens, padding included, in place of a number of rows; without packing."""
     max_rows: Annotated[int, Field(gt=0)] | None = None
     """Train on the first rows only."""
     max_eval_rows: Annotated[int, Field(gt=0)] | None = None
     """Evaluate on the first rows only."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is held out."""
+        return any(value is not None for value in (self.eval, self.eval_split, self.eval_fraction, self.eval_rows))
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> DataSection:
+        named = "`eval`" if self.eval is not None else "`eval_split`" if self.eval_split is not None else None
+        if self.eval_fraction is not None and self.eval_rows is not None:
+            what = "`eval_fraction` and `eval_rows` both say how many conversations are held out"
+            raise _custom([Fault(("data", "eval_rows"), what, fix="keep one of the two")])
+        drawn = "eval_fraction" if self.eval_fraction is not None else "eval_rows"
+        if named is not None and (self.eval_fraction is not None or self.eval_rows is not None):
+            what = f"`{drawn}` draws the held-out conversations from `train`, and {named} names others"
+            raise _custom([Fault(("data", drawn), what, fix="keep one of the two")])
+        return self
 
 
 class MemorySection(Section):
@@ -198,12 +266,20 @@ class Recipe(Section):
                 )
             )
         evaluates = self.training.get("eval_strategy", "no") != "no"
-        if evaluates and self.data.eval is None and self.data.eval_split is None:
+        if evaluates and not self.data.evaluates:
             faults.append(
                 Fault(
                     ("training", "eval_strategy"),
                     "`training.eval_strategy` asks for evaluation, and there is nothing to evaluate on",
-                    fix="set `data.eval` or `data.eval_split`, or `training.eval_strategy: no`",
+                    fix="set `data.eval`, `data.eval_split` or `data.eval_fraction`, or `training.eval_strategy: no`",
+                )
+            )
+        if self.data.tokens_per_batch is not None and self.training.get("packing"):
+            faults.append(
+                Fault(
+                    ("data", "tokens_per_batch"),
+                    "`training.packing` fills rows to `training.max_length`; batches by tokens are of rows as they are",
+                    fix="remove one of the two",
                 )
             )
         if faults:

@@ -1,16 +1,19 @@
-"""The bundled Mixtral tokenizer, and what mistral-common says about it (made by scripts/build_tokenizer.py)."""
+"""The bundled Mixtral tokenizer and the v3 one made of it, and what mistral-common says about them (see fixtures/)."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 FIXTURE = Path(__file__).parent / "fixtures" / "mistral_v1.jsonl"
+FIXTURE_V3 = Path(__file__).parent / "fixtures" / "mistral_v3.jsonl"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,25 @@ def reference_texts(fixture_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [row for row in fixture_rows if "text" in row]
     assert len(rows) > 100
     return rows
+
+
+@pytest.fixture(scope="session")
+def fixture_v3() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in FIXTURE_V3.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture(scope="session")
+def conversations_v3(fixture_v3: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{messages, ids, assistant: [[start, end), ...]} of the v3 format, by mistral-common."""
+    assert len(fixture_v3) > 500
+    return fixture_v3[1:]
+
+
+@pytest.fixture
+def tokenizer_v3(fixture_v3: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
+    """The tokenizer of Mixtral 8x22B, without a template."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        shift = importlib.import_module("v3_tokenizer").shift
+    backend = shift((MODEL / "tokenizer.json").read_text(encoding="utf-8"), fixture_v3[0]["controls"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -13,9 +13,9 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.data import apply_template, supervise
+from finetune.data.chat import apply_template
 from finetune.data.encoding import Refused, encoder_of
-from finetune.data.mask import IGNORED
+from finetune.data.mask import IGNORED, supervise
 from finetune.errors import DataError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "injection_v1.jsonl"
@@ -68,7 +68,7 @@ def test_typed_control_tokens_give_the_ids_of_mistral_common(
     accepted = [row for row in cases if row["ids"] is not None]
     for row, encoded in zip(accepted, encoder_of(tokenizer).encode([r["messages"] for r in accepted]), strict=True):
         assert encoded.ids.tolist() == row["ids"], row
-        marked = [i for i, is_assistant in enumerate(encoded.is_assistant) if is_assistant]
+        marked = [i for i, supervised in enumerate(encoded.supervised) if supervised]
         assert marked == [i for start, end in row["assistant"] for i in range(start, end)], row
 
 
@@ -104,7 +104,7 @@ def test_a_prompt_is_the_beginning_of_its_training_example(
         if row["ids"] is not None:
             [prompt] = encoder_of(tokenizer).encode([row["messages"][:-1]], add_generation_prompt=True)
             assert prompt.ids.tolist() == row["ids"][: row["assistant"][-1][0]], row
-            assert not prompt.is_assistant[: row["assistant"][0][0]].any()
+            assert not prompt.supervised[: row["assistant"][0][0]].any()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_typed_control_tokens_are_text_in_other_models_templates(
             else:
                 expected.append((ids[at], marks[at]))
                 at += 1
-        assert list(zip(encoded.ids.tolist(), encoded.is_assistant.tolist(), strict=True)) == expected
+        assert list(zip(encoded.ids.tolist(), encoded.supervised.tolist(), strict=True)) == expected
 
 
 def test_tokens_that_are_not_special_stay_the_assistants_to_say(

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import supervise
-from finetune.data.mask import IGNORED
+
+from finetune.data.mask import IGNORED, supervise
 from finetune.errors import DataError
 
 

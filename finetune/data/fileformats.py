@@ -1,0 +1,325 @@
+"""Readers of single files: JSON lines, JSON, Parquet, CSV, TSV and Arrow.
+
+Why: what `datasets` says about a malformed line names neither the line nor the way out, and it writes every file
+anew into its cache. How: each format is read here a block at a time, so memory stays small whatever the size; what is
+wrong with one row (bad bytes, a line beyond 64 MiB, too many cells) becomes a `RowFault` in that row's place, and what
+is wrong with the file as a whole is a `DataError`. Only a `.json` file that holds one list is loaded whole. JSON lines
+leave here unparsed; a worker parses them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune.data.bytelines import BLOCK, BOM, DAMAGE, MAX_LINE, open_binary, read_lines
+from finetune.data.reading import CHUNK_ROWS, Reader, SizeUnit, digest
+from finetune.data.rows import RawChunk, RowFault
+from finetune.errors import DataError
+
+_HASHED_WHOLE = 1 << 30  # larger files are recognized by size and time of change
+_BAD_ROW = "a value that cannot be read (bad UTF-8, or out of its type's range)"
+
+
+class FileReader(Reader):
+    """What the readers of one file share: its size in bytes, and a digest of its content."""
+
+    def __init__(self, path: Path, *, name: str) -> None:
+        self.path, self.where, self.name, self.unit = path, str(path), name, "row"
+        self._bytes = path.stat().st_size
+
+    def size(self) -> tuple[int, SizeUnit]:
+        return self._bytes, "bytes"
+
+    def fingerprint(self) -> str:
+        kind = type(self).__name__ + suffix_of(self.path)
+        if self._bytes > _HASHED_WHOLE:
+            return digest(kind, str(self._bytes), str(self.path.stat().st_mtime_ns))
+        with self.path.open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return digest(kind, content.hexdigest())
+
+    def _value_chunks(self, index: int, rows: Iterator[tuple[list[Any], int]]) -> Iterator[tuple[RawChunk, int]]:
+        """Chunks of values, their positions running on; an empty list is no chunk."""
+        first = 1
+        for values, done in rows:
+            if values:
+                yield RawChunk(index, first, values=values), done
+            first += len(values)
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+class JsonLines(FileReader):
+    """One JSON object a line, unparsed; also compressed by gzip."""
+
+    def __init__(self, path: Path, *, name: str) -> None:
+        super().__init__(path, name=name)
+        self.unit = "line"
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        first = 1
+        for lines, done in read_lines(self.path):
+            for faulty, run in groupby(lines, key=lambda line: isinstance(line, RowFault)):
+                items: list[Any] = list(run)
+                for start in range(0, len(items), CHUNK_ROWS):
+                    part = items[start : start + CHUNK_ROWS]
+                    if faulty:
+                        yield RawChunk(index, first, values=part), done
+                    else:
+                        yield RawChunk(index, first, lines=[b"" if line.isspace() else line for line in part]), done
+                    first += len(part)
+
+
+class JsonList(FileReader):
+    """A JSON document that is a list of rows, or an object with one list of rows in it."""
+
+    def __init__(self, path: Path, *, name: str, rows: list[Any]) -> None:
+        super().__init__(path, name=name)
+        self._rows = rows
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        count = len(self._rows)
+        starts = range(0, count, CHUNK_ROWS)
+        parts = ((start, self._rows[start : start + CHUNK_ROWS]) for start in starts)
+        return self._value_chunks(index, ((part, (start + len(part)) * self._bytes // count) for start, part in parts))
+
+    def count(self) -> int:
+        return len(self._rows)
+
+
+def _open_json(path: Path, *, name: str) -> FileReader:
+    """A list, an object with one list, or JSON lines under another name."""
+    with open_binary(path) as file:
+        try:
+            beginning = file.read(MAX_LINE).removeprefix(BOM).lstrip()
+        except DAMAGE as fault:
+            raise _not("gzip", path, fault) from fault
+    line, _, rest = beginning.partition(b"\n")
+    if not beginning.startswith(b"[") and _is_object(line) and rest.strip():
+        return JsonLines(path, name=name)
+    try:
+        with open_binary(path) as file:
+            value = json.loads(file.read().removeprefix(BOM).decode("utf-8"))
+    except DAMAGE as fault:
+        raise _not("gzip", path, fault) from fault
+    except (ValueError, RecursionError) as fault:
+        raise DataError(
+            f"the file is not valid JSON: {fault}",
+            where=str(path),
+            fix="correct the file, or name it .jsonl if it holds one object a line",
+        ) from fault
+    return JsonList(path, name=name, rows=_rows_in(value))
+
+
+def _rows_in(value: Any) -> list[Any]:
+    """The rows of a whole JSON document; an object that is a conversation itself is one row."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
+        if len(lists) == 1 and not {"role", "from"} & lists[0][0].keys():
+            return lists[0]
+    return [value]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+class Parquet(FileReader):
+    """Parquet, page by page."""
+
+    def __init__(self, path: Path, *, name: str) -> None:
+        super().__init__(path, name=name)
+        self._count = self._open().metadata.num_rows
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.path, buffer_size=BLOCK)
+        except (pa.ArrowInvalid, OSError) as fault:
+            raise _not("Parquet", self.path, fault) from fault
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        return self._value_chunks(index, self._rows())
+
+    def _rows(self) -> Iterator[tuple[list[Any], int]]:
+        read = 0
+        try:
+            for batch in self._open().iter_batches(CHUNK_ROWS):
+                read += batch.num_rows
+                yield values_of(batch), read * self._bytes // self._count
+        except (pa.ArrowInvalid, OSError) as fault:
+            raise _damaged(self.path, read, fault) from fault
+
+    def count(self) -> int:
+        return self._count
+
+
+class Arrow(FileReader):
+    """An Arrow stream, as `datasets` writes, or an Arrow file."""
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        return self._value_chunks(index, self._rows())
+
+    def _rows(self) -> Iterator[tuple[list[Any], int]]:
+        read = 0
+        try:
+            for batch, done in self._batches():
+                for start in range(0, batch.num_rows, CHUNK_ROWS):
+                    part = batch.slice(start, CHUNK_ROWS)
+                    read += part.num_rows
+                    yield values_of(part), done
+        except (pa.ArrowInvalid, OSError) as fault:
+            if read == 0:
+                raise _not("Arrow", self.path, fault) from fault
+            raise _damaged(self.path, read, fault) from fault
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        with pa.OSFile(str(self.path), "rb") as source:
+            if source.read(6) == b"ARROW1":
+                file = pa.ipc.open_file(source)
+                for number in range(file.num_record_batches):
+                    yield file.get_batch(number), (number + 1) * self._bytes // file.num_record_batches
+                return
+            source.seek(0)
+            for batch in pa.ipc.open_stream(source):
+                yield batch, source.tell()
+
+
+class Csv(FileReader):
+    """Comma or tab separated cells under a header; every cell is a string. Positions count records, not lines."""
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        return self._value_chunks(index, self._rows())
+
+    def _rows(self) -> Iterator[tuple[list[Any], int]]:
+        csv.field_size_limit(MAX_LINE)  # one limit for the process, of 128 KiB unless it is raised
+        done = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal done
+            for block, done in read_lines(self.path):  # noqa: B007
+                for line in block:
+                    # A line that is not there stands as a lone surrogate, which no UTF-8 text can hold.
+                    yield "\udcff" if isinstance(line, RowFault) else line.decode("utf-8", "surrogateescape") + "\n"
+
+        delimiter = "\t" if suffix_of(self.path).startswith(".tsv") else ","
+        records = csv.reader(lines(), delimiter=delimiter, strict=True)
+        header = self._header(records)
+        values: list[Any] = []
+        while True:
+            try:
+                cells = next(records)
+            except StopIteration:
+                break
+            except csv.Error as fault:
+                values.append(RowFault(f"not CSV: {fault}"))
+                continue
+            if cells:
+                values.append(_record(header, cells))
+            if len(values) == CHUNK_ROWS:
+                yield values, done
+                values = []
+        yield values, self._bytes
+
+    def _header(self, records: Iterator[list[str]]) -> list[str]:
+        try:
+            header = next(records, [])
+        except csv.Error as fault:
+            raise _not("CSV", self.path, fault) from fault
+        if any(_is_broken(name) for name in header):
+            raise _not("CSV", self.path, RowFault("the header is not UTF-8"))
+        if len(set(header)) < len(header):
+            raise _not("CSV", self.path, RowFault("the header names a column twice"))
+        return header
+
+
+def _record(header: list[str], cells: list[str]) -> dict[str, str] | RowFault:
+    if any(_is_broken(cell) for cell in cells):
+        return RowFault("bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)")
+    if len(cells) != len(header):
+        return RowFault(f"more or fewer cells than the header's {len(header)}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def values_of(batch: pa.RecordBatch) -> list[Any]:
+    """Rows of an Arrow batch as mappings; a row that has no Python value is a `RowFault`."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # UnicodeDecodeError is one; only the row itself is lost
+        if batch.num_rows == 1:
+            return [RowFault(_BAD_ROW)]
+        return [value for place in range(batch.num_rows) for value in values_of(batch.slice(place, 1))]
+
+
+# ---- faults, and which file is read how ------------------------------------------------------------------------------
+
+
+def _not(kind: str, path: Path, fault: Exception) -> DataError:
+    reason = " ".join(str(fault).split())
+    return DataError(f"the file is not {kind}: {reason}", where=str(path), fix="fetch or write it again")
+
+
+def _damaged(path: Path, rows: int, fault: Exception) -> DataError:
+    reason = " ".join(str(fault).split())
+    return DataError(f"the file is damaged after row {rows}: {reason}", where=str(path), fix="fetch or write it again")
+
+
+OPENERS: dict[str, Callable[..., FileReader]] = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": _open_json,
+    ".parquet": Parquet,
+    ".csv": Csv,
+    ".tsv": Csv,
+    ".arrow": Arrow,
+}
+_COMPRESSED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*OPENERS, *(suffix + ".gz" for suffix in _COMPRESSED))
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that decides the format, `.gz` included."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+
+
+def open_file(path: Path, *, name: str) -> FileReader:
+    """The reader for a file.
+
+    Raises:
+        DataError: its suffix is unknown, or it is not what its name says.
+    """
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"a data file that ends in {suffix or 'nothing'!r} is not read",
+            where=str(path),
+            allowed=", ".join(SUFFIXES),
+            fix="convert it to JSON lines, one {messages: [...]} a line",
+        )
+    return OPENERS[suffix.removesuffix(".gz")](path, name=name)

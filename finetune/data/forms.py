@@ -1,0 +1,279 @@
+"""Which form a source's rows have, and one row to a checked conversation, or the reason why not.
+
+Why: a wrong role, a missing assistant turn or a content that is no string surfaces in the middle of training, if at
+all. How: `find_form` decides once per source, from a sample row and what the user said; `to_conversation` checks one
+row and raises a `RowFault` whose text is the same for all rows with that fault, so that a report can group them;
+`parse` does a chunk and never raises. Leaves out tool use and images. A user turn at the very end is kept: it is
+context that nothing answers, and is not supervised.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast
+
+from finetune.data.reading import parse_json, rows_of
+from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
+from finetune.data.turns import Form, FormName, Turn, kind, turns_of
+from finetune.errors import DataError
+
+__all__ = ["Form", "FormName", "find_form", "parse", "to_conversation"]
+
+ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "bot", "model", "chatgpt", "bing", "bard"), "assistant"),
+}
+_TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_response"}
+_TURN_KEYS = {"role", "content", "train"}
+_LISTS = ("messages", "conversations", "conversation")  # names in use for the column with the turns
+_REQUIRED: dict[FormName, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "chatml_text": ("text",),
+    "human_text": ("text",),
+}
+_OPTIONAL: dict[FormName, dict[str, str | None]] = {  # with the user's name if he gives none; None: not looked for
+    "messages": {"role": "role", "content": "content", "train": None, "system": None},
+    "sharegpt": {"role": "from", "content": "value", "train": None, "system": "system"},
+    "prompt_completion": {"role": "role", "content": "content", "train": None, "system": None},
+    "alpaca": {"input": "input", "system": "system", "history": "history"},
+    "chatml_text": {},
+    "human_text": {},
+}
+COLUMNS = sorted({*_TURN_KEYS, *(c for names in _REQUIRED.values() for c in names), "input", "system", "history"})
+_ACCEPTED = (
+    "`messages` (a list of {role, content}), `conversations` (ShareGPT: a list of {from, value}), `prompt` and "
+    "`completion`, `instruction`, `input` and `output` (Alpaca), or `text` in ChatML (<|im_start|>role, newline, "
+    "content, <|im_end|>) or as `### Human: ...### Assistant: ...`"
+)
+
+
+# ---- which form -----------------------------------------------------------------------------------------------------
+
+
+def find_form(
+    row: Mapping[str, Any],
+    wanted: FormName | Literal["auto"],
+    *,
+    columns: Mapping[str, str],
+    roles: Mapping[str, str],
+    where: str,
+) -> Form:
+    """Decides from a sample row how the rows are to be read.
+
+    Args:
+        row: a row with every column that the rows have (`sample_row`).
+        wanted: the form, or `auto` to recognize it.
+        columns: our name of a column, or of a key of a turn, to the user's.
+        roles: the user's role names to ours.
+        where: the source, for messages.
+
+    Raises:
+        DataError: the columns are not those of the form, or of any, or a name in `columns` or `roles` means nothing.
+    """
+    _check_names(columns, roles, where=where)
+    name = _recognized(row, columns, where=where) if wanted == "auto" else wanted
+    used = {column: _own_name(column, row, columns, name) for column in _REQUIRED[name]}
+    used |= {column: default for column, default in _OPTIONAL[name].items() if default is not None}
+    for column, own in columns.items():
+        if column not in _REQUIRED[name] and column not in _OPTIONAL[name]:
+            raise DataError(
+                f"data.columns.{column} means nothing in the form {name}",
+                where=where,
+                allowed=", ".join([*_REQUIRED[name], *_OPTIONAL[name]]),
+                fix="remove it, or set data.format to the form that has it",
+            )
+        used[column] = own
+    for column in {*columns, *_REQUIRED[name]} - _TURN_KEYS:
+        if used[column] not in row:
+            raise _missing_column(name, used[column], row, where=where)
+    known = {role: role for role in ROLES} | (SHAREGPT_ROLES if name == "sharegpt" else {})
+    return Form(name, used, known | dict(roles))
+
+
+def _recognized(row: Mapping[str, Any], columns: Mapping[str, str], *, where: str) -> FormName:
+    for column in (columns["messages"],) if "messages" in columns else _LISTS:
+        keys = _first_turn(row.get(column)).keys()
+        if "role" in keys:
+            return "messages"
+        if columns.get("role", "from") in keys:
+            return "sharegpt"
+    if columns.get("messages", "messages") in row:
+        return "messages"
+    table_forms: tuple[FormName, ...] = ("prompt_completion", "alpaca")
+    for form in table_forms:
+        if all(columns.get(column, column) in row for column in _REQUIRED[form]):
+            return form
+    text = row.get(columns.get("text", "text"))
+    if isinstance(text, str):
+        if "<|im_start|>" in text:
+            return "chatml_text"
+        if "### Human:" in text:
+            return "human_text"
+    raise DataError(
+        f"no column holds conversations; the columns are: {_listed(row)}",
+        where=where,
+        allowed=_ACCEPTED,
+        fix="name your columns in data.columns, or bring every row into the form "
+        "{messages: [{role: user, content: ...}, {role: assistant, content: ...}]}",
+    )
+
+
+def _first_turn(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except RowFault:
+            return {}
+    return value[0] if isinstance(value, list) and value and isinstance(value[0], Mapping) else {}
+
+
+def _own_name(column: str, row: Mapping[str, Any], columns: Mapping[str, str], form: FormName) -> str:
+    if column in columns or column != "messages":
+        return columns.get(column, column)
+    names = _LISTS if form == "messages" else ("conversations", "conversation", "messages")
+    role = columns.get("role", "role" if form == "messages" else "from")
+    with_turns = [name for name in names if role in _first_turn(row.get(name))]
+    return next(iter([*with_turns, *(name for name in names if name in row)]), names[0])
+
+
+def _check_names(columns: Mapping[str, str], roles: Mapping[str, str], *, where: str) -> None:
+    for section, names, known in (("columns", columns.keys(), COLUMNS), ("roles", roles.values(), ROLES)):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise DataError(
+                    f"data.{section}: there is no {section[:-1]} {name!r} of ours",
+                    where=where,
+                    allowed=", ".join(known),
+                    fix=f"did you mean {near[0]!r}?"
+                    if near
+                    else "data.columns maps our name to yours, data.roles yours to ours",
+                )
+
+
+def _missing_column(form: FormName, column: str, row: Mapping[str, Any], *, where: str) -> DataError:
+    near = difflib.get_close_matches(column, [str(name) for name in row], n=1)
+    return DataError(
+        f"data.format {form} needs a column `{column}`; the columns are: {_listed(row)}",
+        where=where,
+        allowed=_ACCEPTED,
+        fix=f"did you mean `{near[0]}`? Name it in data.columns"
+        if near
+        else "name the format that the data has, or your columns in data.columns",
+    )
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(str(name) for name in row) or "none"
+
+
+# ---- one row, one chunk ---------------------------------------------------------------------------------------------
+
+
+def to_conversation(row: Any, form: Form) -> Conversation:
+    """The conversation of a row, after every check.
+
+    Raises:
+        RowFault: the row cannot be trained on.
+    """
+    conversation = [_message(turn, form) for turn in turns_of(row, form)]
+    check_conversation(conversation)
+    return conversation
+
+
+def parse(chunk: RawChunk, form: Form) -> Parsed:
+    """Every row of a chunk, used or refused with its reason."""
+    parsed = Parsed([], [], [])
+    for position, row in rows_of(chunk):
+        try:
+            if isinstance(row, RowFault):
+                parsed.refused.append((position, str(row)))
+                continue
+            conversation = to_conversation(row, form)
+        except RowFault as fault:
+            parsed.refused.append((position, str(fault)))
+        else:
+            parsed.conversations.append(conversation)
+            parsed.positions.append(position)
+    return parsed
+
+
+def _message(turn: Turn, form: Form) -> Message:
+    return {"role": role_of(turn.role, form), "content": content_of(turn.content), "train": train_of(turn.train)}
+
+
+def role_of(role: Any, form: Form) -> Role:
+    if not isinstance(role, str):
+        raise RowFault(f"a role is {kind(role)}, not a string")
+    known = form.roles.get(role)
+    if known is None:
+        if role in _TOOL_ROLES:
+            raise RowFault(f"a turn of role {role!r}: tool use is not trained here")
+        raise RowFault(f"role {shortened(role)} is unknown")
+    return cast(Role, known)
+
+
+def content_of(content: Any) -> str:
+    """A turn's text; parts of type text are joined by a blank line, as mistral-common joins them."""
+    if isinstance(content, list):
+        content = "\n\n".join(_text_of_part(part) for part in content)
+    if not isinstance(content, str):
+        raise RowFault(f"the content of a turn is {kind(content)}, not a string")
+    if not content.isascii():
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair: neither Arrow nor a tokenizer takes it
+            raise RowFault("the content of a turn is not valid Unicode (a lone surrogate)") from None
+    return content
+
+
+def _text_of_part(part: Any) -> str:
+    if not isinstance(part, Mapping):
+        raise RowFault(f"the content of a turn is a list with {kind(part)} in it, not a string or text parts")
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RowFault(f"the content of a turn has a part of type {shortened(part.get('type'))}; only text is taken")
+    return part["text"]
+
+
+def train_of(flag: Any) -> bool:
+    if flag is None:
+        return True
+    if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+        raise RowFault("a turn's `train`, `weight` or `loss` is neither 0 nor 1")
+    return bool(flag)
+
+
+def check_conversation(conversation: Iterable[Message]) -> None:
+    """Roles in turn, after at most one system message, and something to learn.
+
+    Raises:
+        RowFault: one of these does not hold.
+    """
+    before, texts = "", []
+    for message in conversation:
+        role = message["role"]
+        if role == "system" and before:
+            raise RowFault("a system message that is not the first turn")
+        if role == "assistant" and before in ("", "system"):
+            raise RowFault("the assistant speaks first")
+        if role == before:
+            raise RowFault(f"two {role} turns in a row")
+        if role == "assistant":
+            texts.append(message["content"])
+        before = role
+    if not texts:
+        raise RowFault("no assistant turn, so nothing to learn")
+    if not any(text and not text.isspace() for text in texts):
+        raise RowFault("every assistant turn is empty")
+
+
+def shortened(value: Any) -> str:
+    """A value in a message: a string in quotes, its beginning if it is long; of anything else what it is."""
+    if not isinstance(value, str):
+        return kind(value)
+    return repr(value if len(value) <= 40 else value[:40] + "...")  # repr escapes what does not print

@@ -1,0 +1,204 @@
+"""From what a recipe names (a file, a folder or a hub id, and a split) to a reader of its rows.
+
+Why: most runs that fail, fail here: a path that is not there, a split of another name, a hub that does not answer. How:
+every such mistake is a `DataError` with what is there instead; a source without a single row is one too. Files and
+folders are read by our own readers, folders split by the rules of `datasets` (`train-00000.parquet`,
+`validation/part.jsonl`), and a data set of the hub goes through `datasets.load_dataset`. Leaves out named
+configurations of a hub data set, and data behind a loading script.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import ReadInstruction
+
+from finetune.data import hub
+from finetune.data.fileformats import SUFFIXES, Arrow, open_file, suffix_of
+from finetune.data.hub import unknown_split
+from finetune.data.reading import Joined, Reader, Sliced, row_count, rows_of, sample_row
+from finetune.errors import DataError
+
+__all__ = ["Reader", "Source", "open_source", "rows_of", "sample_row"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ONLY_SPLIT = "train"  # what a single file is, as `datasets` has it
+_ENDLESS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows.
+
+    Attributes:
+        path: a data file, a folder of them or one made by `save_to_disk`, or a hub id.
+        split: a split, a slice of one as in `train[:1000]` or `train[10%:]`, or a sum of such.
+        max_rows: only the first so many rows of the split.
+        streaming: a hub data set is read over the network as it is needed, and is not kept. Files always are read so.
+    """
+
+    path: str
+    split: str = "train"
+    max_rows: int | None = None
+    streaming: bool = False
+
+
+def open_source(source: Source) -> Reader:
+    """The reader of a source.
+
+    Raises:
+        DataError: the source or the split is not there, cannot be read, or holds no rows.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        reader = _of_split(source.split, [_ONLY_SPLIT], lambda _: _open_single(path), where=str(path))
+    elif (path / "dataset_dict.json").is_file():
+        known = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        reader = _of_split(source.split, known, lambda name: _open_saved(path / name), where=str(path))
+    elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        reader = _of_split(source.split, [_ONLY_SPLIT], lambda _: _open_saved(path), where=str(path))
+    elif path.is_dir():
+        splits = _splits_of(path, source.split)
+        reader = _of_split(source.split, list(splits), lambda name: _open_files(path, splits[name]), where=str(path))
+    elif _is_hub_id(source.path):
+        reader = _open_hub(source)
+    else:
+        raise _missing(path)
+    if source.max_rows is not None:
+        reader = Sliced(reader, 0, source.max_rows)
+    if not any(row_count(chunk) for chunk, _ in reader.chunks(0)):
+        raise DataError(
+            f"split {source.split!r} of the data set holds no rows",
+            where=reader.where,
+            fix="name a source and a split that hold conversations",
+        )
+    return reader
+
+
+# ---- splits and slices ----------------------------------------------------------------------------------------------
+
+
+def _of_split(spec: str, known: list[str], open_split: Callable[[str], Reader], *, where: str) -> Reader:
+    """The part of the splits that a spec such as `train[10%:]` or `train+test[:5]` names, as `datasets` reads it."""
+    names = [re.split(r"[\[(]", part)[0].strip() for part in spec.split("+")]
+    for name in names:
+        if name not in known:
+            raise unknown_split(name, known, where=where)
+    if spec == names[0]:
+        return open_split(spec)
+    parts = [_sliced(open_split(name), name, part.strip()) for name, part in zip(names, spec.split("+"), strict=True)]
+    return parts[0] if len(parts) == 1 else Joined(parts, where=f"{where}, split {spec}", name=parts[0].name)
+
+
+def _sliced(reader: Reader, name: str, spec: str) -> Reader:
+    counted = not re.search(r"\[\d*:\d+\]$", spec)  # a slice between two row numbers needs no count of the whole
+    try:
+        (part,) = ReadInstruction.from_spec(spec).to_absolute({name: reader.count() if counted else _ENDLESS})
+    except ValueError as fault:
+        raise DataError(
+            f"split {spec!r} is not understood: {fault}",
+            where=reader.where,
+            allowed="a split, or a slice of one as in train[:1000] or train[10%:]",
+            fix="correct the slice",
+        ) from fault
+    return Sliced(reader, part.from_, part.to)
+
+
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_SHARD = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+_NO_ROWS = {"dataset_info.json", "dataset_infos.json", "config.json", "metadata.json"}
+
+
+def _splits_of(folder: Path, spec: str) -> dict[str, list[Path]]:
+    """Files of a folder by split, sorted; all of them are `train` where no name has a split in it."""
+    files = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and suffix_of(path) in SUFFIXES and path.name not in _NO_ROWS and path.stat().st_size
+    )
+    files = [path for path in files if not any(part.startswith((".", "__")) for part in path.parts)]
+    if not files:
+        raise DataError(
+            "the folder holds no data files",
+            where=str(folder),
+            allowed=f"files that end in {', '.join(SUFFIXES)}",
+            fix="name a folder with data files, or one file",
+        )
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        if shard := _SHARD.fullmatch(path.as_posix()):
+            splits.setdefault(shard[1], []).append(path)
+    splits = splits or _named(files, lambda path: path.parent.as_posix()) or _named(files, lambda path: path.name)
+    for name in (re.split(r"[\[(]", part)[0].strip() for part in spec.split("+")):
+        own = [path for path in files if name in _words(path.as_posix()) or name == path.name.split(".")[0]]
+        if name not in splits and own:  # beyond `datasets`: any word that the files themselves carry
+            splits[name] = own
+    return splits or {_ONLY_SPLIT: files}
+
+
+def _named(files: list[Path], text: Callable[[Path], str]) -> dict[str, list[Path]]:
+    found = {split: [f for f in files if words & _words(text(f))] for split, words in _SPLIT_WORDS.items()}
+    return {split: chosen for split, chosen in found.items() if chosen}
+
+
+def _words(text: str) -> set[str]:
+    return set(re.split(r"[-._ 0-9/]+", text))
+
+
+# ---- files and folders ----------------------------------------------------------------------------------------------
+
+
+def _open_single(path: Path) -> Reader:
+    if path.stat().st_size == 0 and suffix_of(path) in SUFFIXES:
+        raise DataError("the data file is empty", where=str(path), fix="name a file that holds conversations")
+    return open_file(path, name=path.name)
+
+
+def _open_files(folder: Path, files: list[Path]) -> Reader:
+    readers = [open_file(folder / path, name=path.as_posix()) for path in files]
+    return readers[0] if len(readers) == 1 else Joined(readers, where=str(folder), name=folder.name)
+
+
+def _open_saved(folder: Path) -> Reader:
+    """A folder that `Dataset.save_to_disk` wrote."""
+    files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+    paths = [folder / file["filename"] for file in files]
+    readers = [Arrow(path, name=path.relative_to(folder.parent).as_posix()) for path in paths]
+    return Joined(readers, where=str(folder), name=folder.name)
+
+
+def _open_hub(source: Source) -> Reader:
+    if not source.streaming:
+        return hub.open_hub(source.path, source.split)
+    known = hub.split_names(source.path)
+    return _of_split(source.split, known, lambda name: hub.open_stream(source.path, name), where=source.path)
+
+
+def _is_hub_id(source: str) -> bool:
+    return _HUB_ID.fullmatch(source) is not None and suffix_of(Path(source)) not in SUFFIXES and source[0] != "."
+
+
+# ---- faults of the source itself ------------------------------------------------------------------------------------
+
+
+def _missing(path: Path) -> DataError:
+    folder = path.parent
+    if not folder.is_dir():
+        return DataError(f"there is no folder {str(folder)!r}", where=str(path), fix="check the path in the recipe")
+    files = sorted(file.name for file in folder.iterdir() if suffix_of(file) in SUFFIXES or file.is_dir())
+    near = difflib.get_close_matches(path.name, files, n=3) or files[:5]
+    return DataError(
+        f"there is no data file {path.name!r} in {str(folder)!r}",
+        where=str(path),
+        allowed=f"what is there: {', '.join(near)}" if near else None,
+        fix="check the path in the recipe; one that starts with ./ is relative to the recipe's folder",
+    )

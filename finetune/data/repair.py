@@ -1,0 +1,148 @@
+"""What can be corrected in a row without guessing at what was meant, and the names of what was done.
+
+Why: many sets have a handful of faults over and over, and a row is worth more mended than refused. How: the turns of
+the row are found as for training, every correction is one function over the list of turns, and the result passes the
+same checks. A sound row comes back as it was, with nothing named. Leaves out what would invent text or a role: content
+of another type, a role that no data set uses, JSON that is cut off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any
+
+from finetune.data.forms import SHAREGPT_ROLES, check_conversation, content_of, role_of, train_of
+from finetune.data.rows import Conversation, Message, Role
+from finetune.data.turns import Form, Turn, turns_of
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_OBVIOUS_ROLES: Mapping[str, str] = {
+    **SHAREGPT_ROLES,
+    **{role: role for role in ("system", "user", "assistant")},
+    "prompter": "user",  # OpenAssistant
+    "instruction": "user",
+    "question": "user",
+    "ai": "assistant",
+    "answer": "assistant",
+    "response": "assistant",
+    "developer": "system",
+}
+
+
+def repair(row: Any, form: Form) -> tuple[Conversation, list[str]]:
+    """The corrected conversation, and the corrections in the order in which they were made.
+
+    Raises:
+        RowFault: the row cannot be corrected.
+    """
+    done: list[str] = []
+    turns = [Turn(_role(turn.role, form, done), turn.content, turn.train) for turn in turns_of(row, form)]
+    turns = _without_null(turns, done)
+    conversation: Conversation = [
+        {"role": turn.role, "content": _text(turn.content, done), "train": train_of(turn.train)} for turn in turns
+    ]
+    for correct in _CORRECTIONS:
+        corrected = correct(conversation)
+        if corrected != conversation:
+            done.append(_NAMES[correct])
+            conversation = corrected
+    check_conversation(conversation)
+    return conversation, list(dict.fromkeys(done))
+
+
+# ---- turn by turn ---------------------------------------------------------------------------------------------------
+
+
+def _role(role: Any, form: Form, done: list[str]) -> Role:
+    if isinstance(role, str) and role not in form.roles:
+        obvious = _OBVIOUS_ROLES.get(role.strip().lower())
+        if obvious is not None:
+            done.append("role name replaced by the usual one")
+            return role_of(obvious, Form(form.name, form.columns, {obvious: obvious}))
+    return role_of(role, form)
+
+
+def _without_null(turns: list[Turn], done: list[str]) -> list[Turn]:
+    """Without turns that have no content, and what they answer or what answers them."""
+    kept: list[Turn] = []
+    orphaned = False  # the last turn was the user's, without content
+    for turn in turns:
+        if turn.content is None:
+            done.append("turn without content dropped")
+            if turn.role == "assistant" and kept and kept[-1].role == "user":
+                kept.pop()
+            orphaned = turn.role == "user"
+        elif orphaned and turn.role == "assistant":
+            orphaned = False
+        else:
+            kept.append(turn)
+            orphaned = False
+    return kept
+
+
+def _text(content: Any, done: list[str]) -> str:
+    if isinstance(content, list):
+        parts = [{**part, "text": _mended(part["text"], done)} if _has_text(part) else part for part in content]
+        return content_of(parts)
+    return content_of(_mended(content, done) if isinstance(content, str) else content)
+
+
+def _has_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def _mended(text: str, done: list[str]) -> str:
+    if text.startswith("\ufeff"):
+        done.append("byte order mark removed")
+        text = text.lstrip("\ufeff")
+    if _SURROGATE.search(text):
+        done.append("lone surrogate replaced")
+        # Two halves that belong together become their character; a half alone becomes U+FFFD.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+# ---- over the whole conversation ------------------------------------------------------------------------------------
+
+
+def _system_first(messages: Conversation) -> Conversation:
+    system = [message for message in messages if message["role"] == "system"]
+    return [*system, *(message for message in messages if message["role"] != "system")]
+
+
+def _joined(messages: Conversation) -> Conversation:
+    return [_as_one(list(run)) for _, run in groupby(messages, key=lambda message: message["role"])]
+
+
+def _as_one(run: list[Message]) -> Message:
+    """Turns of one speaker as one; what a row says not to learn stays unlearnt with all that it is joined to."""
+    texts = [message["content"] for message in run if len(run) == 1 or message["content"].strip()]
+    return {"role": run[0]["role"], "content": "\n\n".join(texts), "train": all(m["train"] for m in run)}
+
+
+def _without_first_answer(messages: Conversation) -> Conversation:
+    first = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if first < len(messages) and messages[first]["role"] == "assistant":
+        return messages[:first] + messages[first + 1 :]
+    return messages
+
+
+def _without_empty_end(messages: Conversation) -> Conversation:
+    end = len(messages)
+    while end and (
+        messages[end - 1]["role"] == "user"
+        or (messages[end - 1]["role"] == "assistant" and not messages[end - 1]["content"].strip())
+    ):
+        end -= 1
+    return messages[:end]
+
+
+_NAMES: dict[Callable[[Conversation], Conversation], str] = {
+    _system_first: "system message moved to the front",
+    _joined: "turns of one role joined",
+    _without_first_answer: "answer before the first question dropped",
+    _without_empty_end: "unanswered end dropped",
+}
+_CORRECTIONS = tuple(_NAMES)

@@ -1,0 +1,193 @@
+"""How each form holds its turns: one row in, its turns out, still unchecked.
+
+Why: six layouts are in use for the same thing, and what is wrong with a conversation is the same in all of them. How:
+`turns_of` only finds the turns, so that the checks (forms.py) and the repairs (repair.py) are written once. Faults name
+the user's columns. Leaves out what makes a turn usable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from finetune.data.reading import parse_json
+from finetune.data.rows import RowFault
+
+FormName = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "human_text"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of a source are to be read.
+
+    Attributes:
+        columns: our name for a column, or a key of a turn, to the user's.
+        roles: every role name that the rows may use, to ours.
+    """
+
+    name: FormName
+    columns: Mapping[str, str]
+    roles: Mapping[str, str]
+
+
+class Turn(NamedTuple):
+    """A turn as it was found; `train` is None where the row does not say."""
+
+    role: Any
+    content: Any
+    train: Any = None
+
+
+_CHATML_TURN = re.compile(r"\s*<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+_HUMAN_MARK = re.compile(r"### (Human|Assistant):")
+_TRAIN_KEYS = ("train", "weight", "loss")  # the keys in use for "learn this turn", 0 or 1
+
+
+def turns_of(row: Any, form: Form) -> list[Turn]:
+    """The turns of a row in its order.
+
+    Raises:
+        RowFault: the row does not have the form.
+    """
+    if not isinstance(row, Mapping):
+        raise RowFault(f"the row is {kind(row)}, not a mapping")
+    if form.name in ("messages", "sharegpt"):
+        return _with_system(row, form, _list_turns(row, form, "messages"))
+    if form.name == "prompt_completion":
+        prompt = [turn._replace(train=False) for turn in _text_or_turns(row, form, "prompt", "user")]
+        return _with_system(row, form, [*prompt, *_text_or_turns(row, form, "completion", "assistant")])
+    if form.name == "alpaca":
+        return _with_system(row, form, list(_alpaca_turns(row, form)))
+    text = _required(row, form, "text")
+    if not isinstance(text, str):
+        raise RowFault(f"`{form.columns['text']}` is {kind(text)}, not a string")
+    return _chatml_turns(text, form) if form.name == "chatml_text" else _human_turns(text, form)
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {list: "a list", dict: "a mapping", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+# ---- forms with a list of turns -------------------------------------------------------------------------------------
+
+
+def _list_turns(row: Mapping[str, Any], form: Form, column: str) -> list[Turn]:
+    value, name = _required(row, form, column), form.columns[column]
+    if isinstance(value, str):  # a CSV cell, or a column that holds JSON
+        try:
+            value = parse_json(value)
+        except RowFault:
+            raise RowFault(f"`{name}` is a string that is not JSON") from None
+    if not isinstance(value, list):
+        raise RowFault(f"`{name}` is {kind(value)}, not a list")
+    if not value:
+        raise RowFault(f"`{name}` is empty")
+    return [_turn(item, form) for item in value]
+
+
+def _turn(item: Any, form: Form) -> Turn:
+    role, content = form.columns["role"], form.columns["content"]
+    if not isinstance(item, Mapping) or role not in item:
+        raise RowFault(f"a turn is not a mapping with `{role}` and `{content}`")
+    if item.get("tool_calls"):
+        raise RowFault("a turn calls tools, which is not trained here")
+    if content not in item:
+        raise RowFault(f"a turn is not a mapping with `{role}` and `{content}`")
+    if len(item) == 2:
+        return Turn(item[role], item[content])
+    keys = (form.columns["train"],) if "train" in form.columns else _TRAIN_KEYS
+    flags = [item[key] for key in keys if item.get(key) is not None]
+    return Turn(item[role], item[content], flags[0] if flags else None)
+
+
+def _text_or_turns(row: Mapping[str, Any], form: Form, column: str, role: str) -> list[Turn]:
+    value = _required(row, form, column)
+    return [Turn(role, value)] if isinstance(value, str) else _list_turns(row, form, column)
+
+
+def _with_system(row: Mapping[str, Any], form: Form, turns: list[Turn]) -> list[Turn]:
+    """The turns with the system prompt of a column of its own in front."""
+    if "system" not in form.columns:
+        return turns
+    system = row.get(form.columns["system"])
+    if system is None or system == "":
+        return turns
+    if not isinstance(system, str):
+        raise RowFault(f"`{form.columns['system']}` is {kind(system)}, not a string")
+    first = turns[0]
+    if isinstance(first.role, str) and form.roles.get(first.role) == "system":
+        if first.content != system:
+            raise RowFault(f"`{form.columns['system']}` and the system message differ")
+        return turns
+    return [Turn("system", system), *turns]
+
+
+# ---- Alpaca ---------------------------------------------------------------------------------------------------------
+
+
+def _alpaca_turns(row: Mapping[str, Any], form: Form) -> Iterator[Turn]:
+    for question, answer in _history(row, form):
+        yield Turn("user", question)
+        yield Turn("assistant", answer)
+    instruction, output = _required(row, form, "instruction"), _required(row, form, "output")
+    extra = row.get(form.columns["input"])
+    if extra is not None and not isinstance(extra, str):
+        raise RowFault(f"`{form.columns['input']}` is {kind(extra)}, not a string")
+    if extra and isinstance(instruction, str):
+        instruction = f"{instruction}\n\n{extra}" if instruction else extra
+    yield Turn("user", instruction)
+    yield Turn("assistant", output)
+
+
+def _history(row: Mapping[str, Any], form: Form) -> list[list[Any]]:
+    """Earlier exchanges, as LLaMA-Factory has them: a list of [question, answer]."""
+    value, name = row.get(form.columns["history"]), form.columns["history"]
+    if isinstance(value, str) and value:
+        try:
+            value = parse_json(value)
+        except RowFault:
+            raise RowFault(f"`{name}` is a string that is not JSON") from None
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise RowFault(f"`{name}` is not a list of [question, answer]")
+    return value
+
+
+# ---- flat text ------------------------------------------------------------------------------------------------------
+
+
+def _chatml_turns(text: str, form: Form) -> list[Turn]:
+    turns: list[Turn] = []
+    position = 0
+    while match := _CHATML_TURN.match(text, position):
+        if "<|im_start|>" in match[2]:
+            raise RowFault(f"a turn of `{form.columns['text']}` has no <|im_end|>")
+        turns.append(Turn(match[1].strip(), match[2]))
+        position = match.end()
+    if not turns or position < len(text):
+        raise RowFault(f"`{form.columns['text']}` is not ChatML from its beginning to its end")
+    return turns
+
+
+def _human_turns(text: str, form: Form) -> list[Turn]:
+    """Whitespace beside a marker is not text, and a last marker with nothing behind it is no turn."""
+    text = text.strip()
+    text = text.removesuffix("### Human:") if text.endswith(":") else text.removesuffix("### Human")
+    before, *pieces = _HUMAN_MARK.split(text)
+    if before or not pieces:
+        raise RowFault(f"`{form.columns['text']}` does not begin with `### Human:`")
+    speakers, contents = pieces[::2], pieces[1::2]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Turn(roles[speaker], content.strip()) for speaker, content in zip(speakers, contents, strict=True)]
+
+
+def _required(row: Mapping[str, Any], form: Form, column: str) -> Any:
+    value = row.get(form.columns[column])
+    if value is None:
+        raise RowFault(f"`{form.columns[column]}` is missing")
+    return value

@@ -1,0 +1,71 @@
+"""`finetune data check`: what a recipe's data teaches, before a GPU is touched."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.console import Report
+from finetune.data import apply_template
+from finetune.datacheck.examples import examples
+from finetune.datacheck.fix import write_fixed
+from finetune.datacheck.page import render_page
+from finetune.datacheck.prepare import prepare_data
+from finetune.datacheck.report import document
+from finetune.datacheck.show import show_examples, show_report
+from finetune.model import load_tokenizer
+from finetune.recipe import Recipe
+from finetune.runfolder import require_fresh, write_text
+
+_ON_THE_PAGE = 12
+
+
+def check_data(
+    recipe: Recipe,
+    report: Report,
+    *,
+    name: str,
+    show: int = 0,
+    html: Path | None = None,
+    fix: Path | None = None,
+    price_per_hour: float | None = None,
+) -> dict[str, Any]:
+    """Prepares the data as `finetune train` would, and shows the report.
+
+    Args:
+        name: the recipe's file, as the page calls it.
+        show: so many examples of each part.
+        html: where to write the same as one page.
+        fix: folder for a corrected copy.
+
+    Raises:
+        FinetuneError: the data or the tokenizer cannot be read; the folder for the copy is taken.
+    """
+    if fix is not None:
+        require_fresh(fix)
+    begun = time.perf_counter()
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    template = apply_template(tokenizer, recipe.data.template)
+    prepared = prepare_data(recipe, tokenizer)
+    made = document(
+        recipe,
+        prepared,
+        template=template,
+        seconds=time.perf_counter() - begun,
+        price_per_hour=price_per_hour,
+    )
+    made["recipe"] = name
+    show_report(report, made)
+    if show:
+        made["examples"] = examples(prepared.parts, tokenizer, count=show)
+        show_examples(report, made["examples"])
+    if html is not None:
+        drawn = examples(prepared.parts, tokenizer, count=max(show, _ON_THE_PAGE))
+        write_text(html, render_page(made, drawn))
+        report.line(f"page: {html}")
+    if fix is not None:
+        made["fixes"] = write_fixed(recipe, fix)
+        for file, about in made["fixes"].items():
+            report.line(f"{fix / file}: {about['written']:,} of {about['rows']:,} rows")
+    return made

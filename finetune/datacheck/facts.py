@@ -1,0 +1,98 @@
+"""A document's numbers in words, the same for the page and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.datacheck.words import counts, duration, share
+
+
+def settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was checked, as name and value."""
+    limit = document["max_length"]
+    return [
+        ("model", document["model"]),
+        ("template", document["template"]),
+        ("loss on", document["loss_on"]),
+        ("max_length", "none" if limit is None else f"{limit:,}"),
+        ("packing", "on" if document["packing"] else "off"),
+    ]
+
+
+def flow(part: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Where the rows of a part went, as class, name and number; a row that is used may still be too long, or a copy."""
+    dropped, removed = part["too_long"]["dropped"], part["duplicates"]["removed"]
+    steps = [
+        ("kept", "kept", max(0, part["used"] - dropped - removed)),  # a copy that was split is removed more than once
+        ("copies", "duplicates removed", removed),
+        ("dropped", "too long, dropped", dropped),
+        ("refused", "refused", part["rows"] - part["used"]),
+    ]
+    return [step for step in steps if step[2] or step[0] == "kept"]
+
+
+def too_long(part: Mapping[str, Any]) -> str:
+    """What happened to rows above `max_length`."""
+    said = part["too_long"]
+    if not said["rows"]:
+        return "none"
+    done = [f"{said[name]:,} {name}" for name in ("dropped", "truncated", "split") if said[name]]
+    lost = f"; {counts(said['tokens_lost'], 'token')} lost" if said["tokens_lost"] else ""
+    return f"{counts(said['rows'], 'row')} ({said['policy']}): {', '.join(done)}{lost}"
+
+
+def duplicates(part: Mapping[str, Any]) -> str:
+    """What was found of equal rows."""
+    said = part["duplicates"]
+    if not said["exact"] and not said["near"]:
+        return "none" if said["near"] is not None else "none (near: not sought)"
+    near = "near not sought" if said["near"] is None else f"{said['near']:,} near"
+    return f"{said['exact']:,} exact, {near}; {said['removed']:,} removed"
+
+
+def leaked(leakage: Mapping[str, Any]) -> str:
+    """What the held-out rows share with training."""
+    near = "near not sought" if leakage["near"] is None else f"{leakage['near']:,} near"
+    return f"{leakage['exact']:,} exact, {near}"
+
+
+def facts(part: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """Name and value of what else is known of a part, and whether it is a reason to look."""
+    batches, lengths = part["batches"], part["lengths"]
+    supervised = f"{part['supervised_tokens']:,} ({share(part['supervised_share'])})"
+    ends = f"{part['turns_with_end']:,} of {part['turns']:,}"
+    return [
+        ("examples", f"{part['examples']:,}", not part["examples"]),
+        ("tokens", f"{part['tokens']:,}", False),
+        ("supervised tokens", supervised, not part["supervised_tokens"]),
+        ("turns learning to end", ends, part["turns_with_end"] < part["turns"]),
+        ("rows teaching nothing", f"{part['rows_unsupervised']:,}", part["rows_unsupervised"] > 0),
+        ("tokens of a row", f"median {lengths['median']:,}, most {lengths['longest']:,}", False),
+        ("too long", too_long(part), part["too_long"]["tokens_lost"] > 0),
+        ("duplicates", duplicates(part), part["duplicates"]["exact"] > part["duplicates"]["removed"]),
+        ("batches", f"{batches['rows']:,} {batches['kind']}, {share(batches['efficiency'])} full", False),
+    ]
+
+
+def steps(schedule: Mapping[str, Any]) -> str:
+    """How long training goes on: `1,152 steps, 2 epochs`."""
+    epochs = f"{schedule['epochs']:.3g}"
+    return f"{counts(schedule['steps'], 'step')}, {epochs} epoch" + ("" if epochs == "1" else "s")
+
+
+def time(schedule: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of what is known of time and cost."""
+    speed, hours, cost = schedule["tokens_per_second"], schedule["hours"], schedule["cost"]
+    known = [("training", steps(schedule)), ("tokens of an epoch, with padding", f"{schedule['tokens_per_epoch']:,}")]
+    if speed is None:
+        known.append(
+            ("time", "not known: no measured speed of this model and method (`finetune bench train --out FILE`)")
+        )
+    else:
+        known.append(("speed", f"{speed:,.0f} tokens/s, measured on {schedule['measured_by']}"))
+    if hours is not None:
+        known.append(("time", duration(hours)))
+    if cost is not None:
+        known.append(("cost", f"{cost:,.2f} at the price given"))
+    return known

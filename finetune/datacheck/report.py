@@ -1,0 +1,250 @@
+"""What a recipe's data teaches, counted: one JSON document for the terminal, the page and programs.
+
+All counts are over the rows that train: after lengths, duplicates, the held-out part and the mixture. Faults are
+what a user must know: an error makes training meaningless, and `finetune train` refuses; a warning is said.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from finetune.data.batching import padding_efficiency
+from finetune.data.lengths import Lengths
+from finetune.data.pipeline import Ledger
+from finetune.datacheck.prepare import Part, PreparedData, max_length_of
+from finetune.datacheck.schedule import schedule
+from finetune.errors import DataError
+from finetune.recipe import Recipe
+
+_BINS = 24
+_SHOWN = 8
+_FEW_SUPERVISED = 0.02  # below this share, nearly all of a step's time goes to tokens that are not learnt
+_LEAKED = 0.01  # share of the held-out conversations
+
+
+def document(
+    recipe: Recipe, prepared: PreparedData, *, template: str, seconds: float = 0, price_per_hour: float | None = None
+) -> dict[str, Any]:
+    """The report.
+
+    Args:
+        template: the one in use, with `auto` resolved.
+        seconds: what preparing took.
+        price_per_hour: of the device, for the cost.
+    """
+    parts = [
+        _describe(part, rows, recipe)
+        for part, rows in zip(prepared.parts, (prepared.train, prepared.held_out), strict=False)
+        if rows is not None
+    ]
+    leakage = None
+    if prepared.held_out is not None:
+        leaked = prepared.leaked_rows
+        leakage = {"exact": len(leaked), "near": prepared.near_leaks, "where": leaked[:_SHOWN]}
+    made = {
+        "recipe": str(recipe.output.dir),
+        "model": recipe.model.path,
+        "template": template,
+        "loss_on": recipe.data.loss_on,
+        "max_length": max_length_of(recipe),
+        "packing": bool(recipe.training.get("packing")),
+        "parts": parts,
+        "leakage": leakage,
+        "schedule": _schedule(parts[0], recipe, price_per_hour),
+        "seconds": round(seconds, 2),
+        "cached": prepared.cached,
+    }
+    return made | {"faults": faults(made, max_refused=recipe.data.max_refused)}
+
+
+def _schedule(train: dict[str, Any], recipe: Recipe, price_per_hour: float | None) -> dict[str, Any]:
+    batches = train["batches"]
+    real = round(train["tokens"] / batches["efficiency"]) if batches["efficiency"] else 0
+    length = (max_length_of(recipe) or 0) * batches["rows"]
+    tokens = length if batches["kind"] == "packed" else real
+    return schedule(recipe, batch_rows=batches["rows"], tokens_per_epoch=tokens, price_per_hour=price_per_hour)
+
+
+def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, str]]:
+    """What is wrong with the data, the worst first."""
+    found: list[dict[str, str]] = []
+
+    def add(level: str, what: str, fix: str) -> None:
+        found.append({"level": level, "what": what, "fix": fix})
+
+    for part in document["parts"]:
+        name, rows, refused = part["name"], part["rows"], sum(reason["rows"] for reason in part["refused"])
+        if refused > max_refused * rows:
+            add(
+                "error",
+                f"{name}: {refused:,} of {rows:,} rows cannot be used, the first: {part['refused'][0]['reason']} "
+                f"({', '.join(part['refused'][0]['where'][:3])})",
+                "correct them, let `finetune data check RECIPE --fix DIR` write what can be corrected, or raise "
+                "data.max_refused",
+            )
+        elif refused:
+            add("warning", f"{name}: {refused:,} of {rows:,} rows are left out", "see the reasons in the table")
+        if part["examples"] == 0:
+            what = "no conversation is left"
+            if part["too_long"]["dropped"]:
+                what += (
+                    f"; {part['too_long']['dropped']:,} are longer than training.max_length {document['max_length']}"
+                )
+            add("error", f"{name}: {what}", "raise training.max_length, or give other data")
+            continue
+        if part["supervised_tokens"] == 0:
+            add(
+                "error",
+                f"{name}: not one of {part['tokens']:,} tokens is supervised",
+                "give conversations with assistant turns, and check data.template and data.loss_on",
+            )
+        elif part["turns_with_end"] == 0:
+            add(
+                "error",
+                f"{name}: no supervised turn ends with the end of sequence, so the model would never learn to stop",
+                "set data.template to one that ends the assistant's turns, or data.too_long: truncate",
+            )
+        elif part["turns_with_end"] < part["turns"]:
+            missing = part["turns"] - part["turns_with_end"]
+            add(
+                "warning",
+                f"{name}: {missing:,} of {part['turns']:,} supervised turns do not end with the end of sequence",
+                "set data.too_long: truncate, drop or split",
+            )
+        if 0 < part["supervised_share"] < _FEW_SUPERVISED:
+            add(
+                "warning",
+                f"{name}: only {part['supervised_share']:.1%} of the tokens are supervised",
+                "shorten prompts",
+            )
+        if part["too_long"]["dropped"]:
+            dropped = part["too_long"]["dropped"]
+            add(
+                "warning",
+                f"{name}: {dropped:,} conversations are too long for training.max_length {document['max_length']}",
+                "raise training.max_length",
+            )
+        if name == "train" and part["duplicates"]["removed"] == 0 and part["duplicates"]["exact"] > 0:
+            add(
+                "warning",
+                f"{name}: {part['duplicates']['exact']:,} conversations are in it more than once",
+                "set data.deduplicate: exact",
+            )
+    _leakage_fault(document, add)
+    return sorted(found, key=lambda fault: fault["level"])
+
+
+def _leakage_fault(document: dict[str, Any], add: Any) -> None:
+    leakage = document["leakage"]
+    if not leakage or not leakage["exact"]:
+        return
+    held_out = document["parts"][1]
+    share = leakage["exact"] / max(held_out["used"], 1)
+    what = f"{leakage['exact']:,} of {held_out['used']:,} held-out conversations are in train too"
+    if share == 1:
+        add("error", f"{what}: evaluation would measure nothing", "give other data.eval, or set data.eval_fraction")
+    else:
+        add("warning", f"{what} ({', '.join(leakage['where'][:3])})", "take them out of one of the two")
+
+
+def require_sound(document: dict[str, Any]) -> None:
+    """Refuses data that make training meaningless.
+
+    Raises:
+        DataError: with every such fault.
+    """
+    errors = [fault for fault in document["faults"] if fault["level"] == "error"]
+    if errors:
+        raise DataError(
+            "; ".join(error["what"] for error in errors),
+            where="data",
+            fix="; ".join(dict.fromkeys(error["fix"] for error in errors))
+            + "; `finetune data check RECIPE` shows all of it",
+        )
+
+
+def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
+    tokens, supervised = part.column("tokens"), part.column("supervised")
+    turns, ended = part.column("turns"), part.column("turns_with_end")
+    lengths = sum((ledger.lengths for ledger in part.ledgers), Lengths())
+    total = int(tokens.sum())
+    return {
+        "name": part.name,
+        "sources": [
+            {
+                "where": ledger.where,
+                "form": ledger.form,
+                "weight": weight,
+                "rows": ledger.rows,
+                "used": ledger.used,
+                "refused": ledger.rows - ledger.used,
+            }
+            for ledger, weight in zip(part.ledgers, part.weights, strict=True)
+        ],
+        "rows": sum(ledger.rows for ledger in part.ledgers),
+        "used": sum(ledger.used for ledger in part.ledgers),
+        "refused": _refused(part.ledgers),
+        "duplicates": {"exact": part.exact, "near": part.near, "removed": part.removed},
+        "too_long": {
+            "policy": recipe.data.too_long,
+            "rows": lengths.rows,
+            "dropped": lengths.dropped,
+            "truncated": lengths.truncated,
+            "split": lengths.split,
+            "tokens_lost": lengths.tokens_lost,
+        },
+        "examples": len(tokens),
+        "tokens": total,
+        "supervised_tokens": int(supervised.sum()),
+        "supervised_share": float(supervised.sum() / total) if total else 0.0,
+        "turns": int(turns.sum()),
+        "turns_with_end": int(ended.sum()),
+        "rows_unsupervised": int((supervised == 0).sum()),
+        "lengths": {
+            "longest": int(tokens.max(initial=0)),
+            "median": int(np.median(tokens)) if len(tokens) else 0,
+            "histogram": _histogram(tokens),
+        },
+        "batches": _batches(final, tokens, recipe, held_out=part.name != "train"),
+    }
+
+
+def _refused(ledgers: list[Ledger]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for ledger in ledgers:
+        for reason, refusals in ledger.refused.items():
+            entry = found.setdefault(reason, {"reason": reason, "rows": 0, "where": []})
+            entry["rows"] += refusals.rows
+            entry["where"] += [ledger.at(p) for p in refusals.positions][: _SHOWN - len(entry["where"])]
+    return sorted(found.values(), key=lambda entry: -entry["rows"])
+
+
+def _histogram(tokens: np.ndarray) -> list[dict[str, int]]:
+    if not len(tokens):
+        return []
+    width = -(-int(tokens.max() + 1) // _BINS)
+    counts = np.bincount(tokens // width)
+    return [{"from": i * width, "to": (i + 1) * width, "rows": int(count)} for i, count in enumerate(counts)]
+
+
+def _batches(final: Dataset, tokens: np.ndarray, recipe: Recipe, *, held_out: bool) -> dict[str, Any]:
+    training = recipe.training
+    if "seq_lengths" in final.column_names:
+        max_length = max_length_of(recipe)
+        assert max_length is not None, "packing has a length"
+        real = sum(chunk.flatten().sum().as_py() or 0 for chunk in final.data.column("seq_lengths").chunks)
+        return {"kind": "packed", "rows": len(final), "efficiency": real / max(len(final) * max_length, 1)}
+    name = "per_device_eval_batch_size" if held_out else "per_device_train_batch_size"
+    budget = None if held_out else recipe.data.tokens_per_batch
+    lengths = tokens if len(tokens) == len(final) else np.asarray([len(ids) for ids in final["input_ids"]])
+    efficiency = padding_efficiency(
+        lengths,
+        batch_size=training.get(name, 8),
+        grouped=training.get("train_sampling_strategy") == "group_by_length" and not held_out,
+        budget=budget,
+        seed=training.get("seed", 42),
+    )
+    return {"kind": "padded" if budget is None else "token budget", "rows": len(final), "efficiency": efficiency}

@@ -1,0 +1,390 @@
+"""A sample of every form, as the public data sets have it, and every way in which a row can be wrong: one text each.
+
+The samples are the beginnings of rows of the sets named beside them, layout and odd columns kept.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune.data.forms import Form, find_form, parse, to_conversation
+from finetune.data.rows import Message, RawChunk, RowFault
+from finetune.errors import DataError
+
+
+def form_of(row: dict[str, Any], wanted: Any = "auto", **maps: dict[str, str]) -> Form:
+    return find_form(row, wanted, columns=maps.get("columns", {}), roles=maps.get("roles", {}), where="here.jsonl")
+
+
+def read(row: dict[str, Any], wanted: Any = "auto", **maps: dict[str, str]) -> list[tuple[str, str, bool]]:
+    conversation = to_conversation(row, form_of(row, wanted, **maps))
+    return [(message["role"], message["content"], message["train"]) for message in conversation]
+
+
+def fault_of(row: Any, form: Form) -> str:
+    with pytest.raises(RowFault) as caught:
+        to_conversation(row, form)
+    return str(caught.value)
+
+
+def user(content: Any = "a", **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: Any = "b", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+MESSAGES = form_of({"messages": [user(), assistant()]})
+
+
+# ---- samples of public sets -----------------------------------------------------------------------------------------
+
+GUANACO = {  # timdettmers/openassistant-guanaco
+    "text": '### Human: Can you write a short introduction about the relevance of the term "monopsony" in economics? '
+    "Please use examples related to potential monopsonies in the labour market and cite relevant research."
+    '### Assistant: "Monopsony" refers to a market structure where there is only one buyer for a particular good or '
+    "service.\n\nRecent research has identified potential monopsonies in industries such as retail and fast food."
+    "### Human: Now explain it to a dog"
+}
+OASST_TOP1 = {  # OpenAssistant/oasst_top1_2023-08-25
+    "text": "<|im_start|>user\nConsigliami 5 nomi per il mio cucciolo di dobermann<|im_end|>\n<|im_start|>assistant\n"
+    "Ecco 5 nomi per il tuo cucciolo di dobermann:\n\n- Zeus\n- Apollo\n- Thor\n- Athena\n- Odin<|im_end|>\n"
+}
+ALPACA = {  # tatsu-lab/alpaca
+    "instruction": "Identify the odd one out.",
+    "input": "Twitter, Instagram, Telegram",
+    "output": "Telegram",
+    "text": "Below is an instruction that describes a task, paired with an input that provides further context. ...",
+}
+SHAREGPT = {  # anon8231489123/ShareGPT_Vicuna_unfiltered
+    "id": "QWJhYvA_0",
+    "conversations": [
+        {
+            "from": "human",
+            "value": "Summarize the main ideas of Jeff Walker's Product Launch Formula",
+        },
+        {"from": "gpt", "value": "Here are the main ideas of Jeff Walker's Product Launch Formula:\n\n1. Identify ..."},
+        {"from": "human", "value": "Summarize the main ideas of Brendon Burchard's Experts Academy"},
+        {"from": "gpt", "value": "1. Focus on an area of expertise: ..."},
+    ],
+}
+ULTRACHAT = {  # HuggingFaceH4/ultrachat_200k
+    "prompt": "How can I remove the second image on hover?",
+    "prompt_id": "f0e37e9f7800261167ce91143f98f511f768847236f133f2d0aed60b444ebe57",
+    "messages": [
+        {"content": "How can I remove the second image on hover?", "role": "user"},
+        {"content": "Go to your Shopify admin > Online Store > Themes.", "role": "assistant"},
+    ],
+}
+TRL_TEXT = {"prompt": "The sky is", "completion": " blue."}  # TRL, dataset formats: prompt-completion, standard
+TRL_TURNS = {  # and conversational
+    "prompt": [{"role": "user", "content": "What color is the sky?"}],
+    "completion": [{"role": "assistant", "content": "It is blue."}],
+}
+
+
+def test_guanaco() -> None:
+    form = form_of(GUANACO)
+    assert form.name == "human_text"
+    assert [turn[0] for turn in read(GUANACO)] == ["user", "assistant", "user"]
+    question, answer, last = (turn[1] for turn in read(GUANACO))
+    assert question.startswith("Can you write")
+    assert question.endswith("cite relevant research.")
+    assert answer.startswith('"Monopsony" refers')
+    assert "service.\n\nRecent" in answer
+    assert last == "Now explain it to a dog"
+
+
+@pytest.mark.parametrize("end", ["", "### Human:", "\n### Human: ", "### Human"])
+def test_human_text_with_newlines_and_an_open_end(end: str) -> None:
+    row = {"text": f"\n### Human: a\nb\n\n### Assistant:\nc\n\n{end}"}
+    assert read(row) == [("user", "a\nb", True), ("assistant", "c", True)]
+
+
+def test_oasst_top1() -> None:
+    assert form_of(OASST_TOP1).name == "chatml_text"
+    assert read(OASST_TOP1) == [
+        ("user", "Consigliami 5 nomi per il mio cucciolo di dobermann", True),
+        (
+            "assistant",
+            "Ecco 5 nomi per il tuo cucciolo di dobermann:\n\n- Zeus\n- Apollo\n- Thor\n- Athena\n- Odin",
+            True,
+        ),
+    ]
+
+
+def test_alpaca() -> None:
+    assert form_of(ALPACA).name == "alpaca"
+    assert read(ALPACA) == [
+        ("user", "Identify the odd one out.\n\nTwitter, Instagram, Telegram", True),
+        ("assistant", "Telegram", True),
+    ]
+    for empty in ("", None):
+        assert read({**ALPACA, "input": empty})[0][1] == "Identify the odd one out."
+    del (without := dict(ALPACA))["input"]
+    assert read(without)[0][1] == "Identify the odd one out."
+    assert read({**ALPACA, "instruction": ""})[0][1] == "Twitter, Instagram, Telegram"
+
+
+def test_alpaca_with_a_system_prompt_and_earlier_exchanges() -> None:
+    # The columns that LLaMA-Factory's Alpaca format adds.
+    row = {**ALPACA, "system": "Be brief.", "history": [["Hi", "Hello"], ["And?", ""]]}
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"), ("assistant", "")]
+    assert [turn[:2] for turn in read(row)][:5] == turns
+    assert read({**row, "history": json.dumps(row["history"])}) == read(row)
+    assert len(read({**row, "history": [], "system": ""})) == 2
+    assert fault_of({**row, "history": [["Hi"]]}, form_of(row)) == "`history` is not a list of [question, answer]"
+
+
+def test_sharegpt() -> None:
+    assert form_of(SHAREGPT).name == "sharegpt"
+    turns = read(SHAREGPT)
+    assert [turn[0] for turn in turns] == ["user", "assistant"] * 2
+    assert [turn[1] for turn in turns] == [turn["value"] for turn in SHAREGPT["conversations"]]  # type: ignore[index]
+    first = SHAREGPT["conversations"][0]  # type: ignore[index]
+    for name in ("gpt", "assistant", "bot", "model", "chatgpt", "bing", "bard"):
+        assert read({"conversations": [first, {"from": name, "value": "x"}]})[1][0] == "assistant"
+
+
+def test_sharegpt_with_a_system_prompt_and_weights() -> None:
+    # system: OpenHermes-2.5 and others in a column; weight: OpenHermes 2 and axolotl; loss: mergekit's and others.
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    turns += [{"from": "human", "value": "c", "weight": None}, {"from": "gpt", "value": "d", "loss": 1.0}]
+    row = {"conversations": turns, "system": "s"}
+    expected = [("system", "s", True), ("user", "a", True), ("assistant", "b", False), ("user", "c", True)]
+    assert read(row) == [*expected, ("assistant", "d", True)]
+    inside = [{"from": "system", "value": "s"}, *turns]
+    assert read({"conversations": inside, "system": "s"}) == read(row)
+    differ = {"conversations": inside, "system": "t"}
+    assert fault_of(differ, form_of(row)) == "`system` and the system message differ"
+    assert fault_of({**row, "system": 5}, form_of(row)) == "`system` is a number, not a string"
+
+
+def test_ultrachat() -> None:
+    assert form_of(ULTRACHAT).name == "messages"
+    assert read(ULTRACHAT) == [(m["role"], m["content"], True) for m in ULTRACHAT["messages"]]  # type: ignore[index]
+
+
+def test_prompt_and_completion_of_text_and_of_turns() -> None:
+    assert form_of(TRL_TEXT).name == form_of(TRL_TURNS).name == "prompt_completion"
+    assert read(TRL_TEXT) == [("user", "The sky is", False), ("assistant", " blue.", True)]
+    assert read(TRL_TURNS) == [("user", "What color is the sky?", False), ("assistant", "It is blue.", True)]
+    mixed = {"prompt": [user(), assistant("old"), user("c")], "completion": "new"}
+    assert [turn[2] for turn in read(mixed)] == [False, False, False, True]
+    assert fault_of({"prompt": 5, "completion": "b"}, form_of(mixed)) == "`prompt` is a number, not a list"
+    assert fault_of({"prompt": "a", "completion": None}, form_of(mixed)) == "`completion` is missing"
+
+
+# ---- turns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flag", "train"), [(0, False), (1, True), (False, False), (1.0, True), (None, True)])
+def test_a_turn_that_is_not_to_be_learnt(flag: Any, train: bool) -> None:
+    for key in ("train", "weight"):
+        assert read({"messages": [user(), assistant(**{key: flag})]})[1][2] is train
+
+
+def test_content_in_parts_is_joined_as_mistral_common_joins_it() -> None:
+    # mistral_common.protocol.instruct.normalize joins the text chunks of a message by "\n\n".
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image_url": None}]
+    assert read({"messages": [user(parts), assistant()]})[0][1] == "a\n\nb"
+
+
+def test_a_column_that_holds_json_text() -> None:
+    assert read({"messages": json.dumps([user(), assistant()])}) == [("user", "a", True), ("assistant", "b", True)]
+    assert form_of({"conversations": json.dumps(SHAREGPT["conversations"])}).name == "sharegpt"
+
+
+def test_control_characters_empty_turns_and_a_last_question_are_kept() -> None:
+    turns = [user(""), assistant(""), user("\x00\x1b[31m\u202e"), assistant("x"), user("?")]
+    assert [turn[1] for turn in read({"messages": turns})] == ["", "", "\x00\x1b[31m\u202e", "x", "?"]
+
+
+def test_the_columns_of_arrow_tables_hold_nulls() -> None:
+    extra = {"name": None, "tool_calls": None, "weight": None, "train": None}
+    assert read({"messages": [user(**extra), assistant(**extra)]}) == [("user", "a", True), ("assistant", "b", True)]
+
+
+# ---- names of the user's own ----------------------------------------------------------------------------------------
+
+
+def test_columns_of_other_names() -> None:
+    dolly = {"instruction": "When did it begin?", "context": "In 2000.", "response": "2000", "category": "closed_qa"}
+    turns = [("user", "When did it begin?\n\nIn 2000.", True), ("assistant", "2000", True)]
+    assert read(dolly, columns={"input": "context", "output": "response"}) == turns
+    own = {"dialog": [{"who": "Q", "says": "a", "learn": 1}, {"who": "A", "says": "b", "learn": 0}]}
+    columns = {"messages": "dialog", "role": "who", "content": "says", "train": "learn"}
+    roles = {"Q": "user", "A": "assistant"}
+    assert read(own, "messages", columns=columns, roles=roles) == [("user", "a", True), ("assistant", "b", False)]
+    assert read(own, columns=columns, roles=roles) == [("user", "a", True), ("assistant", "b", False)]
+    asked = {"question": "a", "answer": "b", "note": "s"}
+    columns = {"prompt": "question", "completion": "answer", "system": "note"}
+    assert [turn[:2] for turn in read(asked, columns=columns)] == [("system", "s"), ("user", "a"), ("assistant", "b")]
+
+
+def test_usual_names_of_the_list() -> None:
+    turns = [user(), assistant()]
+    for name in ("messages", "conversations", "conversation"):
+        assert form_of({name: turns}).columns["messages"] == name
+    assert (
+        form_of({"messages": None, "conversations": SHAREGPT["conversations"]}).columns["messages"] == "conversations"
+    )
+    assert form_of({"messages": None}).name == "messages"
+
+
+def refusal(row: dict[str, Any], wanted: Any = "auto", **maps: dict[str, str]) -> str:
+    with pytest.raises(DataError) as caught:
+        form_of(row, wanted, **maps)
+    return str(caught.value)
+
+
+def test_no_column_holds_conversations() -> None:
+    text = refusal({"question": "a", "text": "just prose"})
+    assert "no column holds conversations; the columns are: question, text" in text
+    for part in ("`messages`", "`conversations`", "`prompt`", "`instruction`", "### Human:", "<|im_start|>"):
+        assert part in text
+    assert "name your columns in data.columns" in text
+    assert "the columns are: none" in refusal({})
+
+
+def test_the_column_of_the_wanted_form_is_not_there() -> None:
+    text = refusal({"messages": []}, "chatml_text")
+    assert "data.format chatml_text needs a column `text`; the columns are: messages" in text
+    text = refusal({"instruction": "a", "outputs": "b"}, "alpaca")
+    assert "needs a column `output`" in text
+    assert "did you mean `outputs`? Name it in data.columns" in text
+    text = refusal({"messages": [user()], "system_prompt": "s"}, columns={"system": "sytem_prompt"})
+    assert "needs a column `sytem_prompt`" in text
+    assert "did you mean `system_prompt`" in text
+
+
+def test_names_that_mean_nothing() -> None:
+    text = refusal({"messages": []}, columns={"mesages": "messages"})
+    assert "data.columns: there is no column 'mesages' of ours" in text
+    assert "did you mean 'messages'?" in text
+    text = refusal({"messages": []}, roles={"bot": "asistant"})
+    assert "data.roles: there is no role 'asistant' of ours" in text
+    assert "allowed: system, user, assistant" in text
+    text = refusal({"messages": []}, columns={"prompt": "messages"})
+    assert "data.columns.prompt means nothing in the form messages" in text
+    assert "allowed: messages, role, content, train, system" in text
+
+
+# ---- what cannot be trained on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        ([user(), assistant(None)], "the content of a turn is null, not a string"),
+        ([user({"text": "a"}), assistant()], "the content of a turn is a mapping, not a string"),
+        ([user(7), assistant()], "the content of a turn is a number, not a string"),
+        ([user(True), assistant()], "the content of a turn is a truth value, not a string"),
+        ([user(["a"]), assistant()], "the content of a turn is a list with a string in it, not a string or text parts"),
+        (
+            [user([{"type": "image_url", "image_url": {}}]), assistant()],
+            "the content of a turn has a part of type 'image_url'; only text is taken",
+        ),
+        ([user("\ud800"), assistant()], "the content of a turn is not valid Unicode (a lone surrogate)"),
+        ([user()], "no assistant turn, so nothing to learn"),
+        ([user(), assistant(" \n"), user(), assistant("")], "every assistant turn is empty"),
+        ([assistant()], "the assistant speaks first"),
+        ([{"role": "system", "content": "s"}, assistant()], "the assistant speaks first"),
+        ([user(), user(), assistant()], "two user turns in a row"),
+        ([user(), assistant(), assistant()], "two assistant turns in a row"),
+        ([user(), {"role": "system", "content": "s"}, assistant()], "a system message that is not the first turn"),
+        ([{"role": "system", "content": "s"}] * 2, "a system message that is not the first turn"),
+        ([{"role": "user"}, assistant()], "a turn is not a mapping with `role` and `content`"),
+        (["a", "b"], "a turn is not a mapping with `role` and `content`"),
+        ([{"role": "bot", "content": "a"}, assistant()], "role 'bot' is unknown"),
+        ([{"role": "x" * 999, "content": "a"}], f"role '{'x' * 40}...' is unknown"),
+        ([{"role": ["user"], "content": "a"}, assistant()], "a role is a list, not a string"),
+        ([user(), assistant(train=0.5)], "a turn's `train`, `weight` or `loss` is neither 0 nor 1"),
+        ([user(), assistant(weight="1")], "a turn's `train`, `weight` or `loss` is neither 0 nor 1"),
+        ([user(), {"role": "tool", "content": "5"}], "a turn of role 'tool': tool use is not trained here"),
+        ([user(), assistant(None, tool_calls=[{}])], "a turn calls tools, which is not trained here"),
+        ([user(), {"role": "assistant", "tool_calls": [{}]}], "a turn calls tools, which is not trained here"),
+        ([], "`messages` is empty"),
+        (None, "`messages` is missing"),
+        ("hello", "`messages` is a string that is not JSON"),
+        ("[" * 100_000, "`messages` is a string that is not JSON"),
+        ('"hello"', "`messages` is a string, not a list"),
+        (3, "`messages` is a number, not a list"),
+    ],
+)
+def test_a_conversation_that_teaches_nothing_sound(messages: Any, fault: str) -> None:
+    assert fault_of({"messages": messages}, MESSAGES) == fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("plain <|im_start|>user\na<|im_end|>", "`text` is not ChatML from its beginning to its end"),
+        (OASST_TOP1["text"] + "<|im_start|>user\nunfinished", "`text` is not ChatML from its beginning to its end"),
+        ("<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>", "a turn of `text` has no <|im_end|>"),
+        ("<|im_start|>critic\na<|im_end|><|im_start|>assistant\nb<|im_end|>", "role 'critic' is unknown"),
+        (5, "`text` is a number, not a string"),
+        (None, "`text` is missing"),
+    ],
+)
+def test_text_that_is_not_chatml(text: Any, fault: str) -> None:
+    assert fault_of({"text": text}, form_of(OASST_TOP1)) == fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("A chat. ### Human: a### Assistant: b", "`text` does not begin with `### Human:`"),
+        ("plain", "`text` does not begin with `### Human:`"),
+        ("### Human: a### Human: b### Assistant: c", "two user turns in a row"),
+        ("### Human: a### Assistant:", "every assistant turn is empty"),
+        (["a"], "`text` is a list, not a string"),
+    ],
+)
+def test_text_that_is_not_of_human_and_assistant(text: Any, fault: str) -> None:
+    assert fault_of({"text": text}, form_of(GUANACO)) == fault
+
+
+def test_a_row_that_is_no_mapping() -> None:
+    assert fault_of(["a"], MESSAGES) == "the row is a list, not a mapping"
+
+
+# ---- a chunk --------------------------------------------------------------------------------------------------------
+
+
+def test_parse_keeps_positions_and_reasons() -> None:
+    good: list[Message] = [
+        {"role": "user", "content": "a", "train": True},
+        {"role": "assistant", "content": "b", "train": True},
+    ]
+    row = json.dumps({"messages": [user(), assistant()]}).encode()
+    cut, tail = row[:-5], b'{"messages": [}'
+    lines = [row, b"", cut, b"[1, 2]", b'{"text": "\xff"}', row, b"7", b"[" * 200_000, tail, b"1" * 9999, b'{"a": "b']
+    parsed = parse(RawChunk(3, 11, lines=lines), MESSAGES)
+    assert parsed.conversations == [good, good]
+    assert parsed.positions == [11, 16]
+    assert parsed.refused == [
+        (13, "not valid JSON: it ends in the middle of a value"),
+        (14, "valid JSON, but not an object"),
+        (15, "not UTF-8"),
+        (17, "valid JSON, but not an object"),
+        (18, "not valid JSON: nested too deeply"),
+        (19, "not valid JSON: Expecting value"),
+        (20, "not valid JSON: a number has too many digits"),
+        (21, "not valid JSON: it ends in the middle of a value"),
+    ]
+
+
+def test_parse_of_values() -> None:
+    values = [{"messages": [user(), assistant()]}, RowFault("not UTF-8"), "text", {"messages": [user()]}]
+    parsed = parse(RawChunk(0, 1, values=values), MESSAGES)
+    assert parsed.positions == [1]
+    assert parsed.refused == [
+        (2, "not UTF-8"),
+        (3, "valid JSON, but not an object"),
+        (4, "no assistant turn, so nothing to learn"),
+    ]

@@ -1,0 +1,182 @@
+"""The report's numbers against a count by hand over rows that mistral-common's format is spelled out for, and its faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data import apply_template
+from finetune.datacheck.prepare import prepare_data
+from finetune.datacheck.report import document, require_sound
+from finetune.errors import DataError
+from finetune.model import load_tokenizer
+from tests.datacheck.conftest import MODEL, turns, write_rows
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = load_tokenizer(str(MODEL))
+    apply_template(made, "auto")
+    return made
+
+
+def check(recipe, tokenizer) -> dict[str, Any]:
+    made = document(recipe, prepare_data(recipe, tokenizer), template="mistral-v1")
+    assert json.loads(json.dumps(made, allow_nan=False)) == made, "strict JSON"
+    return made
+
+
+def levels(made: dict[str, Any]) -> list[str]:
+    return [fault["level"] for fault in made["faults"]]
+
+
+def spelled(row: dict[str, Any], tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and supervised ids of a conversation in Mistral's v1 format, piece by piece (no spaces at seams)."""
+    ids, learnt = [tokenizer.bos_token_id], []
+    for turn in row["messages"]:
+        if turn["role"] == "user":
+            ids += tokenizer.encode(f"[INST] {turn['content']} [/INST]", add_special_tokens=False)
+        else:
+            answer = [*tokenizer.encode(turn["content"], add_special_tokens=False), tokenizer.eos_token_id]
+            ids, learnt = ids + answer, learnt + answer
+    return ids, learnt
+
+
+def test_counts_equal_a_count_by_hand(make_recipe, tokenizer):
+    good = [turns(f"question {i}", f"answer {i} " + "word " * i, "more?", "yes") for i in range(30)]
+    long = [turns("q", "word " * 100, "r", "end"), turns("q", "word " * 300)]
+    bad = ["{", {"messages": "x"}, turns("only a question"), {"messages": []}, "{"]
+    equal = [good[3], good[3]]
+    made = check(make_recipe(good + bad + long + equal, "training.max_length=120"), tokenizer)
+    [part] = made["parts"]
+    by_hand = [spelled(row, tokenizer) for row in good + equal]
+    first = spelled({"messages": long[0]["messages"][:2]}, tokenizer)  # what is left of the first long one
+    assert len(first[0]) <= 120 < len(spelled(long[0], tokenizer)[0])
+    rows = [*by_hand, first]
+    assert (part["rows"], part["used"]) == (39, 34)
+    assert sum(reason["rows"] for reason in part["refused"]) == 5
+    assert part["examples"] == len(rows) == 33
+    assert part["tokens"] == sum(len(ids) for ids, _ in rows)
+    assert part["supervised_tokens"] == sum(len(learnt) for _, learnt in rows)
+    assert part["supervised_share"] == part["supervised_tokens"] / part["tokens"]
+    assert (part["turns"], part["turns_with_end"], part["rows_unsupervised"]) == (65, 65, 0)
+    assert part["too_long"] == {
+        "policy": "truncate",
+        "rows": 2,
+        "dropped": 1,
+        "truncated": 1,
+        "split": 0,
+        "tokens_lost": sum(len(spelled(row, tokenizer)[0]) for row in long) - len(first[0]),
+    }
+    assert part["duplicates"] == {"exact": 2, "near": None, "removed": 0}
+    lengths = sorted(len(ids) for ids, _ in rows)
+    assert (part["lengths"]["longest"], part["lengths"]["median"]) == (lengths[-1], lengths[len(lengths) // 2])
+    for bin in part["lengths"]["histogram"]:
+        assert bin["rows"] == sum(bin["from"] <= length < bin["to"] for length in lengths)
+    assert sum(bin["rows"] for bin in part["lengths"]["histogram"]) == 33
+    where = {reason["reason"]: reason["where"] for reason in part["refused"]}
+    assert sorted(place for places in where.values() for place in places) == [
+        f"train.jsonl line {line}" for line in range(31, 36)
+    ]
+
+
+def test_packing_and_steps(make_recipe, tokenizer):
+    rows = [turns(f"question {i}", "word " * (1 + i % 40)) for i in range(300)]
+    recipe = make_recipe(
+        rows,
+        *("training.packing=true", "training.max_length=128", "training.per_device_train_batch_size=3"),
+        *("training.gradient_accumulation_steps=2", "training.num_train_epochs=2"),
+    )
+    prepared = prepare_data(recipe, tokenizer)
+    made = document(recipe, prepared, template="mistral-v1")
+    [part] = made["parts"]
+    real = sum(len(row["input_ids"]) for row in prepared.train)
+    assert real == part["tokens"]
+    assert part["batches"] == {"kind": "packed", "rows": len(prepared.train), "efficiency": real / len(prepared.train) / 128}
+    per_epoch = -(-(-(-len(prepared.train) // 3)) // 2)
+    assert made["schedule"]["steps"] == 2 * per_epoch
+    assert made["schedule"]["epochs"] == 2
+    assert made["schedule"]["tokens_per_epoch"] == 128 * len(prepared.train)
+    assert made["schedule"]["hours"] is None
+
+
+def test_healthy_data_have_no_faults(make_recipe, tokenizer):
+    made = check(make_recipe([turns(f"q{i}", "a") for i in range(9)], held_out=[turns("new", "b")]), tokenizer)
+    assert made["faults"] == []
+    require_sound(made)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "says"),
+    [
+        ([turns("q", "a"), "{", "{"], (), "2 of 3 rows cannot be used, the first: not valid JSON"),
+        ([turns("q", "word " * 99)], ("training.max_length=20",), "1 are longer than training.max_length 20"),
+        ([turns("q", "word " * 99)], ("training.max_length=20", "data.too_long=cut"), "never learn to stop"),
+    ],
+)
+def test_data_that_make_training_meaningless_are_refused(make_recipe, tokenizer, rows, settings, says):
+    made = check(make_recipe(rows, *settings), tokenizer)
+    assert "error" in levels(made)
+    with pytest.raises(DataError) as refusal:
+        require_sound(made)
+    assert says in str(refusal.value)
+    assert "finetune data check" in str(refusal.value)
+
+
+def test_few_unusable_rows_are_a_warning(make_recipe, tokenizer):
+    rows = [turns(f"q{i}", "a") for i in range(30)]
+    made = check(make_recipe([*rows, "{"]), tokenizer)
+    assert levels(made) == ["warning"]
+    require_sound(made)
+    assert levels(check(make_recipe([*rows, "{"], "data.max_refused=0"), tokenizer)) == ["error"]
+
+
+def test_held_out_rows_in_train(make_recipe, tokenizer):
+    rows = [turns(f"q{i}", "a") for i in range(10)]
+    some = check(make_recipe(rows, held_out=[rows[2], turns("new", "b")]), tokenizer)
+    assert some["leakage"] == {"exact": 1, "near": None, "where": ["heldout.jsonl line 1"]}
+    assert levels(some) == ["warning"]
+    every = check(make_recipe(rows, held_out=rows[:3]), tokenizer)
+    assert levels(every) == ["error"]
+    assert "evaluation would measure nothing" in every["faults"][0]["what"]
+
+
+def test_near_leaks_are_counted_where_near_ones_are_looked_for(make_recipe, tokenizer):
+    text = " ".join(f"word{i}" for i in range(80))
+    recipe = make_recipe(
+        [turns("q", text)], "data.deduplicate=near", held_out=[turns("q", text + " end"), turns("other", "b")]
+    )
+    assert check(recipe, tokenizer)["leakage"]["near"] == 1
+
+
+def test_the_command_shows_writes_and_refuses(tmp_path, make_recipe):
+    rows = [turns("q", "a <script>alert(1)</script>"), turns("q2", "b"), turns("only a question")]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    make_recipe(tmp_path / "rows.jsonl")
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "finetune", "data", "check", str(tmp_path / "recipe.yaml"), *args]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    page, fixed = tmp_path / "page.html", tmp_path / "fixed"
+    done = run("--json", "--show", "1", "--html", str(page), "--fix", str(fixed))
+    assert done.returncode == 1, done.stderr
+    made = json.loads(done.stdout)
+    assert made["parts"][0]["used"] == 2
+    assert len(made["examples"]) == 1
+    assert "".join(piece["text"] for piece in made["examples"][0]["pieces"]).startswith("<s> [INST] q")
+    assert "<script>alert(1)" not in page.read_text(encoding="utf-8")
+    assert sorted(path.name for path in fixed.iterdir()) == ["fixes.json", "refused.jsonl", "rows-0.jsonl"]
+    again = run("--fix", str(fixed))
+    assert again.returncode == 2
+    assert "the output folder is not empty" in again.stderr
+    passed = run("--set", "data.max_refused=1")
+    assert passed.returncode == 0
+    assert "no assistant turn" in passed.stdout

@@ -229,7 +229,7 @@ def prepare(
                 callbacks=callbacks,
             )
 
-    trainer.base, trainer.plan = loaded.base, plan
+    trainer.base, trainer.plan, trainer.tokens_per_batch = loaded.base, plan, recipe.data.tokens_per_batch
     if loaded.model.config._attn_implementation == VARLEN:
         trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.

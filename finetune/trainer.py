@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from finetune.activations import ActivationPlan
+from finetune.data.batching import TokenBudgetBatches, row_lengths
 from finetune.model import BaseSpec
 from finetune.runfolder import full_disk_explained
 from finetune.trainable import load_non_moe, save_adapter, save_non_moe, trained_tensors
@@ -28,8 +31,10 @@ class MoeTrainer(SFTTrainer):
 
     base: BaseSpec
     plan: ActivationPlan
+    tokens_per_batch: int | None = None
     model: Any  # upstream allows None, which ends with __init__
     processing_class: Any
+    args: Any  # TRL's configuration, where upstream says transformers'
     _stepped = False
     _operations_per_token: float | None = None
     _held_out: torch.Tensor  # sum of negative log-likelihoods, number of supervised tokens
@@ -66,6 +71,32 @@ class MoeTrainer(SFTTrainer):
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) / tokens
         return round(self._operations_per_token * tokens)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Upstream's, or one of batches of `tokens_per_batch` tokens.
+
+        The batches are this process's own, so accelerate does not deal them out again.
+        """
+        if self.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        batches = TokenBudgetBatches(
+            row_lengths(self.train_dataset),
+            self.tokens_per_batch,
+            seed=self.args.seed,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
+        )
+        loader = DataLoader(
+            self._remove_unused_columns(self.train_dataset, description="training"),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._held_out = torch.zeros(2, dtype=torch.float64)

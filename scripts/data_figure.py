@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-WIDTH, SCALE = 1000, 2
+WIDTH, SCALE = 1080, 2
 MARGIN = 20
+SHOWN = 6
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def shoot(page: Path, target: Path, *, only: str, theme: str) -> None:
-    """The page down to the end of its first part (`top`), its examples, or all of it."""
+    """The page down to the end of its first part (`top`), its first examples, or all of it."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium")
@@ -53,6 +54,7 @@ def shoot(page: Path, target: Path, *, only: str, theme: str) -> None:
         opened = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme=theme)  # type: ignore[arg-type]
         opened.goto(page.as_uri())
         if only == "examples":
+            opened.add_style_tag(content=f"article:nth-of-type(n+{SHOWN + 1}) {{ display: none }}")
             opened.locator(".examples").screenshot(path=target)
         elif only == "all":
             opened.screenshot(path=target, full_page=True)

@@ -150,13 +150,13 @@ def _rows(*roles: str) -> str:
     [
         (None, ("there is no data file 'rows.jsonl'", "rows.jsonl", "check the path in the recipe")),
         ("", ("the data file is empty", "rows.jsonl", "name a file that holds conversations")),
-        ("\n\n", ("the data set holds no rows", "rows.jsonl", "name a source that holds conversations")),
+        ("\n\n", ("the data set holds no rows", "rows.jsonl")),
         (
             _rows("user", "assistant") + '{"messages": [\n',
-            ("1 of 2 conversations", "line 2: not valid JSON", "correct"),
+            ("1 of 2 rows cannot be used", "not valid JSON", "rows.jsonl line 2", "data.max_refused"),
         ),
-        (_rows("user", "bot"), ("1 of 1 conversations", "line 1: role 'bot' is unknown", "system, user, assistant")),
-        (_rows("user"), ("1 of 1 conversations cannot be trained on", "line 1: ", "correct or remove")),
+        (_rows("user", "bot"), ("1 of 1 rows cannot be used", "role 'bot' is unknown", "rows.jsonl line 1")),
+        (_rows("user"), ("1 of 1 rows cannot be used", "no assistant turn", "rows.jsonl line 1", "correct them")),
     ],
     ids=["missing", "empty", "no rows", "malformed", "unknown role", "no assistant"],
 )
@@ -171,7 +171,7 @@ def test_data_that_cannot_be_used(
 
 
 def test_data_in_which_nothing_is_supervised(write_recipe: Write, small_mixtral: Path, tmp_path: Path) -> None:
-    says = ("training.max_length 4 leaves nothing supervised", "rows.jsonl", "raise training.max_length (the longest")
+    says = ("no conversation is left", "longer than training.max_length 4", "rows.jsonl", "raise training.max_length")
     refused(tmp_path, "train", write_recipe(training={"max_length": 4}), says=says)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     model = _with_template(template, small_mixtral, tmp_path / "model")

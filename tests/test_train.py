@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune.activations import ActivationPlan
 from finetune.console import Report
-from finetune.data import load_conversations, supervise
+from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.errors import DeviceError
 from finetune.evaluate import completion_loss
 from finetune.model import load
@@ -132,7 +132,9 @@ def test_held_out_loss_is_a_mean_over_tokens(write_recipe: Write, tmp_path: Path
     ran = run_finetune("train", recipe, "--json")
     assert ran.status == 0, ran.stderr
     live = load(str(tmp_path / "run" / "adapter"), device="cpu")
-    expected, _ = completion_loss(live.model, supervise(load_conversations(rows), live.tokenizer), live.device)
+    expected, _ = completion_loss(
+        live.model, encode_source(Reading(Source(str(rows))), live.tokenizer, Teaching()).dataset, live.device
+    )
     assert ran.document["eval_loss_last"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -26,10 +27,12 @@ from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import BUNDLED
 from finetune.console import Report, gib
 from finetune.data import Reading, Source, Teaching, apply_template, encode_source, pack
+from finetune.data.batching import packing_efficiency, row_lengths
 from finetune.model import load_tokenizer
 
-_CHARACTERS = 1500  # of a conversation at least; about 400 tokens
+_CHARACTERS = 900  # of a conversation at least; about 400 tokens
 _SAMPLE_SECONDS = 0.2
+_COPIES = 20
 
 
 def bench_data(report: Report, *, rows: int, processes: int, max_length: int, source: Path | None) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def bench_data(report: Report, *, rows: int, processes: int, max_length: int, so
         | {"peak_bytes": ours["peak_bytes"]},
         "over_bare": bare and rounded(ours["seconds"] / bare["seconds"]),
         "packing_efficiency": rounded(ours["efficiency"]),
+        "bundled_packing_efficiency": rounded(_bundled_efficiency(tokenizer, max_length)),
         **conditions(torch.device("cpu")),
     }
     _show(document, report)
@@ -68,7 +72,7 @@ def bench_data(report: Report, *, rows: int, processes: int, max_length: int, so
 
 
 def write_conversations(path: Path, rows: int) -> None:
-    """`rows` conversations of about 400 tokens, each of several bundled exchanges, numbered so that no two are equal."""
+    """`rows` conversations of about 400 tokens, made of bundled exchanges, numbered so that no two are equal."""
     turns = _exchanges()
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
@@ -132,6 +136,12 @@ def _ours(
     }
 
 
+def _bundled_efficiency(tokenizer: PreTrainedTokenizerBase, max_length: int) -> float:
+    """Share of real tokens where 20 times the bundled rows are packed: their mix of lengths in a set of usual size."""
+    rows = encode_source(Reading(Source(str(BUNDLED / "data" / "train.jsonl"))), tokenizer, Teaching()).dataset
+    return packing_efficiency(np.tile(row_lengths(rows), _COPIES), max_length)
+
+
 def _timed(work: Callable[[], tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """What `work` gives, its seconds, and the most memory that this process and its children held meanwhile."""
     stop, peak = threading.Event(), [0]
@@ -173,3 +183,5 @@ def _show(document: dict[str, Any], report: Report) -> None:
     report.line(f"peak memory: {gib(document['ours']['peak_bytes'])}")
     if document["packing_efficiency"] is not None:
         report.line(f"packing at {document['max_length']}: {document['packing_efficiency']:.2%} real tokens")
+    mix = document["bundled_packing_efficiency"]
+    report.line(f"packing the bundled lengths, {_COPIES} times, at {document['max_length']}: {mix:.2%} real tokens")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from finetune.data.batching import pack
 from finetune.data.chat import apply_template
-from finetune.data.mask import IGNORED
 from finetune.data.pipeline import EncodedSource, Reading, Teaching, encode_source
 from finetune.data.readers import Source
+from finetune.data.rows import IGNORED
 
 __all__ = [
     "IGNORED",

@@ -129,5 +129,8 @@ def _marks(encoding: Encoding, spans: Spans, length: int) -> np.ndarray:
         first = next((t for t in map(encoding.char_to_token, inside) if t is not None), None)
         last = next((t for t in map(encoding.char_to_token, reversed(inside)) if t is not None), None)
         if first is not None and last is not None:
+            # A character may be several tokens, one for each of its bytes; the first was found.
+            while last + 1 < length and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
+                last += 1
             marks[first : last + 1] = True
     return marks

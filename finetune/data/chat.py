@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.data.encoding import Refused, encoder_of
-from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V1_SPACED, MISTRAL_V3, MISTRAL_V3_SPACED
 from finetune.data.learnt import Turns
+from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V1_SPACED, MISTRAL_V3, MISTRAL_V3_SPACED
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return name
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Turns]) -> tuple[list[list[int]], list[list[int]]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Turns]
+) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of whole conversations, and beside them 1 for every token of the assistant's turns.
 
     Raises:
@@ -148,7 +150,7 @@ def _require_turns(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             where=f"data.template: {name}, tried with two exchanges on the tokenizer of {tokenizer.name_or_path}",
             allowed="a template with {% generation %} ... {% endgeneration %} around the assistant's text, or one that "
             "writes a conversation as its prompt with the generation prompt, and then the answer",
-            fix="set data.template: auto or mistral-v1, or put the markers into a copy of the template and set its path",
+            fix="set data.template: auto or mistral-v1, or put the markers into a copy of it and set its path",
         ) from refusal
     learnt = tokenizer.decode(row.ids[row.supervised])
     if "b" not in learnt or "d" not in learnt:

@@ -2,9 +2,9 @@
 
 Why: a rendered conversation does not say whose `</s>` is whose, and a wrong mask is the most silent of faults.
 mistral-common keeps the two apart, and so does this file, for any template. How: `rendering.py` says which control
-tokens are the template's and where the assistant speaks, `learnt.py` which of its turns are learnt, `aliases.py` encodes
-the text such that what somebody typed is never a control token, and `words.py` does the same faster for tokenizers of
-Mistral's kind. An encoder can be sent to another process.
+tokens are the template's and where the assistant speaks, `learnt.py` which of its turns are learnt. `aliases.py`
+encodes the text such that what somebody typed is never a control token, and `words.py` does the same faster for
+tokenizers of Mistral's kind. An encoder can be sent to another process.
 
 Leaves out lengths: every row is as long as its conversation.
 """
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from finetune.data.aliases import AliasedTokenizer, Leak
+from finetune.data.learnt import Turns, learnt_turns
 from finetune.data.prefixes import TemplateRefusal
 from finetune.data.rendering import Rendered, Renderer
 from finetune.data.rows import Encoded, LossOn
 from finetune.data.words import WordTokenizer
-from finetune.data.learnt import Turns, learnt_turns
 from finetune.errors import DataError
 
 if TYPE_CHECKING:

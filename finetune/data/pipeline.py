@@ -28,17 +28,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import tokenizers
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from finetune.data.duplicates import content_key, signature
+from finetune.data.duplicates import SIGNATURE_VERSION, content_key, signature
 from finetune.data.encoding import ChatEncoder, Refused, encode_settings, encoder_of
 from finetune.data.forms import Form, FormName, find_form, parse
 from finetune.data.lengths import Fitter, Lengths, TooLong
-from finetune.data.mask import IGNORED
 from finetune.data.readers import Source, open_source
 from finetune.data.reading import Reader, sample_row
-from finetune.data.rows import Conversation, Encoded, LossOn, RawChunk, Unit
+from finetune.data.rows import IGNORED, Conversation, Encoded, LossOn, RawChunk, Unit
 from finetune.errors import DataError
 from finetune.runfolder import staged
 
@@ -181,7 +181,8 @@ def encode_source(
 
 
 def _fingerprint(reader: Reader, reading: Reading, tokenizer: PreTrainedTokenizerBase, teaching: Teaching) -> str:
-    parts = [_VERSION, reader.fingerprint(), asdict(reading), asdict(teaching), encode_settings(tokenizer)]
+    versions = [_VERSION, SIGNATURE_VERSION, tokenizers.__version__]
+    parts = [versions, reader.fingerprint(), asdict(reading), asdict(teaching), encode_settings(tokenizer)]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -325,8 +326,15 @@ class _Worker:
             refused.setdefault(reason, []).append(position)
         conversations, positions, encoded = self._encode(parsed.conversations, parsed.positions, refused)
         fitter = Fitter(self._encode_fitting, self.teaching.max_length, self.teaching.too_long)
-        rows = fitter.fit(conversations, encoded)
-        batch = self._batch(conversations, positions, rows)
+        fitted: list[tuple[Conversation, int, list[Encoded]]] = []
+        for conversation, position, row in zip(conversations, positions, encoded, strict=True):
+            try:
+                [rows] = fitter.fit([conversation], [row])
+            except Refused as refusal:  # a template that takes a conversation, but not the beginning of it
+                refused.setdefault(str(refusal), []).append(position)
+                continue
+            fitted.append((conversation, position, rows))
+        batch = self._batch(fitted)
         return _Result(batch, chunk.first, len(parsed.positions) + len(parsed.refused), refused, fitter.lengths)
 
     def _encode_fitting(self, conversations: list[Conversation]) -> list[Encoded]:
@@ -347,13 +355,17 @@ class _Worker:
             kept[2].append(row)
         return kept
 
-    def _batch(
-        self, conversations: list[Conversation], positions: list[int], rows: list[list[Encoded]]
-    ) -> pa.RecordBatch:
-        flat = [row for made in rows for row in made]
-        of = [index for index, made in enumerate(rows) for _ in made]
-        keys = {index: content_key(conversations[index]) for index in set(of)}
-        marks = {index: signature(conversations[index]) for index in keys} if self.teaching.signatures else {}
+    def _batch(self, fitted: list[tuple[Conversation, int, list[Encoded]]]) -> pa.RecordBatch:
+        """A chunk's rows; the key and the signature of a conversation stand at each of its rows."""
+        flat, positions, keys, marks = [], [], [], []
+        for conversation, position, rows in fitted:
+            key = content_key(conversation) if rows else None
+            mark = signature(conversation) if rows and self.teaching.signatures else None
+            for row in rows:
+                flat.append(row)
+                positions.append(position)
+                keys.append(key)
+                marks.append(mark)
         lengths = np.array([len(row.ids) for row in flat], dtype=np.int32)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         ids = np.concatenate([row.ids for row in flat]) if flat else np.empty(0, np.int32)
@@ -362,9 +374,9 @@ class _Worker:
         columns = [
             pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
             pa.ListArray.from_arrays(offsets, pa.array(np.where(learnt, ids, IGNORED).astype(np.int32))),
-            pa.array([positions[index] for index in of], pa.int64()),
-            pa.array([keys[index] for index in of], pa.binary(16)),
-            pa.array([marks.get(index) for index in of], pa.binary()),
+            pa.array(positions, pa.int64()),
+            pa.array(keys, pa.binary(16)),
+            pa.array(marks, pa.binary()),
             pa.array(lengths),
             *map(pa.array, (supervised, turns, ended)),
         ]

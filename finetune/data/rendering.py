@@ -23,8 +23,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
 from finetune.data.learnt import Turns
+from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
 
 
 def _own(name: str) -> str:
@@ -131,7 +131,7 @@ class Renderer:
 
     def _run(self, messages: Turns, add_generation_prompt: bool) -> tuple[str, Spans]:
         rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
+            conversations=[[dict(message) for message in messages]],
             chat_template=self._template,
             return_assistant_tokens_mask=self._is_marked,
             add_generation_prompt=add_generation_prompt,

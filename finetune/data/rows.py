@@ -17,6 +17,8 @@ Unit = Literal["line", "row"]
 Role = Literal["system", "user", "assistant"]
 LossOn = Literal["all", "last", "completion"]
 
+IGNORED = -100  # the label that cross-entropy leaves out, in torch and in transformers
+
 
 class Message(TypedDict):
     """A checked turn. `train` is False where a row says so, and on the prompt's turns of a prompt and completion."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.mask import IGNORED
+from finetune.data.rows import IGNORED
 from finetune.datacheck.prepare import Part
 
 if TYPE_CHECKING:

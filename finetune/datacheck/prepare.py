@@ -190,7 +190,9 @@ def _part(
 def _deduplicate(part: Part, how: str) -> None:
     """Counts duplicates, and takes them out where the recipe asks for it; the first of equal conversations stays."""
     keys = [key for of_source in part.row_keys() for key in of_source]
-    positions = part.column("position")
+    # Positions of different sources must differ: neighbours with one key and one position are one conversation.
+    source_of = np.repeat(np.arange(len(part.chosen)), [len(chosen) for chosen in part.chosen])
+    positions = part.column("position") * len(part.chosen) + source_of
     signatures = part.signatures() if how == "near" else None
     exact, near = duplicates_of(keys, positions, signatures)
     part.exact, part.near = int(exact.sum()), None if near is None else int(near.sum())

@@ -6,16 +6,18 @@ what a user must know: an error makes training meaningless, and `finetune train`
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from finetune.data.batching import padding_efficiency
+from finetune.data.batching import padding_efficiency, row_lengths
 from finetune.data.lengths import Lengths
 from finetune.data.pipeline import Ledger
 from finetune.datacheck.prepare import Part, PreparedData, max_length_of
-from finetune.datacheck.schedule import schedule
+from finetune.datacheck.schedule import processes_of_run, schedule
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 
@@ -46,7 +48,7 @@ def document(
         leakage = {"exact": len(leaked), "near": prepared.near_leaks, "where": leaked[:_SHOWN]}
     made = {
         "recipe": str(recipe.output.dir),
-        "model": recipe.model.path,
+        "model": _shown(recipe.model.path),
         "template": template,
         "loss_on": recipe.data.loss_on,
         "max_length": max_length_of(recipe),
@@ -65,7 +67,7 @@ def _schedule(train: dict[str, Any], recipe: Recipe, price_per_hour: float | Non
     real = round(train["tokens"] / batches["efficiency"]) if batches["efficiency"] else 0
     length = (max_length_of(recipe) or 0) * batches["rows"]
     tokens = length if batches["kind"] == "packed" else real
-    return schedule(recipe, batch_rows=batches["rows"], tokens_per_epoch=tokens, price_per_hour=price_per_hour)
+    return schedule(recipe, batches=batches["batches"], tokens_per_epoch=tokens, price_per_hour=price_per_hour)
 
 
 def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, str]]:
@@ -87,13 +89,14 @@ def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, st
             )
         elif refused:
             add("warning", f"{name}: {refused:,} of {rows:,} rows are left out", "see the reasons in the table")
-        if part["examples"] == 0:
+        if part["examples"] == 0 and part["used"]:
             what = "no conversation is left"
             if part["too_long"]["dropped"]:
                 what += (
                     f"; {part['too_long']['dropped']:,} are longer than training.max_length {document['max_length']}"
                 )
             add("error", f"{name}: {what}", "raise training.max_length, or give other data")
+        if part["examples"] == 0:
             continue
         if part["supervised_tokens"] == 0:
             add(
@@ -145,7 +148,7 @@ def _leakage_fault(document: dict[str, Any], add: Any) -> None:
     share = leakage["exact"] / max(held_out["used"], 1)
     what = f"{leakage['exact']:,} of {held_out['used']:,} held-out conversations are in train too"
     if share == 1:
-        add("error", f"{what}: evaluation would measure nothing", "give other data.eval, or set data.eval_fraction")
+        add("warning", f"{what}: evaluation measures memory", "give other data.eval, or set data.eval_fraction")
     else:
         add("warning", f"{what} ({', '.join(leakage['where'][:3])})", "take them out of one of the two")
 
@@ -160,7 +163,7 @@ def require_sound(document: dict[str, Any]) -> None:
     if errors:
         raise DataError(
             "; ".join(error["what"] for error in errors),
-            where="data",
+            where=document["parts"][0]["sources"][0]["where"],
             fix="; ".join(dict.fromkeys(error["fix"] for error in errors))
             + "; `finetune data check RECIPE` shows all of it",
         )
@@ -175,7 +178,7 @@ def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
         "name": part.name,
         "sources": [
             {
-                "where": ledger.where,
+                "where": _shown(ledger.where),
                 "form": ledger.form,
                 "weight": weight,
                 "rows": ledger.rows,
@@ -208,8 +211,13 @@ def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
             "median": int(np.median(tokens)) if len(tokens) else 0,
             "histogram": _histogram(tokens),
         },
-        "batches": _batches(final, tokens, recipe, held_out=part.name != "train"),
+        "batches": _batches(final, recipe, held_out=part.name != "train"),
     }
+
+
+def _shown(path: str) -> str:
+    """Relative to the working directory where it lies below it, as one would write it."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _refused(ledgers: list[Ledger]) -> list[dict[str, Any]]:
@@ -230,21 +238,27 @@ def _histogram(tokens: np.ndarray) -> list[dict[str, int]]:
     return [{"from": i * width, "to": (i + 1) * width, "rows": int(count)} for i, count in enumerate(counts)]
 
 
-def _batches(final: Dataset, tokens: np.ndarray, recipe: Recipe, *, held_out: bool) -> dict[str, Any]:
-    training = recipe.training
+def _batches(final: Dataset, recipe: Recipe, *, held_out: bool) -> dict[str, Any]:
+    """How rows become batches: their kind, rows (packed ones), batches of one process, share of real tokens."""
+    training, lengths = recipe.training, row_lengths(final)
+    name = "per_device_eval_batch_size" if held_out else "per_device_train_batch_size"
+    size, processes = training.get(name, 8), 1 if held_out else processes_of_run()
+    made = {"kind": "padded", "rows": len(final), "batches": math.ceil(len(final) / (size * processes))}
+    if not len(final):
+        return made | {"efficiency": 0.0}
     if "seq_lengths" in final.column_names:
         max_length = max_length_of(recipe)
         assert max_length is not None, "packing has a length"
-        real = sum(chunk.flatten().sum().as_py() or 0 for chunk in final.data.column("seq_lengths").chunks)
-        return {"kind": "packed", "rows": len(final), "efficiency": real / max(len(final) * max_length, 1)}
-    name = "per_device_eval_batch_size" if held_out else "per_device_train_batch_size"
+        return made | {"kind": "packed", "efficiency": float(lengths.sum() / (len(final) * max_length))}
     budget = None if held_out else recipe.data.tokens_per_batch
-    lengths = tokens if len(tokens) == len(final) else np.asarray([len(ids) for ids in final["input_ids"]])
     efficiency = padding_efficiency(
         lengths,
-        batch_size=training.get(name, 8),
+        batch_size=size,
         grouped=training.get("train_sampling_strategy") == "group_by_length" and not held_out,
+        accumulation=training.get("gradient_accumulation_steps", 1),
         budget=budget,
         seed=training.get("seed", 42),
     )
-    return {"kind": "padded" if budget is None else "token budget", "rows": len(final), "efficiency": efficiency}
+    if budget is not None:
+        made |= {"kind": "token budget", "batches": len(TokenBudgetBatches(lengths, budget, processes=processes))}
+    return made | {"efficiency": efficiency}

@@ -31,26 +31,22 @@ class Measured:
 
 
 def schedule(
-    recipe: Recipe, *, batch_rows: int, tokens_per_epoch: int, price_per_hour: float | None = None
+    recipe: Recipe, *, batches: int, tokens_per_epoch: int, price_per_hour: float | None = None
 ) -> dict[str, Any]:
     """Epochs and steps; time and cost where a speed is known.
 
     Args:
-        batch_rows: rows that an epoch goes through, packed ones if they are packed.
+        batches: micro-batches of an epoch, of one process.
         tokens_per_epoch: what an epoch computes, padding included, as the bench counts.
         price_per_hour: of one device.
     """
     training = recipe.training
-    batch, processes = training.get("per_device_train_batch_size", 8), int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation, budget = training.get("gradient_accumulation_steps", 1), recipe.data.tokens_per_batch
-    if budget is None:
-        batches = math.ceil(batch_rows / (batch * processes))
-    else:
-        batches = math.ceil(tokens_per_epoch / (budget * processes))
-    per_epoch = max(1, math.ceil(batches / accumulation))
+    batch, processes = training.get("per_device_train_batch_size", 8), processes_of_run()
+    per_epoch = max(1, math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
     limit = training.get("max_steps", -1)
     steps = limit if limit > 0 else math.ceil(training.get("num_train_epochs", 3) * per_epoch)
     epochs = steps / per_epoch
+    budget = recipe.data.tokens_per_batch
     measured = nearest_speed(recipe, tokens_per_step=budget or batch * (training.get("max_length") or 1024))
     hours = None
     if measured is not None:
@@ -64,6 +60,11 @@ def schedule(
         "hours": hours,
         "cost": None if hours is None or price_per_hour is None else hours * processes * price_per_hour,
     }
+
+
+def processes_of_run() -> int:
+    """As torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def nearest_speed(recipe: Recipe, *, tokens_per_step: int, folder: Path = _RECORDED) -> Measured | None:

@@ -15,6 +15,8 @@ def show_short(document: Mapping[str, Any], report: Report) -> None:
     table = [(cells[0][0], *(value for _, value in cells)) for cells in rows]
     report.table("Supervision", ("what", *(part["name"] for part in parts)), table)
     for fault in document["faults"]:
+        if fault["level"] == "error":
+            continue  # the refusal says it
         report.line(f"{fault['level']}: {fault['what']}; {fault['fix']}")
 
 

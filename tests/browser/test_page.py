@@ -93,7 +93,7 @@ def test_the_browser_shows_the_text_that_was_there(browser: Any, file: Path):
 def test_the_figure_of_a_page(tmp_path: Path):
     page, target = tmp_path / "page.html", tmp_path / "figure.png"
     page.write_text(render_page(sound(), SOUND_EXAMPLES), encoding="utf-8")
-    for arguments, width, least, most in (([], 2000, 900, 2600), (["--only", "examples"], 2000, 200, 1600)):
+    for arguments, width, least, most in (([], 2160, 900, 2600), (["--only", "examples"], 2160, 200, 1600)):
         command = [sys.executable, "scripts/data_figure.py", str(page), str(target), *arguments]
         subprocess.run(command, cwd=REPOSITORY, check=True)
         height, across, _ = image.imread(target).shape

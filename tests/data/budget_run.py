@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from finetune.data.batching import TokenBudgetBatches
+from finetune.data.batching import TokenBudgetBatches, row_lengths
 
 BUDGET, ROWS, SAVED_AT = 64, 75, 3
 LENGTHS = np.random.default_rng(0).integers(1, 30, ROWS)
@@ -43,9 +43,8 @@ class BudgetTrainer(Trainer):
     """The override that a trainer needs."""
 
     def get_train_dataloader(self) -> DataLoader:
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         batches = TokenBudgetBatches(
-            lengths,
+            row_lengths(self.train_dataset),
             BUDGET,
             seed=self.args.seed,
             process=self.accelerator.process_index,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from finetune.data import Reading, Source, Teaching, encode_source
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 FIXTURE = Path(__file__).parent / "fixtures" / "mistral_v1.jsonl"
@@ -25,6 +28,24 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def own_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Conversations through a file, the forms and the encoder: rows with input_ids and labels, one for each."""
+    monkeypatch.setenv("MOE_QLORA_CACHE", str(tmp_path / "cache"))
+
+    def label(
+        conversations: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, processes: int = 1
+    ) -> list[dict[str, Any]]:
+        path = tmp_path / "conversations.jsonl"
+        lines = [json.dumps({"messages": messages}) + "\n" for messages in conversations]
+        path.write_text("".join(lines), encoding="utf-8")
+        made = encode_source(Reading(Source(str(path))), tokenizer, Teaching(), processes=processes)
+        assert made.ledger.used == len(lines), made.ledger
+        return list(made.dataset)
+
+    return label
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from finetune.data.batching import TokenBudgetBatches, pack, packing_efficiency, padding_efficiency
+from finetune.data.batching import TokenBudgetBatches, pack, packing_efficiency, padding_efficiency, row_lengths
 from finetune.errors import DataError
 from tests.data import budget_run
 from tests.models import tiny_model
@@ -76,6 +76,13 @@ def test_at_least_98_percent_is_real_at_4096(bundled: np.ndarray, mix: np.ndarra
     assert packing_efficiency(mix, 4096) > 0.99
     # The bundled set itself fills 12.7 rows of 4096 tokens, so 13 is as few as there can be.
     assert packing_efficiency(bundled, 4096) == bundled.sum() / (13 * 4096)
+
+
+def test_lengths_are_those_of_a_selection(mix: np.ndarray) -> None:
+    rows = numbered(mix[:2500])
+    assert row_lengths(rows).tolist() == mix[:2500].tolist()
+    assert row_lengths(rows.select([7, 3, 3])).tolist() == mix[[7, 3, 3]].tolist()
+    assert row_lengths(rows.select([])).tolist() == []
 
 
 def test_examples_that_are_too_long_are_counted_as_packed() -> None:

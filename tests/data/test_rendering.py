@@ -1,4 +1,4 @@
-"""The forms of the Mistral v1 template against the template itself."""
+"""The forms of our templates against the templates themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data.rendering import MISTRAL_V1, Renderer, TemplateRefusal
+from finetune.data.prefixes import TemplateRefusal
+from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V3, MISTRAL_V3_SPACED, Renderer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXTS = ("", " ", "\n", "a", "</s>", "a\U000f0000b", "\U000f0001", "{{ x }}", "  two  ", "\ue000", "<s></s>")
@@ -17,9 +18,9 @@ def renderer() -> Renderer:
     return Renderer(MISTRAL_V1, NAMES, ["<unk>", "<s>", "</s>"])
 
 
-def test_a_filled_form_is_what_the_template_gives(
-    renderer: Renderer, reference_conversations: list[dict[str, Any]]
-) -> None:
+@pytest.mark.parametrize("source", [MISTRAL_V1, MISTRAL_V3, MISTRAL_V3_SPACED, CHATML])
+def test_a_filled_form_is_what_the_template_gives(source: str, reference_conversations: list[dict[str, Any]]) -> None:
+    renderer = Renderer(source, NAMES, ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_end|>", "<|im_start|>"])
     made = [
         [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant"), texts, strict=True)]
         for texts in ((a, b, c) for a in TEXTS for b in TEXTS for c in TEXTS)

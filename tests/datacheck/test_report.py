@@ -1,8 +1,9 @@
-"""The report's numbers against a count by hand over rows that mistral-common's format is spelled out for, and its faults."""
+"""The report's numbers against a count by hand, and what it calls faults."""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -99,8 +100,14 @@ def test_packing_and_steps(make_recipe, tokenizer):
     [part] = made["parts"]
     real = sum(len(row["input_ids"]) for row in prepared.train)
     assert real == part["tokens"]
-    assert part["batches"] == {"kind": "packed", "rows": len(prepared.train), "efficiency": real / len(prepared.train) / 128}
-    per_epoch = -(-(-(-len(prepared.train) // 3)) // 2)
+    micro_batches = math.ceil(len(prepared.train) / 3)
+    assert part["batches"] == {
+        "kind": "packed",
+        "rows": len(prepared.train),
+        "batches": micro_batches,
+        "efficiency": real / len(prepared.train) / 128,
+    }
+    per_epoch = math.ceil(micro_batches / 2)
     assert made["schedule"]["steps"] == 2 * per_epoch
     assert made["schedule"]["epochs"] == 2
     assert made["schedule"]["tokens_per_epoch"] == 128 * len(prepared.train)
@@ -144,8 +151,8 @@ def test_held_out_rows_in_train(make_recipe, tokenizer):
     assert some["leakage"] == {"exact": 1, "near": None, "where": ["heldout.jsonl line 1"]}
     assert levels(some) == ["warning"]
     every = check(make_recipe(rows, held_out=rows[:3]), tokenizer)
-    assert levels(every) == ["error"]
-    assert "evaluation would measure nothing" in every["faults"][0]["what"]
+    assert levels(every) == ["warning"]
+    assert "evaluation measures memory" in every["faults"][0]["what"]
 
 
 def test_near_leaks_are_counted_where_near_ones_are_looked_for(make_recipe, tokenizer):

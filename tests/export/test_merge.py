@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune import Moe4bitConfig
-from finetune.data import load_conversations, supervise
+from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.export.merge import merge_adapter, merged_weight
 from finetune.model import BaseSpec, LoadedModel, load, load_base
 from finetune.trainable import add_attention_lora, save_adapter, save_non_moe, unfreeze_non_moe
@@ -108,7 +108,7 @@ def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, t
     live = tuned(small_mixtral, tmp_path / "adapter", scale=0.3)
     report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=4, device="cpu")
     merged = load(str(tmp_path / "merged"), device="cpu")
-    rows = list(supervise(load_conversations(conversations, max_rows=4), live.tokenizer))
+    rows = list(encode_source(Reading(Source(str(conversations), max_rows=4)), live.tokenizer, Teaching()).dataset)
     kl, agree, overlap, nll, tokens, supervised = 0.0, 0, 0, 0.0, 0, 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])

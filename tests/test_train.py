@@ -63,6 +63,19 @@ def test_a_run_leaves_what_it_names(write_recipe: Write, tmp_path: Path) -> None
     assert sum(step["router/layer_01/load"]) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_batches_of_a_token_budget_train(write_recipe: Write, tmp_path: Path, conversations: Path) -> None:
+    """As many steps as the data check says, and every example once."""
+    recipe = write_recipe(
+        data={"tokens_per_batch": 80}, training={"num_train_epochs": 1, "max_steps": -1, "logging_steps": 1}
+    )
+    ran = run_finetune("train", recipe, "--json")
+    assert ran.status == 0, ran.stderr
+    about = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert ran.document["steps"] == about["schedule"]["steps"] == about["parts"][0]["batches"]["batches"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["num_tokens"] for line in lines if "num_tokens" in line) == about["parts"][0]["tokens"]
+
+
 def test_same_seed_same_run_and_exact_resume(write_recipe: Write, tmp_path: Path) -> None:
     training = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "cosine"}
     lora = {"lora": {"dropout": 0.1}}  # a random number every step: resume must restore the generators too

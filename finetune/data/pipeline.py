@@ -21,24 +21,25 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import pyarrow as pa
 import tokenizers
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from finetune.data.duplicates import SIGNATURE_VERSION, content_key, signature
-from finetune.data.encoding import ChatEncoder, Refused, encode_settings, encoder_of
-from finetune.data.forms import Form, FormName, find_form, parse
-from finetune.data.lengths import Fitter, Lengths, TooLong
+from finetune.data.duplicates import SIGNATURE_VERSION
+from finetune.data.encoding import encode_settings
+from finetune.data.forms import Form, FormName, find_form
+from finetune.data.lengths import Lengths
 from finetune.data.readers import Source, open_source
 from finetune.data.reading import Reader, sample_row
-from finetune.data.rows import IGNORED, Conversation, Encoded, LossOn, RawChunk, Unit
+from finetune.data.rows import RawChunk, Unit
+from finetune.data.worker import SCHEMA, ChunkRows, Teaching, Worker
 from finetune.errors import DataError
 from finetune.runfolder import staged
 
@@ -50,19 +51,6 @@ _ROWS, _LEDGER = "rows.arrow", "ledger.json"
 _POSITIONS_KEPT = 8
 _ABANDONED_SECONDS = 24 * 3600
 _AHEAD = 2  # chunks a process has waiting
-_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("position", pa.int64()),
-        ("key", pa.binary(16)),
-        ("signature", pa.binary()),
-        ("tokens", pa.int32()),
-        ("supervised", pa.int32()),
-        ("turns", pa.int32()),
-        ("turns_with_end", pa.int32()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -77,16 +65,6 @@ class Reading:
     format: FormName | Literal["auto"] = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """What becomes of a conversation: which turns are learnt, and what happens to one that is too long."""
-
-    loss_on: LossOn = "all"
-    max_length: int | None = None
-    too_long: TooLong = "truncate"
-    signatures: bool = False  # of near duplicates
 
 
 @dataclass
@@ -240,9 +218,9 @@ def _write(
         delay=1,
     )
     # Compressed, 40 million tokens would take half the space and three times the time.
-    with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+    with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         done = 0
-        for result, reached in _results(reader, _Worker(form, tokenizer, teaching), processes):
+        for result, reached in _results(reader, Worker(form, tokenizer, teaching), processes):
             writer.write_batch(result.batch)
             ledger.enter(reader, result.first)
             ledger.rows += result.rows
@@ -254,7 +232,7 @@ def _write(
     return ledger
 
 
-def _results(reader: Reader, worker: _Worker, processes: int) -> Iterator[tuple[_Result, int]]:
+def _results(reader: Reader, worker: Worker, processes: int) -> Iterator[tuple[ChunkRows, int]]:
     """The results of all chunks in order; other processes start when there is more than a chunk for each."""
     chunks = reader.chunks(0)
     first = [chunk for _, chunk in zip(range(processes + 1), chunks, strict=False)]
@@ -267,9 +245,9 @@ def _results(reader: Reader, worker: _Worker, processes: int) -> Iterator[tuple[
     # Forked, as `datasets` does it: the tokenizer and what is imported come along. CUDA is not used there.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(worker,)) as pool:
-        waiting: deque[tuple[Future[_Result], int]] = deque()
+        waiting: deque[tuple[Future[ChunkRows], int]] = deque()
         try:
-            for chunk, reached in _both(first, chunks):
+            for chunk, reached in chain(first, chunks):
                 waiting.append((pool.submit(_work, chunk), reached))
                 if len(waiting) > _AHEAD * processes:
                     future, mark = waiting.popleft()
@@ -277,127 +255,24 @@ def _results(reader: Reader, worker: _Worker, processes: int) -> Iterator[tuple[
             while waiting:
                 future, mark = waiting.popleft()
                 yield future.result(), mark
+        except BrokenProcessPool as killed:
+            raise DataError(
+                "a process that tokenizes was killed, most likely because memory ran out",
+                where=reader.where,
+                fix=f"set training.dataset_num_proc below {processes}; 1 tokenizes in this process",
+            ) from killed
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _both(first: list[tuple[RawChunk, int]], rest: Iterator[tuple[RawChunk, int]]) -> Iterator[tuple[RawChunk, int]]:
-    yield from first
-    yield from rest
+# ---- in another process ----------------------------------------------------------------------------------------------
+
+_worker: list[Worker] = []  # of this process
 
 
-# ---- in a worker: a chunk to an Arrow batch -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Result:
-    batch: pa.RecordBatch
-    first: int
-    rows: int
-    refused: dict[str, list[int]]
-    lengths: Lengths
-
-
-_worker: list[_Worker] = []  # of this process
-
-
-def _start(worker: _Worker) -> None:
+def _start(worker: Worker) -> None:
     _worker[:] = [worker]
 
 
-def _work(chunk: RawChunk) -> _Result:
+def _work(chunk: RawChunk) -> ChunkRows:
     return _worker[0](chunk)
-
-
-@dataclass
-class _Worker:
-    form: Form
-    tokenizer: PreTrainedTokenizerBase
-    teaching: Teaching
-
-    @cached_property
-    def encoder(self) -> ChatEncoder:
-        return encoder_of(self.tokenizer)
-
-    def __call__(self, chunk: RawChunk) -> _Result:
-        parsed = parse(chunk, self.form)
-        refused: dict[str, list[int]] = {}
-        for position, reason in parsed.refused:
-            refused.setdefault(reason, []).append(position)
-        conversations, positions, encoded = self._encode(parsed.conversations, parsed.positions, refused)
-        fitter = Fitter(self._encode_fitting, self.teaching.max_length, self.teaching.too_long)
-        fitted: list[tuple[Conversation, int, list[Encoded]]] = []
-        for conversation, position, row in zip(conversations, positions, encoded, strict=True):
-            try:
-                [rows] = fitter.fit([conversation], [row])
-            except Refused as refusal:  # a template that takes a conversation, but not the beginning of it
-                refused.setdefault(str(refusal), []).append(position)
-                continue
-            fitted.append((conversation, position, rows))
-        batch = self._batch(fitted)
-        return _Result(batch, chunk.first, len(parsed.positions) + len(parsed.refused), refused, fitter.lengths)
-
-    def _encode_fitting(self, conversations: list[Conversation]) -> list[Encoded]:
-        return self.encoder.encode(conversations, loss_on=self.teaching.loss_on)
-
-    def _encode(
-        self, conversations: list[Conversation], positions: list[int], refused: dict[str, list[int]]
-    ) -> tuple[list[Conversation], list[int], list[Encoded]]:
-        """Without what the template does not take."""
-        kept: tuple[list[Conversation], list[int], list[Encoded]] = ([], [], [])
-        rows = self.encoder.encode_each(conversations, loss_on=self.teaching.loss_on)
-        for conversation, position, row in zip(conversations, positions, rows, strict=True):
-            if isinstance(row, Refused):
-                refused.setdefault(str(row), []).append(position)
-                continue
-            kept[0].append(conversation)
-            kept[1].append(position)
-            kept[2].append(row)
-        return kept
-
-    def _batch(self, fitted: list[tuple[Conversation, int, list[Encoded]]]) -> pa.RecordBatch:
-        """A chunk's rows; the key and the signature of a conversation stand at each of its rows."""
-        flat, positions, keys, marks = [], [], [], []
-        for conversation, position, rows in fitted:
-            key = content_key(conversation) if rows else None
-            mark = signature(conversation) if rows and self.teaching.signatures else None
-            for row in rows:
-                flat.append(row)
-                positions.append(position)
-                keys.append(key)
-                marks.append(mark)
-        lengths = np.array([len(row.ids) for row in flat], dtype=np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        ids = np.concatenate([row.ids for row in flat]) if flat else np.empty(0, np.int32)
-        learnt = np.concatenate([row.supervised for row in flat]) if flat else np.empty(0, bool)
-        supervised, turns, ended = _count(ids, learnt, lengths, offsets, self.tokenizer.eos_token_id)
-        columns = [
-            pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-            pa.ListArray.from_arrays(offsets, pa.array(np.where(learnt, ids, IGNORED).astype(np.int32))),
-            pa.array(positions, pa.int64()),
-            pa.array(keys, pa.binary(16)),
-            pa.array(marks, pa.binary()),
-            pa.array(lengths),
-            *map(pa.array, (supervised, turns, ended)),
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
-
-
-def _count(
-    ids_N: np.ndarray, learnt_N: np.ndarray, lengths_R: np.ndarray, offsets: np.ndarray, eos: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per row: supervised tokens, supervised turns, and those of them that end with the end of sequence; int32.
-
-    A turn is a stretch of supervised tokens that ends where the next token is not learnt or belongs to another row, or
-    with an end of sequence.
-    """
-    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-    last_N = np.zeros(len(ids_N), dtype=bool)
-    last_N[offsets[1:][lengths_R > 0] - 1] = True
-    goes_on_N = np.zeros(len(ids_N), dtype=bool)
-    goes_on_N[:-1] = learnt_N[1:]
-    is_eos_N = ids_N == eos
-    ends_N = learnt_N & (last_N | ~goes_on_N | is_eos_N)
-    counts = (learnt_N, ends_N, ends_N & is_eos_N)
-    supervised, turns, ended = (np.bincount(row_N[mark], minlength=len(lengths_R)).astype(np.int32) for mark in counts)
-    return supervised, turns, ended

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from finetune.data.batching import padding_efficiency, row_lengths
+from finetune.data.batching import TokenBudgetBatches, padding_efficiency, row_lengths
 from finetune.data.lengths import Lengths
 from finetune.data.pipeline import Ledger
 from finetune.datacheck.prepare import Part, PreparedData, max_length_of

@@ -142,6 +142,16 @@ def test_a_killed_start_leaves_no_rows_behind(tmp_path):
     assert not [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
+def test_a_process_that_is_killed_is_said(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [{"messages": conversation(i)} for i in range(3500)])
+    monkeypatch.setattr("finetune.data.pipeline.Worker.__call__", lambda worker, chunk: os._exit(9))
+    with pytest.raises(DataError) as refusal:
+        encode_source(Reading(Source(str(path))), tokenizer, Teaching(), processes=2)
+    assert "a process that tokenizes was killed" in str(refusal.value)
+    assert "training.dataset_num_proc below 2" in str(refusal.value)
+    assert not list((cache_folder() / "rows").iterdir())
+
+
 def test_what_a_killed_start_left_goes_after_a_day(tokenizer, tmp_path):
     fresh, old = (cache_folder() / "rows" / f".{name}.partial" for name in ("fresh", "old"))
     for folder in (fresh, old):

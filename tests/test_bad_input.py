@@ -176,7 +176,7 @@ def test_data_in_which_nothing_is_supervised(write_recipe: Write, small_mixtral:
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     model = _with_template(template, small_mixtral, tmp_path / "model")
     recipe = write_recipe(model={"path": str(model)}, data={"template": "model"})
-    says = ("does not mark the assistant's text, so nothing could be supervised", "{% generation %}", "mistral-v1")
+    says = ("no supervised turn ends with the end of sequence", "never learn to stop", "set data.template to one that")
     refused(tmp_path, "train", recipe, says=says)
 
 

@@ -23,8 +23,11 @@ def settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 def flow(part: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     """Where the rows of a part went, as class, name and number; a row that is used may still be too long, or a copy."""
     dropped, removed = part["too_long"]["dropped"], part["duplicates"]["removed"]
+    held = part["held_out"]
     steps = [
-        ("kept", "kept", max(0, part["used"] - dropped - removed)),  # a copy that was split is removed more than once
+        # A copy that was split is removed more than once.
+        ("kept", "kept", max(0, part["used"] - dropped - removed - held)),
+        ("held", "held out", held),
         ("copies", "duplicates removed", removed),
         ("dropped", "too long, dropped", dropped),
         ("refused", "refused", part["rows"] - part["used"]),

@@ -46,6 +46,8 @@ class Part:
     exact: int = 0
     near: int | None = None
     removed: int = 0
+    drawn: bool = False  # from the sources of another part
+    given: int = 0  # conversations that were drawn from this one
     rows: Dataset = field(init=False)
 
     @property
@@ -67,6 +69,12 @@ class Part:
 
     def pairs(self) -> Iterator[tuple[EncodedSource, np.ndarray]]:
         return zip(self.sources, self.chosen, strict=True)
+
+    def conversations(self) -> int:
+        """Conversations that the chosen rows are of; a long one may have several rows."""
+        return sum(
+            len(np.unique(source.dataset.data.column("position").to_numpy()[chosen])) for source, chosen in self.pairs()
+        )
 
     def row_keys(self) -> list[list[bytes]]:
         return [_keys(source, chosen) for source, chosen in zip(self.sources, self.chosen, strict=True)]
@@ -220,8 +228,8 @@ def _draw_held_out(train: Part, recipe: Recipe) -> Part:
             for chosen, begin, end in zip(all_chosen, bounds[:-1], bounds[1:], strict=True)
         ]
 
-    held_out = Part("held-out", train.sources, [None] * len(train.sources), of_source(held))
-    train.chosen = of_source(kept)
+    held_out = Part("held-out", train.sources, [None] * len(train.sources), of_source(held), drawn=True)
+    train.chosen, train.given = of_source(kept), held_out.conversations()
     return held_out
 
 

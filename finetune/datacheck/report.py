@@ -1,7 +1,7 @@
 """What a recipe's data teaches, counted: one JSON document for the terminal, the page and programs.
 
-All counts are over the rows that train: after lengths, duplicates, the held-out part and the mixture. Faults are
-what a user must know: an error makes training meaningless, and `finetune train` refuses; a warning is said.
+Counts are over the rows that train, after lengths, duplicates and the held-out part; batches are the mixture's. Faults
+are what a user must know: an error makes training meaningless, and `finetune train` refuses; a warning is said.
 """
 
 from __future__ import annotations
@@ -64,10 +64,9 @@ def document(
 
 def _schedule(train: dict[str, Any], recipe: Recipe, price_per_hour: float | None) -> dict[str, Any]:
     batches = train["batches"]
-    real = round(train["tokens"] / batches["efficiency"]) if batches["efficiency"] else 0
-    length = (max_length_of(recipe) or 0) * batches["rows"]
-    tokens = length if batches["kind"] == "packed" else real
-    return schedule(recipe, batches=batches["batches"], tokens_per_epoch=tokens, price_per_hour=price_per_hour)
+    return schedule(
+        recipe, batches=batches["batches"], tokens_per_epoch=batches["tokens"], price_per_hour=price_per_hour
+    )
 
 
 def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, str]]:
@@ -172,7 +171,10 @@ def require_sound(document: dict[str, Any]) -> None:
 def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
     tokens, supervised = part.column("tokens"), part.column("supervised")
     turns, ended = part.column("turns"), part.column("turns_with_end")
-    lengths = sum((ledger.lengths for ledger in part.ledgers), Lengths())
+    # What was drawn from another part has no rows of its own: those that cannot be used are told there.
+    ledgers = [] if part.drawn else part.ledgers
+    lengths = sum((ledger.lengths for ledger in ledgers), Lengths())
+    conversations = part.conversations() if part.drawn else 0
     total = int(tokens.sum())
     return {
         "name": part.name,
@@ -185,11 +187,12 @@ def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
                 "used": ledger.used,
                 "refused": ledger.rows - ledger.used,
             }
-            for ledger, weight in zip(part.ledgers, part.weights, strict=True)
+            for ledger, weight in zip(ledgers, part.weights, strict=False)
         ],
-        "rows": sum(ledger.rows for ledger in part.ledgers),
-        "used": sum(ledger.used for ledger in part.ledgers),
-        "refused": _refused(part.ledgers),
+        "rows": conversations or sum(ledger.rows for ledger in ledgers),
+        "used": conversations or sum(ledger.used for ledger in ledgers),
+        "refused": _refused(ledgers),
+        "held_out": part.given,
         "duplicates": {"exact": part.exact, "near": part.near, "removed": part.removed},
         "too_long": {
             "policy": recipe.data.too_long,
@@ -239,26 +242,34 @@ def _histogram(tokens: np.ndarray) -> list[dict[str, int]]:
 
 
 def _batches(final: Dataset, recipe: Recipe, *, held_out: bool) -> dict[str, Any]:
-    """How rows become batches: their kind, rows (packed ones), batches of one process, share of real tokens."""
+    """How rows become batches: kind, rows (packed ones), batches of one process, tokens with padding, real ones' share.
+
+    In a mixture the rows of a small set may come again; they are counted here as often as they come.
+    """
     training, lengths = recipe.training, row_lengths(final)
     name = "per_device_eval_batch_size" if held_out else "per_device_train_batch_size"
     size, processes = training.get(name, 8), 1 if held_out else processes_of_run()
-    made = {"kind": "padded", "rows": len(final), "batches": math.ceil(len(final) / (size * processes))}
-    if not len(final):
-        return made | {"efficiency": 0.0}
+    budget = None if held_out else recipe.data.tokens_per_batch
+    kind, batches, efficiency = "padded", math.ceil(len(final) / (size * processes)), 0.0
     if "seq_lengths" in final.column_names:
         max_length = max_length_of(recipe)
         assert max_length is not None, "packing has a length"
-        return made | {"kind": "packed", "efficiency": float(lengths.sum() / (len(final) * max_length))}
-    budget = None if held_out else recipe.data.tokens_per_batch
-    efficiency = padding_efficiency(
-        lengths,
-        batch_size=size,
-        grouped=training.get("train_sampling_strategy") == "group_by_length" and not held_out,
-        accumulation=training.get("gradient_accumulation_steps", 1),
-        budget=budget,
-        seed=training.get("seed", 42),
-    )
-    if budget is not None:
-        made |= {"kind": "token budget", "batches": len(TokenBudgetBatches(lengths, budget, processes=processes))}
-    return made | {"efficiency": efficiency}
+        kind, efficiency = "packed", float(lengths.sum() / max(len(final) * max_length, 1))
+    elif len(final):
+        efficiency = padding_efficiency(
+            lengths,
+            batch_size=size,
+            grouped=training.get("train_sampling_strategy") == "group_by_length" and not held_out,
+            accumulation=training.get("gradient_accumulation_steps", 1),
+            budget=budget,
+            seed=training.get("seed", 42),
+        )
+        if budget is not None:
+            kind, batches = "token budget", len(TokenBudgetBatches(lengths, budget, processes=processes))
+    return {
+        "kind": kind,
+        "rows": len(final),
+        "batches": batches,
+        "tokens": round(lengths.sum() / efficiency) if efficiency else 0,
+        "efficiency": efficiency,
+    }

@@ -59,7 +59,7 @@ def test_the_bare_step_repeats_the_trainers_first_loss(write_recipe: Write) -> N
 def test_json_is_the_only_output(write_recipe: Write) -> None:
     recipe = write_recipe()
     ran = run_finetune(
-        *("bench", "train", recipe, "--json", "--batch", "1", "--length", "16", "--steps", "1"),
+        *("bench", "train", recipe, "--json", "--batch", "1", "--length", "64", "--steps", "1"),
         *("--set", "trainable.lora.r=4"),
     )
     assert ran.status == 0, ran.stderr

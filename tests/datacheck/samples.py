@@ -80,6 +80,7 @@ def part(name: str, rows: int, **changed: Any) -> dict[str, Any]:
         "used": used,
         "refused": [],
         "duplicates": {"exact": 0, "near": None, "removed": 0},
+        "held_out": 0,
         "too_long": {"policy": "truncate", "rows": 0, "dropped": 0, "truncated": 0, "split": 0, "tokens_lost": 0},
         "examples": used,
         "tokens": tokens,

@@ -105,6 +105,7 @@ def test_packing_and_steps(make_recipe, tokenizer):
         "kind": "packed",
         "rows": len(prepared.train),
         "batches": micro_batches,
+        "tokens": 128 * len(prepared.train),
         "efficiency": real / len(prepared.train) / 128,
     }
     per_epoch = math.ceil(micro_batches / 2)
@@ -153,6 +154,24 @@ def test_held_out_rows_in_train(make_recipe, tokenizer):
     every = check(make_recipe(rows, held_out=rows[:3]), tokenizer)
     assert levels(every) == ["warning"]
     assert "evaluation measures memory" in every["faults"][0]["what"]
+
+
+def test_a_drawn_part_is_counted_once(make_recipe, tokenizer):
+    rows = [turns(f"q{i}", "a") for i in range(20)]
+    train, held_out = check(make_recipe([*rows, "{"], "data.eval_rows=4"), tokenizer)["parts"]
+    assert (train["rows"], train["used"], train["held_out"], train["examples"]) == (21, 20, 4, 16)
+    assert (held_out["rows"], held_out["used"], held_out["held_out"], held_out["examples"]) == (4, 4, 0, 4)
+    assert (held_out["sources"], held_out["refused"]) == ([], [])
+
+
+def test_batches_count_a_mixture_as_it_trains(make_recipe, tokenizer, tmp_path):
+    """Rows of the small set come again until the large one has been seen."""
+    more = write_rows(tmp_path / "more.jsonl", [turns("q", "b")])
+    recipe = make_recipe([turns(f"q{i}", "a") for i in range(20)], f"data.more=[{{path: {more}}}]")
+    prepared = prepare_data(recipe, tokenizer)
+    [part] = document(recipe, prepared, template="mistral-v1")["parts"]
+    assert part["examples"] == 21
+    assert part["batches"]["rows"] == len(prepared.train) > 30
 
 
 def test_near_leaks_are_counted_where_near_ones_are_looked_for(make_recipe, tokenizer):

@@ -40,10 +40,23 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
         "data": {
             "train": "some/data",
             "train_split": "train",
+            "more": (),
+            "train_weight": 1.0,
+            "mixture": "all_exhausted",
+            "streaming": False,
             "eval": None,
             "eval_split": None,
+            "eval_fraction": None,
+            "eval_rows": None,
             "format": "auto",
-            "template": "mistral-v1",
+            "columns": {},
+            "roles": {},
+            "template": "auto",
+            "loss_on": "all",
+            "too_long": "truncate",
+            "deduplicate": "off",
+            "max_refused": 0.05,
+            "tokens_per_batch": None,
             "max_rows": None,
             "max_eval_rows": None,
         },
@@ -249,7 +262,7 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
             "training:\n  eval_strategy: epoch",
             "`training.eval_strategy` asks for evaluation, and there is nothing to evaluate on\n"
             "  where: r.yaml:8: training.eval_strategy\n"
-            "  fix: set `data.eval` or `data.eval_split`, or `training.eval_strategy: no`",
+            "  fix: set `data.eval`, `data.eval_split` or `data.eval_fraction`, or `training.eval_strategy: no`",
         ),
         (
             "router:\n  log: true\nrouter:\n  log: true",
@@ -259,6 +272,46 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
 )
 def test_messages(tmp_path: Path, line: str, expected: str) -> None:
     assert message(tmp_path, SMALLEST + line).replace(f"{tmp_path}/", "") == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "  eval_rows: 5\n  eval_fraction: 0.1\n",
+            "`eval_fraction` and `eval_rows` both say how many conversations are held out\n"
+            "  where: r.yaml:5: data.eval_rows\n  fix: keep one of the two",
+        ),
+        (
+            "  eval_rows: 5\n  eval: b\n",
+            "`eval_rows` draws the held-out conversations from `train`, and `eval` names others\n"
+            "  where: r.yaml:5: data.eval_rows\n  fix: keep one of the two",
+        ),
+        (
+            "  more:\n    - {path: b, wieght: 2}\n",
+            "unknown key `wieght` in `data.more[0]`\n  where: r.yaml:6: data.more[0].wieght\n"
+            "  allowed: path, split, weight, format, columns, roles, max_rows\n  fix: write `weight`",
+        ),
+        (
+            "  tokens_per_batch: 4096\ntraining:\n  packing: true\n",
+            "`training.packing` fills rows to `training.max_length`; batches by tokens are of rows as they are\n"
+            "  where: r.yaml:5: data.tokens_per_batch\n  fix: remove one of the two",
+        ),
+    ],
+)
+def test_messages_of_the_data_section(tmp_path: Path, lines: str, expected: str) -> None:
+    text = SMALLEST.replace("  train: some/data\n", "  train: some/data\n" + lines)
+    assert message(tmp_path, text).replace(f"{tmp_path}/", "") == expected
+
+
+def test_further_sources_start_at_the_recipes_folder(tmp_path: Path) -> None:
+    lines = "  train: ./a.jsonl\n  more:\n    - {path: ../b.jsonl, weight: 2}\n    - {path: some/set}\n"
+    text = SMALLEST.replace("  train: some/data\n", lines)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    recipe = load_recipe(write(folder, text))
+    assert [source.path for source in recipe.data.more] == [str(tmp_path / "b.jsonl"), "some/set"]
+    assert [source.weight for source in recipe.data.more] == [2, 1]
 
 
 def test_a_missing_key_and_a_missing_section(tmp_path: Path) -> None:

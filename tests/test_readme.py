@@ -83,3 +83,12 @@ def test_the_peers_are_the_recorded_ones() -> None:
         if peer["status"] == "measured":
             peak = f"{peer['peak_allocated_bytes'] / 2**30:.1f} GiB"
             assert len(rows_with(f"| {peer['tokens_per_second']:,.0f} |", peak)) == 1
+
+
+def test_the_numbers_of_the_data_path_are_the_recorded_ones() -> None:
+    line = json.loads((REPOSITORY / "bench" / "results" / "cpu" / "data.json").read_text(encoding="utf-8"))
+    text = " ".join(TEXT.split())
+    assert f"{line['rows']:,} conversations ({line['tokens'] / 1e6:.0f} M tokens)" in text
+    assert f"in {line['over_bare']:.2f} times what `datasets.map` takes" in text
+    assert f"in {line['ours']['peak_bytes'] / 2**30:.2f} GiB of memory" in text
+    assert f"packs to {line['bundled_packing_efficiency']:.1%} real tokens" in text

@@ -162,7 +162,7 @@ def prepare(
     template = apply_template(tokenizer, recipe.data.template)
     with args.main_process_first(desc="data"):
         rows = prepare_data(recipe, tokenizer)
-    supervision = describe_data(recipe, rows, template=template)
+    supervision = describe_data(recipe, rows, name=recipe.output.dir, template=template)
     if main:
         show_short(supervision, report)
     require_sound(supervision)

@@ -73,30 +73,10 @@ class MoeTrainer(SFTTrainer):
         return round(self._operations_per_token * tokens)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Upstream's, or one of batches of `tokens_per_batch` tokens.
-
-        The batches are this process's own, so accelerate does not deal them out again.
-        """
+        """Upstream's, or one of batches of `tokens_per_batch` tokens."""
         if self.tokens_per_batch is None:
             return super().get_train_dataloader()
-        batches = TokenBudgetBatches(
-            row_lengths(self.train_dataset),
-            self.tokens_per_batch,
-            seed=self.args.seed,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-            pad_to_multiple_of=self.args.pad_to_multiple_of or 1,
-        )
-        loader = DataLoader(
-            self._remove_unused_columns(self.train_dataset, description="training"),
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return token_budget_loader(self, self.tokens_per_batch, pad_to_multiple_of=self.args.pad_to_multiple_of or 1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._held_out = torch.zeros(2, dtype=torch.float64)
@@ -160,6 +140,30 @@ class MoeTrainer(SFTTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_non_moe(unwrapped, Path(resume_from_checkpoint))
+
+
+def token_budget_loader(trainer: Any, budget: int, *, pad_to_multiple_of: int = 1) -> DataLoader:
+    """A trainer's training data in batches of at most `budget` tokens, padding included.
+
+    The batches are this process's own, so accelerate does not deal them out again: behind its shard of a batch sampler
+    a resumed run would not be told the epoch.
+    """
+    batches = TokenBudgetBatches(
+        row_lengths(trainer.train_dataset),
+        budget,
+        seed=trainer.args.seed,
+        process=trainer.accelerator.process_index,
+        processes=trainer.accelerator.num_processes,
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
+    loader = DataLoader(
+        trainer._remove_unused_columns(trainer.train_dataset, description="training"),
+        batch_sampler=batches,
+        collate_fn=trainer.data_collator,
+        num_workers=trainer.args.dataloader_num_workers,
+        pin_memory=trainer.args.dataloader_pin_memory,
+    )
+    return prepare_data_loader(loader, trainer.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
 
 class SpeedCallback(TrainerCallback):

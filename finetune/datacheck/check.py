@@ -51,11 +51,11 @@ def check_data(
     made = document(
         recipe,
         prepared,
+        name=name,
         template=template,
         seconds=time.perf_counter() - begun,
         price_per_hour=price_per_hour,
     )
-    made["recipe"] = name
     show_report(report, made)
     if show:
         made["examples"] = examples(prepared.parts, tokenizer, count=show)

@@ -28,11 +28,18 @@ _LEAKED = 0.01  # share of the held-out conversations
 
 
 def document(
-    recipe: Recipe, prepared: PreparedData, *, template: str, seconds: float = 0, price_per_hour: float | None = None
+    recipe: Recipe,
+    prepared: PreparedData,
+    *,
+    name: str = "",
+    template: str,
+    seconds: float = 0,
+    price_per_hour: float | None = None,
 ) -> dict[str, Any]:
     """The report.
 
     Args:
+        name: what the recipe is called, its file for example.
         template: the one in use, with `auto` resolved.
         seconds: what preparing took.
         price_per_hour: of the device, for the cost.
@@ -47,7 +54,7 @@ def document(
         leaked = prepared.leaked_rows
         leakage = {"exact": len(leaked), "near": prepared.near_leaks, "where": leaked[:_SHOWN]}
     made = {
-        "recipe": str(recipe.output.dir),
+        "recipe": name,
         "model": _shown(recipe.model.path),
         "template": template,
         "loss_on": recipe.data.loss_on,

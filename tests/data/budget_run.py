@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from finetune.data.batching import TokenBudgetBatches, row_lengths
+from finetune.trainer import token_budget_loader
 
 BUDGET, ROWS, SAVED_AT = 64, 75, 3
 LENGTHS = np.random.default_rng(0).integers(1, 30, ROWS)
@@ -40,27 +39,10 @@ class Model(torch.nn.Module):
 
 
 class BudgetTrainer(Trainer):
-    """The override that a trainer needs."""
+    """A plain trainer with the loader of ours."""
 
     def get_train_dataloader(self) -> DataLoader:
-        batches = TokenBudgetBatches(
-            row_lengths(self.train_dataset),
-            BUDGET,
-            seed=self.args.seed,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
-        loader = DataLoader(
-            self._remove_unused_columns(self.train_dataset, description="training"),
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        # The batches are this process's own already: nothing is left to share out.
-        return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return token_budget_loader(self, BUDGET)
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -92,3 +92,5 @@ def test_the_numbers_of_the_data_path_are_the_recorded_ones() -> None:
     assert f"in {line['over_bare']:.2f} times what `datasets.map` takes" in text
     assert f"in {line['ours']['peak_bytes'] / 2**30:.2f} GiB of memory" in text
     assert f"packs to {line['bundled_packing_efficiency']:.1%} real tokens" in text
+    large = json.loads((REPOSITORY / "bench" / "results" / "cpu" / "data-5gb.json").read_text(encoding="utf-8"))
+    assert f"file of {large['file_bytes'] / 1e9:.1f} GB takes {large['ours']['peak_bytes'] / 2**30:.2f} GiB" in text

@@ -32,6 +32,8 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
 app.add_typer(data_app, name="data")
+router_app = typer.Typer(no_args_is_help=True, help="Look at routers.")
+app.add_typer(router_app, name="router")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: training, what others would do, kernels.")
 app.add_typer(bench_app, name="bench")
 

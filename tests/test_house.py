@@ -21,7 +21,7 @@ ROWS = (
     ("quant", "data", "trainable", "routing", "attention", "fused_layers", "activations", "memory", "progress"),
     ("model",),
     ("datacheck", "preflight", "trainer", "summary", "evaluate", "infer"),
-    ("train", "export"),
+    ("train", "routerstudy", "export"),
     ("bench", "chat", "serve"),
     ("cli",),
     ("__main__", "__init__"),

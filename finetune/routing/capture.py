@@ -109,7 +109,7 @@ class RouterCapture:
         """Puts the hooks on. Looks the modules up now, so that wrapping done since construction is seen."""
         if self.attached:
             return
-        decoder, routers = _find_routers(self.model)
+        decoder, routers = find_routers(self.model)
         self._layers = len(routers)
         self._signature = inspect.signature(decoder.forward)
         self._handles = [
@@ -203,7 +203,7 @@ class RouterCapture:
         self._sums.pop(mode, None)
 
 
-def _find_routers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+def find_routers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """The decoder and its routers in layer order, whatever wraps them."""
     # Parents come first in named_modules, so of a wrapper and what it wraps the inner one stays.
     modules = {

@@ -21,7 +21,7 @@ PEERS = {"parametrization": "transformers +\nbitsandbytes", "liger": "the same\n
 
 def main(results: Path, target: Path) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(results.glob("train-*.json"))]
-    runs.sort(key=lambda run: (run["length"], run["batch"], run["memory"]["peak"]["allocated"]))
+    runs.sort(key=lambda run: (run["method"], run["length"], run["batch"], run["memory"]["peak"]["allocated"]))
     peers = [peer for peer in json.loads((results / "peers.json").read_text())["peers"] if peer["status"] == "measured"]
     peers_at = [run for run in runs if (run["batch"], run["length"]) == (8, 1024)]
 
@@ -37,13 +37,22 @@ def main(results: Path, target: Path) -> None:
         axes.hlines(
             roofline, x - 0.4, x + 0.4, color=ROOFLINE, linewidth=2, label=None if x else "roofline of this GPU"
         )
-        labels.append(f"moe-qlora\n{run['batch']} x {run['length']}" + ("\nin 34 GiB" if run["overrides"] else ""))
+        labels.append(f"moe-qlora\n{run['batch']} x {run['length']}" + _how(run))
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylabel("tokens per second")
-    axes.set_title(f"Mixtral 8x7B, LoRA on attention, one {runs[0]['device'].removeprefix('NVIDIA ')}", fontsize=10)
+    axes.set_title(
+        f"Mixtral 8x7B, LoRA on attention (last bar: everything but the experts), one {runs[0]['device'].removeprefix('NVIDIA ')}",
+        fontsize=10,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(target, dpi=150)
+
+
+def _how(run: dict[str, Any]) -> str:
+    if run["method"] == "non_moe":
+        return "\nnot the experts"
+    return "\nin 34 GiB" if run["overrides"] else ""
 
 
 def _bar(axes: Any, x: int, tokens_per_second: float, color: str, peak: float) -> None:

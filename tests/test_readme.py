@@ -72,6 +72,7 @@ def test_the_table_is_the_recorded_one(path: Path) -> None:
     (row,) = rows_with(f"**{run['trainer']['tokens_per_second']:,.0f}**")
     assert row.startswith(f"| {run['batch']} x {run['length']}")
     assert ("memory.budget_gib" in row) is (run["overrides"] != [])
+    assert ("`non_moe`" in row) is (run["method"] == "non_moe")
     assert f"| {run['trainer_over_bare']:.1%} |" in row
     assert f"| {run['trainer_over_roofline']:.0%} |" in row
     assert f"| {run['memory']['peak']['allocated'] / 2**30:.1f} GiB |" in row

@@ -11,6 +11,7 @@ Leaves out: correctness, which the tests of the kernels show.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def bench_kernels(report: Report, *, shape: Path | None = None, tokens: Sequence
     ]
     document = {
         "bench": "kernels",
-        "shape": str(shape),
+        "shape": os.path.relpath(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "copy_bytes_per_second": rounded(copied),
         "kernels": kernels,

@@ -40,7 +40,8 @@ def main(results: Path, target: Path) -> None:
         labels.append(f"moe-qlora\n{run['batch']} x {run['length']}" + _how(run))
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylabel("tokens per second")
-    axes.set_title(
+    device = runs[0]["device"].removeprefix("NVIDIA ")
+    axes.set_title(f"Mixtral 8x7B, LoRA on attention (last bar: everything but the experts), one {device}", fontsize=10)
         f"Mixtral 8x7B, LoRA on attention (last bar: everything but the experts), one {runs[0]['device'].removeprefix('NVIDIA ')}",
         fontsize=10,
     )

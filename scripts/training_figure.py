@@ -42,9 +42,6 @@ def main(results: Path, target: Path) -> None:
     axes.set_ylabel("tokens per second")
     device = runs[0]["device"].removeprefix("NVIDIA ")
     axes.set_title(f"Mixtral 8x7B, LoRA on attention (last bar: everything but the experts), one {device}", fontsize=10)
-        f"Mixtral 8x7B, LoRA on attention (last bar: everything but the experts), one {runs[0]['device'].removeprefix('NVIDIA ')}",
-        fontsize=10,
-    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(target, dpi=150)

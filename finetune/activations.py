@@ -12,26 +12,30 @@ reentrant) on in the layers that recompute their attention and tells the experts
 Exactness: a recomputation repeats the same kernels on the same input, and the routing is not left to it. Computed
 again with one bit of noise, a router may choose other experts than the forward pass did; so whatever the routers save
 for backward (probabilities and indices, a few bytes a token) is taken out of the checkpoint's reach, and the experts
-do the same for their own (`quant/experts.py`).
+do the same for their own (`quant/experts.py`). Only the input of a router that trains, which is as large as the layer's
+own, is dropped and recomputed where a checkpoint says so.
 
 Leaves out: which bytes and seconds a keep is worth (`memory/`), FSDP's own checkpointing, offloading.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from finetune.arch import MoeArch, experts_path, layer_path, router_path
+from finetune.kernels.frozen_experts import remember
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,11 @@ def _base(model: nn.Module) -> PreTrainedModel:
 
 
 class _KeptRouting:
-    """Hooks around a router's forward pass: what it saves for backward is saved as it is, whatever checkpoint or
-    offloading surrounds it."""
+    """Hooks around a router's forward pass: what it saves for backward, except its input, is saved as it is, whatever
+    checkpoint or offloading surrounds it."""
 
     def __init__(self, router: nn.Module):
-        self._entered: list[saved_tensors_hooks] = []
+        self._entered: list[AbstractContextManager[None] | saved_tensors_hooks] = []
         self._handles = [
             router.register_forward_pre_hook(self._enter, prepend=True),
             router.register_forward_hook(self._exit, always_call=True),
@@ -152,14 +156,36 @@ class _KeptRouting:
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, _router: nn.Module, _args: tuple[Any, ...]) -> None:
-        # Detached: a saved tensor that is also the output of its node would keep the node, and itself, alive.
-        hooks = saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
+    def _enter(self, router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # A recomputation that has all it needs ends by an exception, which may come from what the input is saved with.
+        self._entered.append(contextlib.nullcontext())
+        changed, pointer = None, 0
+        source: Any = None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in router.parameters()):
+            x = args[0]
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # as the product would, which then saves x itself
+            x, source = remember(x)
+            changed, pointer = (x, *args[1:]), x.data_ptr()
+
+        def pack(tensor: Tensor) -> Tensor | torch.Size:
+            if source is not None and tensor.data_ptr() == pointer:
+                return tensor.shape
+            # Detached: a saved tensor that is also the output of its node would keep the node, and itself, alive.
+            return tensor.detach()
+
+        def unpack(packed: Tensor | torch.Size) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            return source.saved_tensors[0].view(packed)
+
+        hooks = saved_tensors_hooks(pack, unpack)
         hooks.__enter__()
-        self._entered.append(hooks)
+        self._entered[-1] = hooks
+        return changed
 
     def _exit(self, _router: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        self._entered.pop().__exit__()
+        self._entered.pop().__exit__(None, None, None)
 
 
 _KEPT_ROUTING: WeakKeyDictionary[nn.Module, _KeptRouting] = WeakKeyDictionary()

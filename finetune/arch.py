@@ -16,6 +16,8 @@ from finetune.errors import ModelError
 GATE_UP_PROJ, DOWN_PROJ = "gate_up_proj", "down_proj"
 EXPERT_PROJECTIONS = (GATE_UP_PROJ, DOWN_PROJ)
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# The router of a layer, below the layer.
+ROUTER = "mlp.gate"
 
 # model_type -> (config key of the number of experts, config key of an expert's intermediate size).
 _KEYS = {
@@ -167,10 +169,13 @@ class MoeArch:
         """Parameters that one token passes through."""
         return self.total_params - self.expert_params * (self.experts - self.top_k) // self.experts
 
-    def lora_params(self, r: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS, *, dora: bool = False) -> int:
-        """LoRA elements: r * (in + out) a projection, and `out` magnitudes more with DoRA."""
+    def lora_params(
+        self, r: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS, *, dora: bool = False, router: bool = False
+    ) -> int:
+        """LoRA elements: r * (in + out) a projection, `out` magnitudes more with DoRA, and the router when asked."""
         shapes = self.attention_shapes()
-        return self.layers * sum(r * (sum(shapes[name])) + (shapes[name][0] if dora else 0) for name in targets)
+        a_layer = sum(r * (sum(shapes[name])) + (shapes[name][0] if dora else 0) for name in targets)
+        return self.layers * a_layer + (self.router_params if router else 0)
 
     def non_moe_params(self, *, router: bool = False) -> int:
         """Everything but the experts: attention, norms, embeddings, head, and the router when asked."""
@@ -189,16 +194,24 @@ def experts_path(layer: int) -> str:
 
 def router_path(layer: int) -> str:
     """Module path of a layer's router inside a transformers causal LM."""
-    return f"{layer_path(layer)}.mlp.gate"
+    return f"{layer_path(layer)}.{ROUTER}"
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor, by its name, is a router's, PEFT's trained copy of one included."""
+    return f".{ROUTER}." in name
 
 
 def role_of(name: str) -> str:
-    """Role of a tensor, by its name: experts, attention, router, norm, embedding, head, adapter or other."""
-    if "lora_" in name:
+    """Role of a tensor, by its name: experts, attention, router, norm, embedding, head, adapter or other.
+
+    PEFT's trained copy of a router belongs to the adapter, the original beside it is the router.
+    """
+    if "lora_" in name or ".modules_to_save." in name:
         return "adapter"
     if ".mlp.experts." in name:
         return "experts"
-    if ".mlp.gate." in name:
+    if is_router(name):
         return "router"
     if "norm" in name:
         return "norm"

@@ -51,6 +51,12 @@ Shape = Annotated[
     Path | None, typer.Option(help="Folder with a config.json; Mixtral 8x7B's by default.", show_default=False)
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Append the JSON line to this file.", show_default=False)]
+ProbeData = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="FILE", help="Text to read, may be given several times; bundled text by default."),
+]
+ProbeTokens = Annotated[int, typer.Option(min=1, help="Tokens to read at most, evenly from each kind of text.")]
+DocumentOut = Annotated[Path | None, typer.Option("--out", help="Write the JSON here as well.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.", show_default=False)]
 
 
@@ -69,7 +75,7 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune by a recipe."""
+    """Fine-tune by a recipe; exit status 1 where an alarm stopped it."""
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
@@ -78,6 +84,8 @@ def train(
         summary = run(loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
         if summary:
             report.finish(summary)
+    if summary and summary["stopped_by"] is not None:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -233,6 +241,48 @@ def data_check(
         report.finish(document)
     if any(fault["level"] == "error" for fault in document["faults"]):
         raise typer.Exit(1)
+
+
+@router_app.command("drift")
+def router_drift(
+    model: Annotated[Path, typer.Argument(help="Adapter folder, or a merged model with --base.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Base model; an adapter names its own.")] = None,
+    data: ProbeData = None,
+    max_tokens: ProbeTokens = 65_536,
+    device: Device = "auto",
+    out: DocumentOut = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how far fine-tuning moved the routing from the base's, on the same text."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.routerstudy.drift_command import router_drift as run
+
+        report.finish(run(model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, out=out))
+
+
+@router_app.command("analyze")
+def router_analyze(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    data: ProbeData = None,
+    max_tokens: ProbeTokens = 65_536,
+    device: Device = "auto",
+    html: Annotated[Path | None, typer.Option(help="Write the study as one page.", show_default=False)] = None,
+    out: DocumentOut = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Study the routing: load and repetition by kind of text, favourite tokens, pairs of experts, coloured text."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.routerstudy.analyze import router_analyze as run
+
+        document = run(
+            model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, html=html, out=out
+        )
+        report.finish(document)
 
 
 @recipe_app.command("show")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.arch import router_path
+from finetune.routing.recording import recorded_routing
 
 Row = Mapping[str, Any]
 
@@ -69,11 +69,11 @@ def fidelity(
     """
     sums = dict.fromkeys(("tokens", "supervised", "ref_nll", "cand_nll", "kl", "agree", "overlap"), 0.0)
     largest = 0.0
-    with _recorded_choices(model, layers) as choices:
+    with recorded_routing(model) as recording:
         for ids, labels in _sequences(rows, device):
-            reference, chosen = model(input_ids=ids).logits[0].float(), list(choices)
+            reference, chosen = model(input_ids=ids).logits[0].float(), recording.indices
             with candidate():
-                other, chosen_other = model(input_ids=ids).logits[0].float(), list(choices)
+                other, chosen_other = model(input_ids=ids).logits[0].float(), recording.indices
             nll, supervised = _nll(reference, labels)
             # In float32 the sum over 32,000 tokens is off by 1e-7 nats, as much as a merge loses.
             log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
@@ -116,25 +116,3 @@ def _nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:
 def _overlap(a_TK: Tensor, b_TK: Tensor) -> int:
     """Number of experts chosen by both, over all tokens."""
     return int((a_TK.unsqueeze(-1) == b_TK.unsqueeze(-2)).sum())
-
-
-@contextlib.contextmanager
-def _recorded_choices(model: nn.Module, layers: int) -> Iterator[list[Tensor]]:
-    """A list that after each forward pass holds the chosen experts [T, K] of every layer."""
-    suffixes = tuple(router_path(layer).removeprefix("model.") for layer in range(layers))
-    found = {suffix: module for name, module in model.named_modules() for suffix in suffixes if name.endswith(suffix)}
-    assert len(found) == layers, f"{len(found)} routers for {layers} layers"
-    choices: list[Tensor] = [torch.empty(0)] * layers
-
-    def record(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            choices[layer] = output[2]
-
-        return hook
-
-    handles = [found[suffix].register_forward_hook(record(layer)) for layer, suffix in enumerate(suffixes)]
-    try:
-        yield choices
-    finally:
-        for handle in handles:
-            handle.remove()

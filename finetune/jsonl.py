@@ -33,7 +33,7 @@ class JsonlCallback(TrainerCallback):
     Args:
         path: the file; missing folders are made.
         extra: functions called at each log for what belongs on the line but not into `logs`, e.g.
-            `RouterCallback.loads` (vectors, which scalar loggers cannot take).
+            `RouterCallback.vectors` (vectors, which scalar loggers cannot take).
         clock: seconds from any origin.
     """
 
@@ -53,9 +53,9 @@ class JsonlCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         fresh = state.global_step == 0 and self._origin is None
-        kept = [] if fresh else self._keep_up_to(state.global_step)
+        kept = [] if fresh else keep_up_to(self.path, state.global_step)
         if fresh:
-            self._replace([])
+            replace_lines(self.path, [])
         if self._origin is None:
             self._origin = self.clock() - (kept[-1]["seconds"] if kept else 0.0)
 
@@ -80,30 +80,45 @@ class JsonlCallback(TrainerCallback):
         }
         for provider in self.extra:
             line.update(provider())
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(strict_json(line), allow_nan=False) + "\n")
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+        append_line(self.path, line)
 
-    def _keep_up_to(self, step: int) -> list[dict[str, Any]]:
-        """Drops lines of later steps and a half-written end; what is kept."""
-        if not self.path.exists():
-            return []
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        self._replace(kept)
-        return kept
 
-    def _replace(self, lines: list[dict[str, Any]]) -> None:
-        """Writes the file whole: a reader or a crash sees the old one or the new one."""
-        partial = self.path.with_name(self.path.name + ".partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds one line; missing folders are made, NaN and infinity become null.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(strict_json(line), allow_nan=False) + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def keep_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of later steps, which a resumed run takes again, and a half-written end; returns what is kept."""
+    if not path.exists():
+        return []
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    replace_lines(path, kept)
+    return kept
+
+
+def replace_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the file whole: a reader or a crash sees the old one or the new one.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -246,29 +246,65 @@ def load(
     Raises:
         FinetuneError: as `load_base`; `AdapterError` if adapter and base do not fit.
     """
-    kind = read_adapter_kind(Path(path)) if _is_local(path) else None
-    if kind is None:
+    if not _is_local(path) or read_adapter_kind(Path(path)) is None:
         saved = _saved_quantization(read_config(path)).get("attention")
         spec = BaseSpec(path, attention=saved or attention or "nf4")
         return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
-    spec = BaseSpec.read(Path(path))
-    check_tuned(Path(path))
+    loaded = load_base_of(
+        Path(path), base_path=base_path, dtype=dtype, device=device, attn_implementation=attn_implementation
+    )
+    return put_on(loaded, Path(path))
+
+
+def load_base_of(
+    adapter: Path,
+    *,
+    base_path: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "auto",
+) -> LoadedModel:
+    """Loads the base of an adapter folder as it was trained on, with nothing put on it yet; arguments as `load`.
+
+    Raises:
+        FinetuneError: as `load_base` and `require_base`; `AdapterError` if it was trained on another base.
+    """
+    spec = require_base(adapter, base_path)
+    return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
+
+
+def require_base(adapter: Path, base_path: str | None = None) -> BaseSpec:
+    """The base that an adapter folder goes onto, after the checks that need no model.
+
+    Raises:
+        AdapterError: the adapter is damaged, or its base has moved and `base_path` does not say where to.
+    """
+    spec = BaseSpec.read(adapter)
+    check_tuned(adapter)
     if base_path is not None:
-        spec = BaseSpec(base_path, None, spec.attention, spec.fingerprint)
-    elif _is_local(spec.path) and not Path(spec.path).is_dir():
+        return BaseSpec(base_path, None, spec.attention, spec.fingerprint)
+    if _is_local(spec.path) and not Path(spec.path).is_dir():
         raise AdapterError(
             f"the base of the adapter is not where it was: {spec.path}",
-            where=str(Path(path) / BASE_FILE),
+            where=str(adapter / BASE_FILE),
             allowed=f"a base with router fingerprint {spec.fingerprint[:12]}",
             fix="name its folder with --base",
         )
-    loaded = load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
-    if kind == "lora":
-        model: Any = load_adapter(loaded.model, Path(path))
+    return spec
+
+
+def put_on(base: LoadedModel, adapter: Path) -> LoadedModel:
+    """Puts what an adapter folder holds (LoRA or non-MoE) onto its base, in place.
+
+    Raises:
+        AdapterError: adapter and base do not fit.
+    """
+    if read_adapter_kind(adapter) == "lora":
+        model: Any = load_adapter(base.model, adapter)
     else:
-        model = loaded.model
-        load_non_moe(model, Path(path), dtype=model.dtype)
-    return LoadedModel(model, load_tokenizer(path), loaded.arch, loaded.base, loaded.device)
+        model = base.model
+        load_non_moe(model, adapter, dtype=model.dtype)
+    return LoadedModel(model, load_tokenizer(str(adapter)), base.arch, base.base, base.device)
 
 
 def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:

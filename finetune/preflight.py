@@ -114,6 +114,7 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
         lora_dropout=lora.dropout > 0,
         use_dora=lora.use_dora,
         router=recipe.trainable.router,
+        auxiliary=recipe.router.aux == "train",
         attention_storage=recipe.quantization.attention,
         optimizer=training.get("optim", "adamw_torch_fused"),
         micro_batch=micro_batch,

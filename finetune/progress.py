@@ -213,6 +213,10 @@ class ProgressCallback(TrainerCallback):
             self._drawn = now
             self._bar.refresh()
 
+    def warn(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        self._say(f"warn   {line}")
+
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

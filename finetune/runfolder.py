@@ -9,6 +9,8 @@ that a kill leaves no half files.
       checkpoints/      the trainer's
       adapter/          what was trained
       figures/          PNGs
+      router/           the base's routing, what it became, alarms
+      tensorboard/      event files, with logging.tensorboard
 """
 
 from __future__ import annotations
@@ -71,6 +73,14 @@ class RunFolder:
     @property
     def figures(self) -> Path:
         return self.root / "figures"
+
+    @property
+    def router(self) -> Path:
+        return self.root / "router"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end: `trainer_state.json` is the last file of one."""

@@ -46,6 +46,7 @@ def summarize(
     trainable_parameters: int,
     tokens_per_second: float | None,
     metrics: dict[str, float],
+    stopped_by: str | None = None,
 ) -> dict[str, Any]:
     """Draws the figures and collects what a run has to say."""
     figures = []
@@ -66,6 +67,7 @@ def summarize(
         "metrics": str(run.metrics),
         "figures": figures,
         "steps": steps,
+        "stopped_by": stopped_by,
         "train_loss": metrics.get("train_loss"),
         "eval_loss_first": held_out[0] if held_out else None,
         "eval_loss_last": held_out[-1] if held_out else None,
@@ -79,6 +81,8 @@ def summarize(
 
 def show_summary(summary: dict[str, Any], report: Report) -> None:
     rows = [("steps", f"{summary['steps']}")]
+    if summary["stopped_by"] is not None:
+        rows.append(("stopped by an alarm", summary["stopped_by"]))
     if summary["eval_loss_first"] is not None:
         change = f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss_last']:.3f}"
         rows.append(("held-out completion loss (nats)", change))

@@ -8,7 +8,6 @@ claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ s
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
-from transformers.integrations import WandbCallback
 from trl import SFTConfig
 
 from finetune.activations import apply_plan
@@ -32,6 +30,7 @@ from finetune.datacheck.report import require_sound
 from finetune.datacheck.short import show_short
 from finetune.errors import DeviceError, FinetuneError, RecipeError
 from finetune.jsonl import JsonlCallback
+from finetune.loggers import logger_callbacks, loggers_in_use, require_loggers
 from finetune.memory import MemoryEstimate
 from finetune.model import (
     BaseSpec,
@@ -46,7 +45,9 @@ from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
 from finetune.progress import ProgressCallback
 from finetune.quant import Census, Nf4Experts, require_quantized_experts, take_census
 from finetune.recipe import Recipe, provenance, resolved_yaml
-from finetune.routing import RouterCallback, RouterCapture
+from finetune.routerwatch import watch_router
+from finetune.routing import RouterCallback
+from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import (
     RunFolder,
     claimed,
@@ -110,6 +111,7 @@ def train(
             trainable_parameters=trainable_count(trainer.model),
             tokens_per_second=ready.speed.tokens_per_second,
             metrics=metrics,
+            stopped_by=ready.router.stopped_by,
         )
         show_router(ready.router, report)
         show_summary(summary, report)
@@ -144,6 +146,7 @@ def prepare(
             allowed="one process, or accelerate_configs/multi_gpu.yaml",
             fix="start it again; each of its checkpoint folders holds an adapter that can be merged",
         )
+    require_loggers(recipe)
     device = resolve_device(recipe.model.device)
     args = training_arguments(recipe, device)
     main = PartialState().is_main_process
@@ -194,6 +197,13 @@ def prepare(
     if main:
         report.line(f"{trainable_count(model):,} of {arch.total_params:,} parameters train ({recipe.trainable.method})")
 
+    auxiliary = choose_auxiliary(model, arch, recipe)
+    if main and auxiliary is not None and not recipe.trainable.router:
+        moved = "the attention" if recipe.trainable.method == "attention_lora" else "attention, norms and embeddings"
+        report.line(
+            f"router.aux: train only moves {moved}: the routers are frozen (trainable.router: true trains them)"
+        )
+
     # What a step keeps for its backward pass, and how it multiplies the experts.
     apply_plan(model, arch, plan := plan_of(memory))
     for module in model.modules():
@@ -204,13 +214,16 @@ def prepare(
 
     # The output folder: taken now, given back if TRL refuses.
     speed = SpeedCallback()
-    router = RouterCallback(RouterCapture(model, num_experts=arch.experts, top_k=arch.top_k))
+    progress = ProgressCallback()
+    router = watch_router(
+        model, arch, recipe, (rows.train, rows.held_out), run, loaded.tokenizer, tell=progress.warn, main=main
+    )
     callbacks: list[TrainerCallback] = [
         *([router] if recipe.router.log else []),
-        progress := ProgressCallback(),  # adds tokens_per_second, which the files below record
-        JsonlCallback(run.metrics, extra=[router.loads]),
+        progress,  # adds tokens_per_second, which the files below record
+        JsonlCallback(run.metrics, extra=[router.vectors]),
         speed,
-        *wandb_callbacks(recipe, run),
+        *logger_callbacks(recipe, run, router.vectors),
     ]
     claim = claimed(run.root, settings, resume=resume, overwrite=overwrite) if main else contextlib.nullcontext()
     with claim:
@@ -230,6 +243,7 @@ def prepare(
             )
 
     trainer.base, trainer.plan, trainer.tokens_per_batch = loaded.base, plan, recipe.data.tokens_per_batch
+    trainer.router_learning_rate, trainer.auxiliary = recipe.trainable.router_learning_rate, auxiliary
     if loaded.model.config._attn_implementation == VARLEN:
         trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.
@@ -240,7 +254,7 @@ def prepare(
 def run_steps(ready: Prepared, recipe: Recipe) -> dict[str, float]:
     """Trains; returns the trainer's metrics."""
     resumed = None if ready.checkpoint is None else str(ready.checkpoint)
-    with ready.progress, out_of_memory_explained(recipe), wandb_refusals_explained(recipe):
+    with ready.progress, out_of_memory_explained(recipe), loggers_in_use(recipe):
         return ready.trainer.train(resume_from_checkpoint=resumed).metrics
 
 
@@ -264,7 +278,7 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
             use_cpu=device.type == "cpu",
             # The rows come labelled, of the right length and packed; TRL only pads them.
             dataset_kwargs={"skip_prepare_dataset": True},
-            router_aux_loss_coef=recipe.router.aux_loss_coef,
+            router_aux_loss_coef=0.0,  # pooled over layers; `routing/auxiliary.py` instead
             report_to="none",
             disable_tqdm=True,
         )
@@ -305,44 +319,22 @@ def refusals_explained() -> Iterator[None]:
 
 
 def choose_trainable(loaded: LoadedModel, recipe: Recipe) -> Any:
-    """Adds LoRA to the attention or unfreezes everything but the experts, by the recipe."""
+    """Adds LoRA to the attention or unfreezes everything but the experts, and the routers, by the recipe."""
     if recipe.trainable.method == "attention_lora":
         # The adapter's initial values are drawn here.
         torch.manual_seed(recipe.training.get("seed", 42))
-        return add_attention_lora(loaded.model, loaded.arch, **recipe.trainable.lora.model_dump())
+        lora = recipe.trainable.lora.model_dump()
+        return add_attention_lora(loaded.model, loaded.arch, **lora, router=recipe.trainable.router)
     unfreeze_non_moe(loaded.model, loaded.arch, router=recipe.trainable.router)
     return loaded.model
 
 
-def wandb_callbacks(recipe: Recipe, run: RunFolder) -> list[TrainerCallback]:
-    """wandb's callback by the recipe; offline needs no account. WANDB_* variables that are set win."""
-    if recipe.logging.wandb == "disabled":
-        return []
-    os.environ.setdefault("WANDB_MODE", recipe.logging.wandb)
-    os.environ.setdefault("WANDB_PROJECT", recipe.logging.project)
-    os.environ.setdefault("WANDB_DIR", str(run.root))
-    if recipe.logging.run_name is not None:
-        os.environ.setdefault("WANDB_NAME", recipe.logging.run_name)
-    return [WandbCallback()]
-
-
-@contextlib.contextmanager
-def wandb_refusals_explained(recipe: Recipe) -> Iterator[None]:
-    """Turns what Weights & Biases raises without a key or a network into a message with a way on."""
-    if recipe.logging.wandb == "disabled":
-        yield
-        return
-    import wandb  # here, because most runs do without
-
-    try:
-        yield
-    except wandb.Error as error:
-        raise FinetuneError(
-            f"Weights & Biases cannot be used: {error}",
-            where=f"logging.wandb: {recipe.logging.wandb}",
-            allowed="disabled, offline, online",
-            fix="run `wandb login` or set WANDB_API_KEY; or go on with --resume --set logging.wandb=offline",
-        ) from error
+def choose_auxiliary(model: Any, arch: MoeArch, recipe: Recipe) -> AuxiliaryLoss | None:
+    """The routers' auxiliary losses, where the recipe trains on them."""
+    if recipe.router.aux != "train":
+        return None
+    coefficients = {"balance_coef": recipe.router.balance_coef, "z_coef": recipe.router.z_coef}
+    return AuxiliaryLoss(model, num_experts=arch.experts, top_k=arch.top_k, **coefficients)
 
 
 class out_of_memory_explained:

@@ -5,9 +5,11 @@ Leaves out: the training loop, packing, padding, the fused head and the optimize
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from finetune.activations import ActivationPlan
+from finetune.arch import is_router
 from finetune.data.batching import TokenBudgetBatches, row_lengths
+from finetune.errors import FinetuneError
 from finetune.model import BaseSpec
+from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.trainable import load_non_moe, save_adapter, save_non_moe, trained_tensors
 
@@ -35,26 +40,95 @@ class MoeTrainer(SFTTrainer):
     model: Any  # upstream allows None, which ends with __init__
     processing_class: Any
     args: Any  # TRL's configuration, where upstream says transformers'
+    optimizer: Any  # accelerate's around torch's
     _stepped = False
     _operations_per_token: float | None = None
     _held_out: torch.Tensor  # sum of negative log-likelihoods, number of supervised tokens
+    router_learning_rate: float | None = None  # None: the run's
+    auxiliary: AuxiliaryLoss | None = None
+    _ahead: list[Any] | None = None  # all micro-batches of a step whose first has not run yet
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.auxiliary or contextlib.nullcontext():
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Upstream's, and in evaluation also the sums of which `eval_loss` is the ratio."""
+        """Upstream's; in training with the gradient of the routers' auxiliary loss, in evaluation also the sums of
+        which `eval_loss` is the ratio."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
         if not self.model.training:
-            loss = (result[0] if return_outputs else result).detach().double()
-            for auxiliary in self._metrics["eval"]["aux_loss"][-1:] if self.aux_loss_enabled else ():
-                loss = loss - self.router_aux_loss_coef * auxiliary
             tokens = (inputs["labels"][:, 1:] != -100).sum()
-            self._held_out = self._held_out + torch.stack([loss * tokens, tokens]).cpu()
+            self._held_out = self._held_out + torch.stack([loss.detach().double() * tokens, tokens]).cpu()
+        elif self.auxiliary is not None:
+            # Parts add up to the loss; data parallelism takes the mean of gradients, and upstream divides a loss by the
+            # number of micro-batches unless it was normalized over all of them.
+            normalized = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+            scale = self.accelerator.num_processes * (1 if normalized else self.current_gradient_accumulation_steps)
+            part = scale * self.auxiliary.part()
+            loss = loss + (part - part.detach())  # the gradient of both, the value of one
+            result = (loss, result[1]) if return_outputs else loss
         return result
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._ahead = None if self.auxiliary is None else batches
+        return batches, items
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Upstream's; routers with a learning rate of their own in groups of their own, behind the others."""
+        made = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(model)
+        if made or self.router_learning_rate is None:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        routers = {id(p) for name, p in named if p.requires_grad and is_router(name)}
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            own = [p for p in group["params"] if id(p) in routers]
+            if own:
+                groups.append({**group, "params": own, "lr": self.router_learning_rate})
+                group["params"] = [p for p in group["params"] if id(p) not in routers]
+        if sum(len(group["params"]) for group in groups) != len(routers):
+            raise FinetuneError(
+                f"{type(optimizer).__name__} takes no groups of parameters, so no learning rate for the routers alone",
+                where="trainable.router_learning_rate",
+                allowed=f"null with training.optim: {self.args.optim}",
+                fix="remove it, or set training.optim: adamw_torch_fused",
+            )
+        optimizer.param_groups.extend(groups)
+        return optimizer
+
+    def _begin_auxiliary(self, model: Any, batches: list[Any]) -> None:
+        """Before a step's first micro-batch; with accumulation runs them all forward without gradients.
+
+        Not in `get_batch_samples`: the first one after a resume comes before the random state is restored.
+        """
+        assert self.auxiliary is not None
+        self.auxiliary.begin_step()
+        if self.args.gradient_accumulation_steps == 1:
+            return
+        if not (self._stepped and model.training):  # as in `training_step`
+            model.train()
+            self.optimizer.train()
+
+        def forward(batch: Mapping[str, Any]) -> None:
+            inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "labels"})
+            model(**inputs, use_cache=False, logits_to_keep=1)
+
+        device = self.accelerator.device
+        # Restores the random state, so that dropout repeats.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self.auxiliary.count_ahead(batches, forward, device)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Upstream's, which before every step puts every module into training mode: 1,641 modules of Mixtral 8x7B, for
         nothing where the step before has done it and no evaluation came between."""
+        batches, self._ahead = self._ahead, None
+        if batches is not None:
+            self._begin_auxiliary(model, batches)
         # A fresh PEFT wrapper says that it trains, whatever it wraps: the first step always goes through.
         if not (self._stepped and model.training):
             self._stepped = True
@@ -83,15 +157,13 @@ class MoeTrainer(SFTTrainer):
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Makes `loss` the loss alone and `eval_loss` the mean over tokens.
+        """Puts the auxiliary losses beside `loss`, and makes `eval_loss` the mean over tokens.
 
-        TRL adds the auxiliary loss to `loss`; it is taken out again and stands beside it as `aux_loss`. transformers
-        averages the means of evaluation batches, which gives the tokens of short answers more weight than those of long
-        ones.
+        transformers averages the means of evaluation batches, which gives the tokens of short answers more weight than
+        those of long ones.
         """
-        auxiliary = self._metrics["train"].get("aux_loss")
-        if "loss" in logs and auxiliary:
-            logs["loss"] -= self.router_aux_loss_coef * sum(auxiliary) / len(auxiliary)
+        if "loss" in logs and self.auxiliary is not None:
+            logs |= self.auxiliary.logs()
         if "eval_loss" in logs:
             device = self.accelerator.device
             nll, tokens = self.accelerator.reduce(self._held_out.to(device), reduction="sum").tolist()

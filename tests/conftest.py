@@ -20,6 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" not in os.environ or "MOE_QLORA_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="moe-qlora-tests-")
     os.environ["MOE_QLORA_CACHE"] = _cache.name
+# Read once, when trackio is imported.
+os.environ["TRACKIO_DIR"] = os.path.join(os.environ["MOE_QLORA_CACHE"], "trackio")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -20,14 +20,15 @@ ROWS = (
     ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl"),
     ("quant", "data", "trainable", "routing", "attention", "fused_layers", "activations", "memory", "progress"),
     ("model",),
-    ("datacheck", "preflight", "trainer", "summary", "evaluate", "infer"),
+    ("datacheck", "routerwatch", "preflight", "trainer", "summary", "evaluate", "infer", "loggers"),
     ("train", "routerstudy", "export"),
     ("bench", "chat", "serve"),
     ("cli",),
     ("__main__", "__init__"),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib", "wandb"}
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib"}
+HEAVY |= {"wandb", "tensorboard", "trackio"}
 # What must answer in well under a second: a wrong recipe, `--help`, the arithmetic of a preflight.
 LIGHT = {"__init__", "__main__", "errors", "console", "recipe", "arch", "checkpoint", "runfolder", "memory", "cli"}
 

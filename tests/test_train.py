@@ -224,24 +224,6 @@ def test_running_out_of_memory_names_what_to_change(write_recipe: Write) -> None
         assert key in text
 
 
-def test_wandb_offline_needs_no_account(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    recipe = write_recipe(logging={"wandb": "offline", "run_name": "offline"}, training={"max_steps": 2})
-    # In a process of its own: wandb sets variables and hooks for the life of a process.
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune", "train", str(recipe)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    logged = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(logged) == 1
-    assert b"router/max_vio_worst" in logged[0].read_bytes()
-
-
 def test_two_processes_compute_the_same(write_recipe: Write, tmp_path: Path) -> None:
     """Two CPU processes of micro-batch 2 see the same data and losses as one of micro-batch 4."""
     training = {"max_steps": 3, "dataloader_drop_last": True, "disable_tqdm": "<absent>"}

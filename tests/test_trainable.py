@@ -179,8 +179,8 @@ def test_subset_dora_and_rank_stabilization_in_fp32_on_a_bf16_base(four_bit: boo
         ("down_proj", "experts are frozen in 4 bits", "remove it"),
         ("w1", "experts are frozen in 4 bits", "remove it"),
         ("model.layers.0.mlp.experts", "experts are frozen in 4 bits", "remove it"),
-        ("gate", "the router stays frozen", "trainable.method: non_moe and trainable.router: true"),
-        ("router", "the router stays frozen", "trainable.method: non_moe and trainable.router: true"),
+        ("gate", "a router trains in full or not at all", "trainable.router: true"),
+        ("router", "a router trains in full or not at all", "trainable.router: true"),
         ("lm_head", "embeddings and head do not take LoRA", "trainable.method: non_moe"),
         ("embed_tokens", "embeddings and head do not take LoRA", "trainable.method: non_moe"),
         ("all-linear", "attach to the router and to the experts", "name the projections"),
@@ -321,7 +321,7 @@ def test_another_base_by_width_and_by_depth(adapter: Path):
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}"),
         ({"r": None}, "r is None"),
         ({"target_modules": ["q_proj", "w1"]}, "cannot train 'w1' with LoRA: the experts are frozen"),
-        ({"target_modules": ["gate"]}, "cannot train 'gate' with LoRA: the router stays frozen"),
+        ({"target_modules": ["gate"]}, "cannot train 'gate' with LoRA: LoRA trains the attention only"),
     ],
 )
 def test_an_adapter_of_another_kind(adapter: Path, changes: dict[str, object], said: str):

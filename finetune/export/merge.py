@@ -1,9 +1,10 @@
 """Merges what was trained into the attention and leaves the experts' NF4 bytes as they are.
 
 The live model computes dequant(W) x + s B A x. Merged, attention is W' = dequant(W) + s B A, summed in float32 and
-rounded once to bfloat16, in a 16-bit linear layer; experts, routers, norms and embeddings are untouched. So the merged
-model differs from the live adapter by one rounding of W'. Rounding W' back onto the NF4 grid instead loses most of a
-small update: at |update| / |W| of 1% only 1% of it survives (PEFT's 4-bit `merge_and_unload`).
+rounded once to bfloat16, in a 16-bit linear layer; experts, norms and embeddings are untouched, and routers too unless
+they were trained: then the trained ones, rounded once, take their place. So the merged model differs from the live
+adapter by one rounding. Rounding W' back onto the NF4 grid instead loses most of a small update: at |update| / |W| of
+1% only 1% of it survives (PEFT's 4-bit `merge_and_unload`).
 
 DoRA (arXiv 2402.09353, eq. 5) merges as W' = m (W + s B A) / ||W + s B A||, norms over each output's row.
 
@@ -13,7 +14,8 @@ A non-MoE tuning has nothing to add up: its float32 masters are rounded once. Th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -116,18 +119,23 @@ def merge(
     needed = take_census(loaded.model).total_bytes + 2 * loaded.arch.attention_params
     require_space(output, needed, what="the merged model")
     with staged(output) as folder:
-        merged: dict[str, nn.Linear] = merged_linears(loaded.model) if isinstance(loaded.model, PeftModel) else {}
+        linears: dict[str, nn.Linear] = {}
+        routers: dict[str, nn.Module] = {}
+        if isinstance(loaded.model, PeftModel):
+            linears, routers = merged_linears(loaded.model), merged_routers(loaded.model)
+        # What watches a router hooks the wrapper, so it is the copy inside that is swapped.
+        live = {f"{name}.modules_to_save.{_ADAPTER}": router for name, router in routers.items()}
         report = None
         if probe:
             report = fidelity(
                 loaded.model,
-                lambda: _swapped(loaded.model, merged),
+                lambda: _swapped(loaded.model, {**linears, **live}),
                 probe,
                 loaded.device,
                 layers=loaded.arch.layers,
                 top_k=loaded.arch.top_k,
             )
-        model = _merged_model(loaded.model, merged)
+        model = _merged_model(loaded.model, {**linears, **routers})
         model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         if extra_files is not None:
@@ -141,6 +149,19 @@ def _recipe_of(adapter: Path) -> Recipe | None:
     if not run_file.is_file():
         return None
     return Recipe.model_validate(read_json(run_file, kind=AdapterError)["recipe"])
+
+
+@torch.no_grad()
+def merged_routers(model: PeftModel) -> dict[str, nn.Module]:
+    """The plain router in the place of every one that trained, by module path; rounded as `merged_linears`."""
+    merged: dict[str, nn.Module] = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            router: Any = copy.deepcopy(wrapper.original_module)
+            trained = wrapper.modules_to_save[_ADAPTER].get_parameter("weight")
+            router.weight.data = trained.to(MERGED_DTYPE).to(router.weight.dtype)
+            merged[name] = router
+    return merged
 
 
 @torch.no_grad()
@@ -169,7 +190,7 @@ def merged_weight(lora: LoraLayer) -> Tensor:
 
 
 @contextlib.contextmanager
-def _swapped(model: nn.Module, replacements: dict[str, nn.Linear]) -> Iterator[None]:
+def _swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     """Puts other modules in place while it lasts."""
     originals = {name: model.get_submodule(name) for name in replacements}
     for name, module in replacements.items():
@@ -181,12 +202,12 @@ def _swapped(model: nn.Module, replacements: dict[str, nn.Linear]) -> Iterator[N
             model.set_submodule(name, original)
 
 
-def _merged_model(model: PeftModel | PreTrainedModel, merged: dict[str, nn.Linear]) -> PreTrainedModel:
+def _merged_model(model: PeftModel | PreTrainedModel, merged: Mapping[str, nn.Module]) -> PreTrainedModel:
     """The plain transformers model with merged layers in place of the adapter's, every float rounded to bfloat16."""
     base: Any = model
     if isinstance(model, PeftModel):
-        for name, linear in merged.items():
-            model.set_submodule(name, linear)
+        for name, module in merged.items():
+            model.set_submodule(name, module)
         base = model.get_base_model()
         base._hf_peft_config_loaded = False
     for module in base.modules():

@@ -172,7 +172,7 @@ def _advice(run: Run, device_bytes: int) -> tuple[str, ...]:
     if run.method == "non_moe":
         if optimizer_states(run.optimizer)[1] == 32:
             propose("set training.optim: adamw_8bit", replace(run, optimizer="adamw_8bit"))
-        lora: dict[str, Any] = {"method": "attention_lora", "attention_storage": "nf4", "router": False}
+        lora: dict[str, Any] = {"method": "attention_lora", "attention_storage": "nf4"}
         best = replace(best, **lora)
         propose("set trainable.method: attention_lora with quantization.attention: nf4", replace(run, **lora))
     shorter = [run.seq_len // 2**halvings for halvings in (1, 2, 3) if run.seq_len // 2**halvings >= 128]

@@ -38,6 +38,8 @@ class Run:
         seq_len: tokens of a sequence (`training.max_length`).
         supervised: share of a micro-batch's tokens whose logits the LM head computes.
         accumulates: gradients of earlier micro-batches are there while one runs.
+        router: the routers train too.
+        auxiliary: the loss holds the routers' auxiliary losses (`routing/auxiliary.py`).
         keep_attention: so many of the last layers keep what their attention and norms need for the backward pass.
         keep_gate_up: so many of the last layers keep their experts' gate_up output.
         resident_attention: the attention's NF4 weights that carry LoRA lie dequantized beside their NF4 form.
@@ -54,6 +56,7 @@ class Run:
     lora_dropout: bool = False
     use_dora: bool = False
     router: bool = False
+    auxiliary: bool = False
     attention_storage: AttentionStorage = "nf4"
     optimizer: str = "adamw_torch_fused"
     micro_batch: int = 1
@@ -106,5 +109,5 @@ class Run:
     def trained(self) -> int:
         """Parameters that train."""
         if self.method == "attention_lora":
-            return self.arch.lora_params(self.lora_r, self.lora_targets, dora=self.use_dora)
+            return self.arch.lora_params(self.lora_r, self.lora_targets, dora=self.use_dora, router=self.router)
         return self.arch.non_moe_params(router=self.router)

@@ -69,7 +69,12 @@ def training(run: Run) -> list[MemoryItem]:
         MemoryItem("optimizer", state_bytes, "training", f"{run.optimizer}: {states} states in {bits} bits each{known}")
     ]
     if run.method == "attention_lora":
-        items.insert(0, MemoryItem("LoRA", 4 * count, "training", f"{count:,} float32 parameters"))
+        routers = run.arch.router_params if run.router else 0
+        items.insert(
+            0, MemoryItem("LoRA", 4 * (count - routers), "training", f"{count - routers:,} float32 parameters")
+        )
+        if routers:
+            items.insert(1, MemoryItem("trained routers", 4 * routers, "training", f"{routers:,} float32 parameters"))
     if run.processes > 1:
         buckets = f"all-reduce over {run.processes} processes"
         items.append(MemoryItem("gradient buckets", 4 * count, "training", buckets))

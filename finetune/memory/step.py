@@ -37,6 +37,8 @@ PLAIN_TILE_COPIES = 7
 # Routing of one token: three int64 and four float32 numbers a choice (indices of the router, row numbers, weights
 # before and after they are normalized), one float32 probability an expert.
 ROUTING_BYTES_PER_CHOICE, ROUTING_BYTES_PER_EXPERT = 3 * 8 + 4 * 4, 4
+# The auxiliary losses' of one token: float32 logits and probabilities; logsumexp, and whether it is real, twice.
+AUXILIARY_BYTES_PER_EXPERT, AUXILIARY_BYTES_PER_TOKEN = 2 * 4, 4 + 4 + 1
 # Optimizers that make temporaries of the size of all float32 gradients.
 OPTIMIZER_TEMPORARIES = {"adamw_torch": 1}
 # Of one H100 (bf16 products of the experts' shapes, and copies): only the ratio of two costs matters.
@@ -151,6 +153,8 @@ def _sizes(run: Run) -> _Sizes:
     )
     stream = tokens * arch.hidden * run.stream
     routing = tokens * (ROUTING_BYTES_PER_CHOICE * arch.top_k + ROUTING_BYTES_PER_EXPERT * arch.experts)
+    if run.auxiliary:
+        routing += tokens * (AUXILIARY_BYTES_PER_EXPERT * arch.experts + AUXILIARY_BYTES_PER_TOKEN)
     return _Sizes(
         stream=stream,
         # A 16-bit norm of transformers keeps a float32 copy instead.
@@ -158,8 +162,7 @@ def _sizes(run: Run) -> _Sizes:
         attention=_attention(run),
         experts_input=out,
         gate_up=2 * half,
-        # A router that trains keeps its input.
-        routing=routing + (out if run.router else 0),
+        routing=routing,
         forward=((gate_up, hidden + 2 * half), (down, 3 * half + hidden), (0, 2 * half + hidden + out)),
         backward=((down, hidden + 3 * half), (gate_up, 2 * half + hidden), (0, 2 * half + hidden + out)),
         recompute=(gate_up, hidden + 2 * half),
@@ -231,7 +234,7 @@ def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Moment
         f"backward of the experts in layer {layer}",
         layer,
         attention=sizes.attention if there else 0,
-        experts_input=0 if keeps_gate_up else sizes.experts_input,
+        experts_input=_block_inputs(run, 1 if there else 0, 0 if keeps_gate_up else 1) * sizes.experts_input,
         copies=kept_copies + (copy if there and not keeps_attention else 0),
         gradients=gradients,
         workspace=workspace,
@@ -304,7 +307,7 @@ def _at(
     gate_up = max(0, layer - (layers - run.keep_gate_up))
     own = 0 if layer == layers else 1
     # Attention that is kept without the gate_up output keeps the experts' input for it.
-    inputs_kept = max(0, whole - gate_up)
+    inputs_kept = _block_inputs(run, whole, max(0, whole - gate_up))
     own_input = sizes.stream if layer < layers - run.keep_attention else sizes.input
     before = sizes.stream * (layer - whole) + sizes.input * whole
     return Moment(
@@ -318,6 +321,16 @@ def _at(
         workspace=workspace,
         passing=passing,
     )
+
+
+def _block_inputs(run: Run, router: int, experts: int) -> int:
+    """How many inputs of layers' sparse blocks are there, when so many routers (should they train) and experts keep it.
+
+    Both keep the same tensor, except that autocast makes a copy for each.
+    """
+    if not run.router:
+        return experts
+    return router + experts if run.mixed else max(router, experts)
 
 
 def _gradients(run: Run, layer: int) -> int:

@@ -94,13 +94,16 @@ class TrainableSection(Section):
     lora: LoraSection = LoraSection()
     """Read by `method: attention_lora` only."""
     router: bool = False
-    """With `method: non_moe`: train the routers too."""
+    """Train the routers too, in float32 and in full, whatever the method."""
+    router_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """With `router: true`: the routers' own learning rate, under the run's schedule; null: the run's."""
 
 
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "human_text"]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # JSON has one kind of number, and 1 is a weight too.
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataSource(Section):
@@ -193,13 +196,38 @@ class MemorySection(Section):
     """GiB that this process may use, to which activations are planned; null: what is free on the device."""
 
 
+class RouterAlarmsSection(Section):
+    """When a router needs a look, compared with the base."""
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    """Raise none, say it and go on, or save a checkpoint and stop."""
+    load_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    """Largest change of an expert's load on the probe, in multiples of what chance shows; null never alarms."""
+    dead_experts: bool = True
+    """An expert that the base used gets less than a tenth of an even share."""
+    entropy: Share = 0.5
+    """Smallest share of the base's entropy, of a token's choice and of the load; 0 never alarms."""
+
+
 class RouterSection(Section):
     """Watching and steering the routers."""
 
     log: bool = True
-    """Log load, MaxVio, utilization, entropy and balance loss per layer."""
-    aux_loss_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Weight of the load-balancing loss; logged apart from the loss."""
+    """Log load, MaxVio, entropy, z-loss, repetition and what else docs/router_metrics.md names."""
+    metrics: Literal["brief", "detailed"] = "brief"
+    """A dozen scalars, or every metric of every layer besides. The metrics file has the layers either way."""
+    probe_tokens: Annotated[int, Field(ge=0)] = 4096
+    """Tokens of held-out data (of training data without any) on which the run is compared with its base; 0: none."""
+    probe_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between two such comparisons; null: with each evaluation, or ten times a run without any."""
+    alarms: RouterAlarmsSection = RouterAlarmsSection()
+    """What is said, or stops the run, when a router goes wrong."""
+    aux: Literal["off", "monitor", "train"] = "monitor"
+    """Balance and z-loss of the routers: left alone, watched among the metrics, or trained on beside the loss."""
+    balance_coef: Coefficient = 0.01
+    """With `aux: train`: weight of the load-balancing loss per layer, which is 1 when even."""
+    z_coef: Coefficient = 0.001
+    """With `aux: train`: weight of the z-loss, the mean of logsumexp(router logits) squared."""
     figures: bool = True
     """Write the heat map of layer x expert load."""
 
@@ -209,10 +237,14 @@ class LoggingSection(Section):
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; offline needs neither an account nor a network."""
+    tensorboard: bool = False
+    """TensorBoard, into the folder `tensorboard` of `output.dir`; needs `moe-qlora[loggers]`."""
+    trackio: bool = False
+    """trackio, into its database on this machine (TRACKIO_DIR); needs `moe-qlora[loggers]`."""
     project: Text = "moe-qlora"
-    """Weights & Biases project."""
+    """Project of Weights & Biases and of trackio."""
     run_name: Text | None = None
-    """Name of the run; Weights & Biases invents one otherwise."""
+    """Name of the run in both; they invent one otherwise. trackio continues an earlier run of the same name."""
 
 
 class OutputSection(Section):
@@ -256,13 +288,22 @@ class Recipe(Section):
                     fix="set `quantization.attention: 16bit`, or train with `trainable.method: attention_lora`",
                 )
             )
-        if self.trainable.method == "attention_lora" and self.trainable.router:
+        if self.trainable.router_learning_rate is not None and not self.trainable.router:
             faults.append(
                 Fault(
-                    ("trainable", "router"),
-                    "`trainable.method: attention_lora` trains the adapter only, not the routers",
-                    allowed="false",
-                    fix="remove it, or train with `trainable.method: non_moe`",
+                    ("trainable", "router_learning_rate"),
+                    "`trainable.router_learning_rate` is the routers', and they do not train",
+                    allowed="null",
+                    fix="remove it, or set `trainable.router: true`",
+                )
+            )
+        if self.router.aux == "train" and self.router.balance_coef == self.router.z_coef == 0:
+            faults.append(
+                Fault(
+                    ("router", "aux"),
+                    "`router.aux: train` has nothing to train on: `router.balance_coef` and `router.z_coef` are both 0",
+                    allowed="off, monitor",
+                    fix="set one of the coefficients, or `router.aux: monitor`",
                 )
             )
         evaluates = self.training.get("eval_strategy", "no") != "no"

@@ -1,7 +1,9 @@
-"""LoRA on the attention of every layer, and nothing else; a PEFT adapter that stock `peft` loads.
+"""LoRA on the attention of every layer, and the routers in full where they are asked for; nothing else. A PEFT adapter
+that stock `peft` loads.
 
 Targets are the suffixes `self_attn.q_proj`, not a regular expression, because PEFT resolves a regular expression on a
-Mixtral back to bare leaf names.
+Mixtral back to bare leaf names. Routers that train are PEFT's `modules_to_save`: a float32 copy beside each original,
+which stays for the base with the adapter switched off.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, role_of
+from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, ROUTER, MoeArch, is_router, role_of
 from finetune.checkpoint import read_json
 from finetune.errors import AdapterError
 from finetune.trainable.files import (
@@ -42,8 +45,8 @@ _REFUSED_TARGETS = (
     ),
     (
         {"gate", "router"},
-        "the router stays frozen under LoRA, so that routing moves only with the hidden states",
-        "remove it, or train the router with trainable.method: non_moe and trainable.router: true",
+        "LoRA trains the attention only, a router trains in full or not at all",
+        "remove it, and set trainable.router: true to train the routers too",
     ),
     (
         {"lm_head", "head", "embed_tokens", "embeddings", "embedding"},
@@ -52,9 +55,10 @@ _REFUSED_TARGETS = (
     ),
     ({"all-linear"}, "it would attach to the router and to the experts", "name the projections"),
 )
+# What an adapter may name as `modules_to_save`: both are exactly the routers of the supported models.
+_ROUTERS = ([ROUTER], [ROUTER.rsplit(".", 1)[-1]])
 # Settings of a LoRA adapter that would reach beyond, or shape unevenly, plain LoRA on every layer's attention.
 _PLAIN_LORA_ONLY = (
-    "modules_to_save",
     "target_parameters",
     "layers_to_transform",
     "layer_replication",
@@ -100,8 +104,12 @@ def add_attention_lora(
     target_modules: Sequence[str] = ATTENTION_PROJECTIONS,
     use_rslora: bool = False,
     use_dora: bool = False,
+    router: bool = False,
 ) -> PeftModel:
     """Puts LoRA on the attention of every layer and freezes the rest; the model is changed in place and wrapped.
+
+    Args:
+        router: the routers train as well, in full.
 
     Raises:
         AdapterError: a target is an expert, the router, embedding or head, unknown, or the list is empty.
@@ -115,10 +123,12 @@ def add_attention_lora(
         target_modules=[f"self_attn.{name}" for name in targets],
         use_rslora=use_rslora,
         use_dora=use_dora,
+        modules_to_save=[ROUTER] if router else None,
     )
-    expected = _lora_shapes(model, arch, r=r, targets=targets, dora=use_dora)
+    expected = _lora_shapes(model, arch, r=r, targets=targets, dora=use_dora, router=router)
     peft_model = get_peft_model(model, register_lora_layers(config))
-    _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=use_dora))
+    _keep_routers_fp32(peft_model, {})
+    _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=use_dora, router=router))
     return peft_model
 
 
@@ -135,8 +145,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     _require_plain_lora(config, folder / LORA_CONFIG)
     found = read_shapes(folder / LORA_TENSORS)
     targets = _saved_targets(config, found, where=str(folder / LORA_CONFIG))
-    r, dora = config["r"], bool(config.get("use_dora"))
-    expected = _lora_shapes(model, arch, r=r, targets=targets, dora=dora)
+    r, dora, router = config["r"], bool(config.get("use_dora")), bool(config.get("modules_to_save"))
+    expected = _lora_shapes(model, arch, r=r, targets=targets, dora=dora, router=router)
     require_same(
         found,
         expected,
@@ -147,7 +157,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     lora_config = register_lora_layers(LoraConfig.from_pretrained(str(folder)))
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=lora_config)
     if is_trainable:
-        _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=dora))
+        with safe_open(folder / LORA_TENSORS, framework="pt") as file:
+            # PEFT has rounded them to the base's dtype.
+            _keep_routers_fp32(peft_model, {name: file.get_tensor(name) for name in found if is_router(name)})
+        _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=dora, router=router))
     return peft_model
 
 
@@ -165,7 +178,9 @@ def save_adapter(model: PeftModel, folder: str | Path, tensors: Mapping[str, Ten
             os.replace(file, folder / file.name)
 
 
-def _lora_shapes(model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[str], dora: bool) -> Shapes:
+def _lora_shapes(
+    model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[str], dora: bool, router: bool
+) -> Shapes:
     """Names and shapes of the tensors in `adapter_model.safetensors` for this base.
 
     Shapes come from the config because a 4-bit weight does not show its own.
@@ -173,6 +188,8 @@ def _lora_shapes(model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[s
     shapes: Shapes = {}
     for path, _ in model.named_modules():
         leaf = path.rsplit(".", 1)[-1]
+        if router and path.endswith(f".{ROUTER}"):
+            shapes[f"base_model.model.{path}.weight"] = (arch.experts, arch.hidden)
         if leaf in targets and role_of(f"{path}.weight") == "attention":
             out_features, in_features = arch.attention_shapes()[leaf]
             prefix = f"base_model.model.{path}"
@@ -185,23 +202,47 @@ def _lora_shapes(model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[s
 
 def _assert_lora(model: PeftModel, expected: Shapes, count: int) -> None:
     """Exactly the expected tensors train, in fp32, and their number is the formula's."""
-    trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
-    saved_as = {name.replace("magnitude_vector.weight", "magnitude_vector"): p for name, p in trained.items()}
-    shapes = {name: tuple(p.shape) for name, p in saved_as.items()}
+    trained = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
     assert shapes == expected, sorted(set(shapes) ^ set(expected))[:3]
     assert all(p.dtype == torch.float32 for p in trained.values()), "LoRA weights must be fp32"
     assert trainable_count(model) == count, f"{trainable_count(model)} LoRA parameters, the formula says {count}"
 
 
+def _saved_name(name: str) -> str:
+    """What PEFT calls a parameter of the adapter in its file."""
+    name = name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
+    return name.replace(f".{ROUTER}.modules_to_save.", f".{ROUTER}.")
+
+
+def _keep_routers_fp32(model: PeftModel, values: Mapping[str, Tensor]) -> None:
+    """Makes the routers that train float32 masters, with `values` by their names in the adapter's file."""
+    for path, module in model.named_modules():
+        weights = [p for p in module.parameters(recurse=False) if p.requires_grad and is_router(f"{path}.weight")]
+        for weight in weights:
+            value = values.get(_saved_name(f"{path}.weight"), weight.data)
+            # copy: on a CPU what was read is a view into the mapped file, and training writes to it.
+            weight.data = value.to(weight.device, torch.float32, copy=True)
+            module.register_forward_pre_hook(_in_the_weights_dtype)
+
+
+def _in_the_weights_dtype(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Outside autocast a 16-bit hidden state does not multiply a float32 master."""
+    (x,) = args
+    return None if torch.is_autocast_enabled(x.device.type) else (x.to(router.get_parameter("weight").dtype),)
+
+
 def _saved_targets(config: Mapping[str, Any], found: Shapes, *, where: str) -> tuple[str, ...]:
     """Projections of an adapter: its list, or what its tensors are named after when it holds a regular expression."""
     listed = config.get("target_modules")
-    paths = listed if isinstance(listed, list) else [name.split(".lora_")[0] for name in found]
+    paths = listed if isinstance(listed, list) else [name.split(".lora_")[0] for name in found if ".lora_" in name]
     return check_targets(sorted({str(path).rsplit(".", 1)[-1] for path in paths}), where=where)
 
 
 def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
     faults = [f"{key} is {config[key]!r}" for key in _PLAIN_LORA_ONLY if config.get(key)]
+    if config.get("modules_to_save") and config["modules_to_save"] not in _ROUTERS:
+        faults.append(f"modules_to_save is {config['modules_to_save']!r}")
     if config.get("bias", "none") != "none":
         faults.append(f"bias is {config['bias']!r}")
     if config.get("peft_type") != "LORA":
@@ -212,6 +253,7 @@ def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
         raise AdapterError(
             f"the adapter is not LoRA of one rank on the attention: {', '.join(faults)}",
             where=str(path),
-            allowed=f"peft_type LORA on {', '.join(ATTENTION_PROJECTIONS)} of every layer, DoRA and rsLoRA included",
+            allowed=f"peft_type LORA on {', '.join(ATTENTION_PROJECTIONS)} of every layer, DoRA and rsLoRA included; "
+            f"modules_to_save of {ROUTER} only",
             fix="train the adapter without these settings",
         )

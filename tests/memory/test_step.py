@@ -24,6 +24,7 @@ from finetune.arch import MoeArch
 from finetune.memory import Run, recompute_seconds
 from finetune.memory.step import largest_moment, moments
 from finetune.quant import Moe4bitConfig
+from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.trainable import add_attention_lora, unfreeze_non_moe
 from tests.memory.tracking import PeakOfTensors
 
@@ -84,7 +85,7 @@ def build(folder: Path, run: Run, shape: MixtralConfig) -> Any:
     if run.method == "non_moe":
         unfreeze_non_moe(model, run.arch, router=run.router)
     else:
-        model = add_attention_lora(model, run.arch, r=RANK)
+        model = add_attention_lora(model, run.arch, r=RANK, router=run.router)
     apply_plan(model, run.arch, ActivationPlan.full(run.arch.layers))
     return model.train()
 
@@ -92,12 +93,18 @@ def build(folder: Path, run: Run, shape: MixtralConfig) -> Any:
 def peak_of(model: Any, run: Run, *, decoder_only: bool) -> int:
     """Bytes beyond weights of one step, without the optimizer."""
     base = model if run.method == "non_moe" else model.get_base_model()
+    auxiliary = AuxiliaryLoss(model, num_experts=run.arch.experts, top_k=run.arch.top_k, balance_coef=1.0, z_coef=1.0)
+    if run.auxiliary:
+        auxiliary.attach()
     batch = torch.randint(3, base.config.vocab_size, (run.micro_batch, run.seq_len))
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=run.mixed):
             if decoder_only:
+                auxiliary.begin_step()
                 loss = base.model(input_ids=batch, use_cache=False).last_hidden_state.sum()
+                if run.auxiliary:
+                    loss = loss + auxiliary.part()
             else:
                 loss = base(input_ids=batch, labels=batch, fused_lm_head=True).loss
         loss.backward()
@@ -112,6 +119,7 @@ def peak_of(model: Any, run: Run, *, decoder_only: bool) -> int:
             step()
     finally:
         gc.enable()
+        auxiliary.detach()
     return tracked.peak
 
 
@@ -137,6 +145,8 @@ KEEPS = [(0, 0), (LAYERS, LAYERS), (0, LAYERS), (LAYERS, 0), (2, 1), (1, 2)]
         {"dtype": "float32", **NON_MOE},
         {"dtype": "bfloat16", "fused_layers": True, **NON_MOE},
         {"dtype": "bfloat16", "router": True, **NON_MOE},
+        {"dtype": "float32", "router": True},
+        {"dtype": "float32", "router": True, "auxiliary": True},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )

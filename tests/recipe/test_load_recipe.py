@@ -36,6 +36,7 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
                 "use_dora": False,
             },
             "router": False,
+            "router_learning_rate": None,
         },
         "data": {
             "train": "some/data",
@@ -68,8 +69,14 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
             "logging_nan_inf_filter": False,
         },
         "memory": {"budget_gib": None},
-        "router": {"log": True, "aux_loss_coef": 0.0, "figures": True},
-        "logging": {"wandb": "disabled", "project": "moe-qlora", "run_name": None},
+        "router": {"log": True, "aux": "monitor", "balance_coef": 0.01, "z_coef": 0.001, "figures": True},
+        "logging": {
+            "wandb": "disabled",
+            "tensorboard": False,
+            "trackio": False,
+            "project": "moe-qlora",
+            "run_name": None,
+        },
         "output": {"dir": "out"},
     }
 
@@ -184,12 +191,12 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
         (
             "trainable:\n  r: 8",
             "unknown key `r` in `trainable`\n  where: r.yaml:8: trainable.r\n"
-            "  allowed: method, lora, router\n  fix: move it to `trainable.lora.r`",
+            "  allowed: method, lora, router, router_learning_rate\n  fix: move it to `trainable.lora.r`",
         ),
         (
             "router:\n  zzz: 8",
             "unknown key `zzz` in `router`\n  where: r.yaml:8: router.zzz\n"
-            "  allowed: log, aux_loss_coef, figures\n  fix: remove it",
+            "  allowed: log, aux, balance_coef, z_coef, figures\n  fix: remove it",
         ),
         (
             "quantization:\n  attention: 4bit",
@@ -211,8 +218,8 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
             "  allowed: true or false\n  fix: write `true`",
         ),
         (
-            "router:\n  aux_loss_coef: -0.1",
-            "`router.aux_loss_coef` cannot be -0.1\n  where: r.yaml:8: router.aux_loss_coef\n"
+            "router:\n  balance_coef: -0.1",
+            "`router.balance_coef` cannot be -0.1\n  where: r.yaml:8: router.balance_coef\n"
             "  allowed: greater than or equal to 0",
         ),
         (
@@ -247,10 +254,16 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
             "  allowed: a mapping: one indented key a line\n  fix: write keys under `training:`",
         ),
         (
-            "trainable:\n  router: true",
-            "`trainable.method: attention_lora` trains the adapter only, not the routers\n"
-            "  where: r.yaml:8: trainable.router\n  allowed: false\n"
-            "  fix: remove it, or train with `trainable.method: non_moe`",
+            "trainable:\n  router_learning_rate: 0.001",
+            "`trainable.router_learning_rate` is the routers', and they do not train\n"
+            "  where: r.yaml:8: trainable.router_learning_rate\n  allowed: null\n"
+            "  fix: remove it, or set `trainable.router: true`",
+        ),
+        (
+            "router:\n  aux: train\n  balance_coef: 0\n  z_coef: 0.0",
+            "`router.aux: train` has nothing to train on: `router.balance_coef` and `router.z_coef` are both 0\n"
+            "  where: r.yaml:8: router.aux\n  allowed: off, monitor\n"
+            "  fix: set one of the coefficients, or `router.aux: monitor`",
         ),
         (
             "trainable:\n  method: non_moe",

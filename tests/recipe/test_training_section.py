@@ -72,8 +72,8 @@ def test_checkpointing_is_one_of_three_words(given: object, meant: str) -> None:
         ),
         (
             "router_aux_loss_coef: 0.1",
-            "`router_aux_loss_coef` is decided by `router.aux_loss_coef`, not under `training`\n"
-            "  where: r.yaml:8: training.router_aux_loss_coef\n  fix: set `router.aux_loss_coef` instead",
+            "`router_aux_loss_coef` is decided by `router.balance_coef`, not under `training`\n"
+            "  where: r.yaml:8: training.router_aux_loss_coef\n  fix: set `router.balance_coef` instead",
         ),
         (
             "load_in_4bit: true",

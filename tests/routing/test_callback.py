@@ -10,7 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from routing_models import FAMILIES, LAYERS, assert_counts, brute_force_count, build_model, random_rows
+from routing_models import (
+    FAMILIES,
+    LAYERS,
+    assert_counts,
+    assert_sums,
+    brute_force_count,
+    brute_force_sums,
+    build_model,
+    random_rows,
+)
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -18,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.jsonl import JsonlCallback, read_metrics
 from finetune.progress import ProgressCallback
 from finetune.routing import RouterCallback, RouterCapture
-from finetune.routing.metrics import RouterSums, layer_metrics
+from finetune.routing.metrics import LAYER_METRICS, RouterSums, layer_metrics
 
 EXPERTS, TOP_K = FAMILIES["mixtral"]
 TRAIN_ROWS = random_rows([9, 4, 7, 2, 5, 6, 8, 3])
@@ -32,7 +41,7 @@ class Recorder(TrainerCallback):
         self.router, self.lines = router, []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.lines.append((state.global_step, dict(logs), dict(self.router.loads())))
+        self.lines.append((state.global_step, dict(logs), dict(self.router.vectors())))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -58,7 +67,8 @@ def dataset(rows: list[list[int]]) -> Dataset:
 def trainer_for(
     model: torch.nn.Module, folder: Path, *extra: TrainerCallback, **settings: Any
 ) -> tuple[SFTTrainer, RouterCallback, Recorder]:
-    router = RouterCallback(RouterCapture(model, num_experts=EXPERTS, top_k=TOP_K))
+    capture = RouterCapture(model, num_experts=EXPERTS, top_k=TOP_K)
+    router = RouterCallback(capture, detailed=True)
     recorder = Recorder(router)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -87,7 +97,7 @@ def trainer_for(
             router,
             ProgressCallback(),
             recorder,
-            JsonlCallback(folder / "metrics.jsonl", extra=[router.loads]),
+            JsonlCallback(folder / "metrics.jsonl", extra=[router.vectors]),
             *extra,
         ],
     )
@@ -96,8 +106,7 @@ def trainer_for(
 
 
 def truth(rows: list[list[int]]) -> RouterSums:
-    counts, prob_sum, tokens = brute_force_count(build_model("mixtral"), rows, EXPERTS, TOP_K)
-    return RouterSums(torch.tensor(counts), torch.tensor(prob_sum).double(), tokens, TOP_K)
+    return brute_force_sums(build_model("mixtral"), rows, TOP_K)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
@@ -112,9 +121,8 @@ def test_one_epoch_of_sft(
     )
     trainer.train()
 
-    base = build_model("mixtral")
-    assert_counts(router.totals["train"], brute_force_count(base, TRAIN_ROWS, EXPERTS, TOP_K))
-    assert_counts(router.totals["eval"], brute_force_count(base, EVAL_ROWS, EXPERTS, TOP_K))
+    assert_sums(router.totals["train"], truth(TRAIN_ROWS))
+    assert_sums(router.totals["eval"], truth(EVAL_ROWS))
 
     (_, train_logs, train_loads), (_, eval_logs, eval_loads), (_, last_logs, last_loads) = recorder.lines
     for logs, loads, prefix, rows in (
@@ -124,11 +132,15 @@ def test_one_epoch_of_sft(
         want = layer_metrics(truth(rows))
         assert logs[f"{prefix}router/tokens"] == sum(map(len, rows))
         assert logs[f"{prefix}router/max_vio_worst"] == pytest.approx(max(m.max_vio for m in want))
+        assert logs[f"{prefix}router/prompt/tokens"] == len(rows)  # the first token of each is not supervised
+        assert logs[f"{prefix}router/completion/tokens"] == sum(map(len, rows)) - len(rows)
         for layer, metrics in enumerate(want):
-            assert logs[f"{prefix}router/layer_{layer:02d}/max_vio"] == pytest.approx(metrics.max_vio)
-            assert logs[f"{prefix}router/layer_{layer:02d}/balance_loss"] == pytest.approx(metrics.balance_loss)
+            for name in LAYER_METRICS:
+                value = pytest.approx(getattr(metrics, name), abs=2e-6)
+                assert logs[f"{prefix}router/layer_{layer:02d}/{name}"] == value, name
+                assert loads[f"{prefix}router/by_layer/{name}"][layer] == value, name
             assert loads[f"{prefix}router/layer_{layer:02d}/load"] == pytest.approx(metrics.load, abs=1e-6)
-        assert len(loads) == LAYERS
+        assert len(loads) == LAYERS + len(LAYER_METRICS)
         # Scalar loggers see scalars only, and no name of the other mode.
         router_names = [name for name in logs if "router/" in name]
         assert all(isinstance(logs[name], (int, float)) for name in router_names)
@@ -207,7 +219,7 @@ def test_resume_counts_the_remaining_steps(tmp_path: Path) -> None:
         assert (step, loads) == (want_step, want_loads)
         for name in want_logs:
             if name.startswith("router/"):
-                assert logs[name] == pytest.approx(want_logs[name], rel=1e-6), name
+                assert logs[name] == pytest.approx(want_logs[name], rel=1e-5), name
 
     # The killed and resumed run left the same lines as the uninterrupted one, each step once.
     whole_file, resumed_file = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "killed"))

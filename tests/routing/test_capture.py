@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from routing_models import FAMILIES, LAYERS, assert_counts, brute_force_count, build_model, pad_right, random_rows
+from routing_models import (
+    FAMILIES,
+    LAYERS,
+    assert_counts,
+    assert_sums,
+    brute_force_count,
+    brute_force_sums,
+    build_model,
+    pad_right,
+    random_rows,
+)
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -173,6 +183,64 @@ def test_padding_that_is_not_a_number_does_not_spread() -> None:
         assert_counts(capture.snapshot("eval"), want)
 
 
+def learnt_from_third(_row: int, token: int) -> bool:
+    return token >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_every_sum_of_both_parts_with_padding(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token entropy, z-loss, repetition and the rest, in groups of one layer."""
+    monkeypatch.setattr("finetune.routing.capture._GROUP_ELEMENTS", 1)
+    model = build_model(family)
+    rows, (_, top_k) = random_rows([9, 4, 7, 1]), FAMILIES[family]
+    model.train(mode == "train")
+    batch = pad_right(rows)
+    batch["labels"][:, :2] = -100
+    with capture_of(model, family) as capture:
+        loss = model(**batch).loss
+        if mode == "train":
+            loss.backward()
+        parts = capture.snapshot_parts(mode)
+        whole = capture.snapshot(mode)
+    assert_sums(parts["completion"], brute_force_sums(model, rows, top_k, learnt_from_third))
+    assert_sums(parts["prompt"], brute_force_sums(model, rows, top_k, lambda row, token: token < 2))
+    assert_sums(whole, brute_force_sums(model, rows, top_k))
+
+
+def test_every_sum_of_both_parts_with_packing() -> None:
+    """Neighbours in one document only, filler left out; a document of one token has none."""
+    model = build_model("mixtral").train()
+    documents = random_rows([5, 1, 7, 3])
+    ids = [token for document in documents for token in document] + [0] * 4
+    positions = [i for document in documents for i in range(len(document))] + [0] * 4
+    labels = [-100 if i < 2 else token for token, i in zip(ids, positions, strict=True)]
+    with capture_of(model, "mixtral") as capture:
+        model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            labels=torch.tensor([labels]),
+            use_cache=False,
+        )
+        parts = capture.snapshot_parts("train")
+    assert_sums(parts["completion"], brute_force_sums(model, documents, 2, learnt_from_third))
+    assert_sums(parts["prompt"], brute_force_sums(model, documents, 2, lambda row, token: token < 2))
+
+
+def test_without_labels_all_is_prompt_and_paused_counts_nothing() -> None:
+    model = build_model("mixtral").eval()
+    rows = random_rows([6, 2])
+    with capture_of(model, "mixtral") as capture, torch.no_grad():
+        model(**pad_right(rows))
+        capture.reset("eval")
+        with capture.paused():
+            model(**pad_right(rows))
+        assert capture.snapshot("eval").tokens == 0
+        batch = pad_right(rows)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        assert capture.snapshot_parts("eval")["prompt"].tokens == 8
+
+
 def test_a_forward_that_raises_counts_nothing() -> None:
     model = build_model("mixtral").train()
     rows = random_rows([6, 2])
@@ -242,7 +310,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from finetune.routing.capture import RouterCapture
-from routing_models import FAMILIES, brute_force_count, build_model, pad_right, random_rows
+from routing_models import (
+    FAMILIES, assert_sums, brute_force_count, brute_force_sums, build_model, pad_right, random_rows
+)
 
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
@@ -253,9 +323,13 @@ rows = random_rows([9, 4, 7, 1, 5])
 wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 with RouterCapture(wrapped, num_experts=experts, top_k=top_k) as capture:
     for mine in ([rows[0:2], rows[2:3]], [rows[3:4], rows[4:5]])[rank]:
-        wrapped(**pad_right(mine)).loss.backward()
+        batch = pad_right(mine)
+        batch["labels"][:, :2] = -100
+        wrapped(**batch).loss.backward()
     sums = capture.snapshot("train")
     again = capture.snapshot("train")
+    parts = capture.snapshot_parts("train")
+    alone = capture.snapshot("train", across_processes=False)
     if rank == 0:  # one process that saw nothing still joins the sum
         model.eval()
         with torch.no_grad():
@@ -266,6 +340,9 @@ assert sums.tokens == tokens == 26, sums.tokens
 assert sums.counts.tolist() == counts
 torch.testing.assert_close(sums.prob_sum, torch.tensor(prob_sum).double(), rtol=1e-5, atol=1e-5)
 assert again.counts.tolist() == counts
+assert_sums(parts["completion"], brute_force_sums(model, rows, top_k, lambda row, token: token >= 2))
+assert_sums(parts["prompt"], brute_force_sums(model, rows, top_k, lambda row, token: token < 2))
+assert alone.tokens == (20, 6)[rank], alone.tokens
 assert lonely.tokens == 9, lonely.tokens
 dist.destroy_process_group()
 print("equal")

@@ -285,6 +285,22 @@ def router_analyze(
         report.finish(document)
 
 
+@router_app.command("report")
+def router_report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its output.dir).", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page.", show_default=False)] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw the PNGs into this folder.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Report what a run did to the routing: the verdict, load, curves against the base, drift, alarms."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.routerstudy.report import report_run
+
+        report.finish(report_run(run, report, html=html, figures=figures))
+
+
 @recipe_app.command("show")
 def recipe_show(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
     """Print the fully resolved recipe, with package versions and the commit."""
@@ -331,6 +347,39 @@ def bench_train(
             batch=batch,
             length=length,
             steps=steps,
+            random_weights=random_weights,
+        )
+        hand_over(document, report, out)
+
+
+@bench_app.command("router")
+def bench_router(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    batch: Batch = None,
+    length: Length = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of a turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns with the capture on, and as many off.")] = 8,
+    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model, without a checkpoint.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what watching the routers costs a training step."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench.router import bench_router as run
+
+        require_appendable(out)
+        document = run(
+            recipe,
+            report,
+            overrides=overrides or (),
+            batch=batch,
+            length=length,
+            steps=steps,
+            rounds=rounds,
             random_weights=random_weights,
         )
         hand_over(document, report, out)

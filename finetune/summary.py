@@ -10,7 +10,7 @@ import torch
 from finetune.console import Report, gib
 from finetune.quant import Census
 from finetune.routing import RouterCallback, layer_metrics
-from finetune.routing.plots import load_heat_map, run_load, training_curves
+from finetune.routing.plots import run_figures
 from finetune.runfolder import RunFolder
 
 
@@ -49,16 +49,7 @@ def summarize(
     stopped_by: str | None = None,
 ) -> dict[str, Any]:
     """Draws the figures and collects what a run has to say."""
-    figures = []
-    if draw:
-        curves = run.figures / "training.png"
-        training_curves(run.metrics, curves)
-        figures.append(str(curves))
-        load = run_load(run.metrics)
-        if load is not None:
-            heat_map = run.figures / "router_load.png"
-            load_heat_map(load, heat_map, title="Expert load over the training tokens")
-            figures.append(str(heat_map))
+    figures = [str(path) for path in run_figures(run, run.figures)] if draw else []
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return {

@@ -3,6 +3,7 @@
 # 80 GB GPU. Uses the python3 on the path (PYTHON=... for another), since GPU machines bring their own torch.
 #
 #   PARTS="tests train peers kernels"   which parts; one that fails does not stop the others
+#                                       (`router`, what watching it costs a step, is a further one)
 #   ROWS="8x1024 4x4096"                which rows of training; further ones: 8x1024-non-moe, 8x1024-grouped,
 #                                       tiny-qlora-attention, tiny-freeze-experts
 #   RESULTS=DIR                         keeps the raw JSON lines there
@@ -79,6 +80,9 @@ if part train; then
 fi
 if part peers; then bench peers peers --batch 8 --length 1024; fi
 if part kernels; then bench kernels kernels; fi
+if part router; then
+  bench router router recipes/mixtral-8x7b/qlora-attention-80gb.yaml --random-weights --batch 8 --length 1024
+fi
 
 "$python" - "$results" <<'END_OF_TABLE'
 import json, pathlib, sys
@@ -105,6 +109,8 @@ for run in (run for run in runs if run["bench"] == "peers"):
             print(f"{name:<22}{peer['tokens_per_second']:>10,.0f}{(peer['peak_allocated_bytes'] or 0) / 2**30:>60.1f}")
         else:
             print(f"{name:<22}  {peer['status']}")
+for run in (run for run in runs if run["bench"] == "router"):
+    print(f"watching the routers: {run['capture_share']:+.2%} of a step, {run['capture_peak_bytes'] / 2**20:+.1f} MiB")
 for run in (run for run in runs if run["bench"] == "kernels"):
     print(", ".join(f"{k['kernel']} {k['share_of_copy'] or 0:.0%}" for k in run["kernels"]), "of the copy rate")
 END_OF_TABLE

@@ -201,7 +201,7 @@ class RouterAlarmsSection(Section):
 
     action: Literal["off", "warn", "stop"] = "warn"
     """Raise none, say it and go on, or save a checkpoint and stop."""
-    load_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    load_change: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 40.0
     """Largest change of an expert's load on the probe, in multiples of what chance shows; null never alarms."""
     dead_experts: bool = True
     """An expert that the base used gets less than a tenth of an even share."""

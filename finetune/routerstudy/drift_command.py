@@ -175,7 +175,7 @@ def show_drift(document: dict[str, Any], report: Report) -> None:
     report.line(
         f"Of the {document['top_k']} experts that the base chooses for a token, the tuned model keeps "
         f"{scalars['router/drift/overlap_mean']:.1%} (worst layer {scalars['router/drift/overlap_worst']:.1%}, "
-        f"chance {document['chance_overlap']:.1%}). No expert's load changed by more than "
+        f"chance {document['chance_overlap']:.1%}). Over all text no expert's load changed by more than "
         f"{scalars['router/drift/load_change_worst']:.3f} of an even share; chance alone puts the busiest expert of "
         f"{probe['tokens']:,} tokens {overall['noise_floor']:.3f} above even."
     )

@@ -2,8 +2,9 @@
 
 The page carries its style and drawings and asks nothing of the network; its content security policy forbids scripts
 and requests, so a text that the model was trained on cannot make it do anything even if it slipped through the
-escaping. Words are laid out here, figures in report_figures.py, the looks are in `report.html.jinja`,
-`base.css.jinja` and `report.css.jinja`. Colour never stands alone: values and experts are in the titles.
+escaping. Words are laid out here, curves in report_figures.py, heat maps in report_heat.py, the looks are in
+`report.html.jinja`, `base.css.jinja` and `report.css.jinja`. Colour never stands alone: values and experts are in the
+titles.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from finetune.routerstudy.analyze import PAPER
 from finetune.routerstudy.report import RouterReport
 from finetune.routerstudy.report_figures import (
     drift_plots,
-    load_maps,
     metric_figures,
     overview,
     repetition_plots,
     shown,
-    training_panels,
 )
+from finetune.routerstudy.report_heat import load_maps, training_panels
 from finetune.routerstudy.verdict import setting, value_of
 from finetune.routing.drift import chance_overlap
 from finetune.routing.history import AlarmLine, ColouredText, at
@@ -74,10 +74,12 @@ class Token:
 
 @dataclass(frozen=True)
 class ColouredLayer:
+    """All texts as one layer routes them: base beside tuned, and how many tokens changed their first expert."""
+
     layer: int
-    base: list[Token]
-    tuned: list[Token]
-    changed: str
+    tokens: int
+    changed: int
+    texts: list[tuple[list[Token], list[Token]]]
 
 
 def render_report(made: RouterReport) -> str:
@@ -105,11 +107,11 @@ def render_report(made: RouterReport) -> str:
         all_open=history.layers <= _OPEN_LAYERS,
         overview=overview(made),
         drift=drift_plots(made),
-        repetition=repetition_plots(made, PAPER),
+        repetition=repetition_plots(made),
         repetition_rows=repetition_rows(made),
         random=None if base is None else random_repetition(history.experts, base.top_k),
         paper=PAPER,
-        texts=[coloured(text, history.experts) for text in history.texts],
+        texts=coloured(history.texts, history.experts),
         legend=[_style(expert, history.experts) for expert in range(history.experts)] if history.experts <= 16 else [],
         versions=list(versions(made)),
         recipe=made.recipe_text,
@@ -241,25 +243,26 @@ def repetition_rows(made: RouterReport) -> list[tuple[int, list[str]]]:
     ]
 
 
-def coloured(text: ColouredText, experts: int) -> list[ColouredLayer]:
-    """Every layer's tokens, base and tuned."""
+def coloured(texts: Sequence[ColouredText], experts: int) -> list[ColouredLayer]:
+    """Every shown layer with all texts, base and tuned."""
     found = []
-    for layer, base, tuned in zip(text.layers, text.base, text.tuned, strict=True):
-        rows = list(zip(text.pieces, base, tuned, strict=True))
-        changed = sum(b != t for _, b, t in rows)
-        found.append(
-            ColouredLayer(
-                layer,
-                [_token(piece, b, f"expert {b}", experts, False) for piece, b, _ in rows if piece],
-                [
-                    _token(piece, t, f"expert {t}" + (f", base {b}" if b != t else ""), experts, b != t)
-                    for piece, b, t in rows
-                    if piece
-                ],
-                f"{changed:,} of {counts(len(rows), 'token')} changed",
+    for index, layer in enumerate(texts[0].layers if texts else []):
+        pairs = [(b, t) for text in texts for b, t in zip(text.base[index], text.tuned[index], strict=True)]
+        sides = []
+        for text in texts:
+            rows = [row for row in zip(text.pieces, text.base[index], text.tuned[index], strict=True) if row[0]]
+            sides.append(
+                (
+                    [_token(piece, b, f"expert {b}", experts, False) for piece, b, _ in rows],
+                    [_token(piece, t, _title(b, t), experts, b != t) for piece, b, t in rows],
+                )
             )
-        )
-    return found
+        found.append(ColouredLayer(layer, len(pairs), sum(b != t for b, t in pairs), sides))
+    return [layer for layer in found if layer.tokens]
+
+
+def _title(base: int, tuned: int) -> str:
+    return f"expert {tuned}" if base == tuned else f"expert {tuned}, base {base}"
 
 
 def versions(made: RouterReport) -> Iterator[tuple[str, str]]:

@@ -40,7 +40,7 @@ class AlarmRules:
         entropy: share of the base's entropy; 0 never alarms.
     """
 
-    load_change: float | None = 10.0
+    load_change: float | None = 40.0
     dead_experts: bool = True
     entropy: float = 0.5
 

@@ -164,9 +164,7 @@ def read_report(folder: Path) -> RouterReport:
             fix="wait for its first log (`training.logging_steps`)" if logs else "train with `router.log: true`",
         )
     summary = _read_json(run.root / "summary.json") if (run.root / "summary.json").is_file() else {}
-    stopped = summary.get("stopped_by") or next(
-        (alarm.message for alarm in history.alarms if alarm.action == "stop"), None
-    )
+    stopped = summary["stopped_by"] if "stopped_by" in summary else _stopped_by(history)
     compared = compare(history)
     recipe_text = run.recipe.read_text(encoding="utf-8", errors="replace") if run.recipe.is_file() else ""
     return RouterReport(
@@ -179,6 +177,12 @@ def read_report(folder: Path) -> RouterReport:
         verdict=judge(history, compared, recipe, stopped),
         missing=find_missing(history, recipe),
     )
+
+
+def _stopped_by(history: RouterHistory) -> str | None:
+    """The alarm that ended a run without a summary: nothing trained after it."""
+    last = history.train[-1].step if history.train else 0
+    return next((alarm.message for alarm in history.alarms if alarm.action == "stop" and alarm.step >= last), None)
 
 
 def _read_run(run: RunFolder) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.datacheck.words import counts, split_unseen, visible
 from finetune.routerstudy.analyze import PAPER
+from finetune.routerstudy.drawing import LESS, MORE
 from finetune.routerstudy.report import RouterReport
 from finetune.routerstudy.report_figures import (
     drift_plots,
@@ -114,6 +115,8 @@ def render_report(made: RouterReport) -> str:
         texts=coloured(history.texts, history.experts),
         legend=[_style(expert, history.experts) for expert in range(history.experts)] if history.experts <= 16 else [],
         versions=list(versions(made)),
+        less=", ".join(map(str, LESS)),
+        more=", ".join(map(str, MORE)),
         recipe=made.recipe_text,
     )
 

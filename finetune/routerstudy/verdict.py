@@ -72,6 +72,8 @@ def compare(history: RouterHistory) -> Comparison | None:
         after, name = train, f"training, step {train.step:,}"
     else:
         return None
+    if after.step == 0:
+        return None
     if history.base is not None:
         before = f"base, {visible(history.base.name)}"
         return Comparison(history.base.window, after, before, name, same_tokens=False, with_base=True)
@@ -86,7 +88,7 @@ def judge(
     history: RouterHistory, compared: Comparison | None, recipe: Mapping[str, Any], stopped: str | None
 ) -> Verdict:
     """The answer to "did fine-tuning break the routing?"."""
-    broken = [] if stopped is None else [f"an alarm stopped the run: {_sentence(stopped)}"]
+    broken = [] if stopped is None else [f"an alarm stopped the run: {stopped.rstrip('.')}"]
     moved: list[str] = []
     with_base = compared is not None and compared.with_base
     if compared is not None and compared.with_base:
@@ -99,6 +101,8 @@ def judge(
         return Verdict("error", "broken", "Fine-tuning broke the routing", _sentence("; ".join(broken)) + ".")
     if moved:
         return Verdict("warning", "moved", "Fine-tuning moved the routing", _sentence("; ".join(moved)) + ".")
+    if max((window.step for window in (*history.train, *history.held_out)), default=0) == 0:
+        return Verdict("warning", "unknown", "Nothing has trained yet", "The run has logged its base only.")
     if not with_base and not history.drift:
         sentence = "Without the base's routing nobody can say what fine-tuning changed."
         return Verdict("warning", "unknown", "There is no base to compare with", sentence)
@@ -126,7 +130,7 @@ def find_missing(history: RouterHistory, recipe: Mapping[str, Any]) -> list[Miss
         found.append(
             Missing(
                 "prompt and completion tokens apart",
-                "`data.loss_on: completion` on rows that have both, unpacked or not",
+                "data with prompts of which only the completion is learnt",
             )
         )
     if setting(recipe, "router.alarms.action", "warn") == "off":
@@ -184,10 +188,10 @@ def _drifted(history: RouterHistory, limit: float) -> list[str]:
     found = []
     last, base = history.drift[-1].layers, history.base
     change = max_of(last.get("load_change", []))
-    if base is not None and change is not None and change[1] > limit * base.noise_floor:
+    if base is not None and change is not None and change[1] > limit * base.noise_floor > 0:
         found.append(
-            f"the load of an expert in layer {change[0]} changed by {change[1]:.2f} of an even share on the same tokens, "
-            f"{change[1] / base.noise_floor:.0f} times what chance shows"
+            f"the load of an expert in layer {change[0]} changed by {change[1]:.2f} of an even share on the same "
+            f"tokens, {change[1] / base.noise_floor:.0f} times what chance shows"
         )
     overlap = max_of([None if value is None else -value for value in last.get("overlap", [])])
     if base is not None and overlap is not None:

@@ -119,7 +119,7 @@ def write_run(
         if step in evaluations:
             held_out = {"step": step, "eval_loss": 4.2 - 0.01 * step, "eval_runtime": 1.0}
             held_out |= window(step, at(step), prefix="eval_") if router else {}
-            lines.append(held_out | (drift(layers, step / 50) if base and router else {}))
+            lines.append(held_out | (drift(layers, min(step / 50, 2.0)) if base and router else {}))
     write_lines(folder / "metrics.jsonl", lines)
     write_json(
         folder / "run.json",

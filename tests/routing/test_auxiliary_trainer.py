@@ -1,7 +1,7 @@
 """One optimizer step through the trainer: the gradient is that of the global batch, however it is cut up.
 
-Truth: a plain transformers model in float64 that holds the dequantized weights, with stock PEFT's adapter on it. It sees
-the step's conversations one by one, unpadded and unpacked, and the loss is written out over all of them.
+Truth: a plain transformers model in float64 with the dequantized weights and stock PEFT's adapter. It sees the
+conversations of the step one by one, unpadded and unpacked, and the loss is written out over all of them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write(folder: Path, name: str, base: Path, rows: Path, **sections: dict[str,
             "save_strategy": "no",
             "eval_strategy": "no",
         },
-        "router": {"aux": "train", "balance_coef": BALANCE, "z_coef": Z},
+        "router": {"log": False, "figures": False, "aux": "train", "balance_coef": BALANCE, "z_coef": Z},
         "output": {"dir": str(folder / name)},
     }
     for section, values in sections.items():

@@ -86,6 +86,15 @@ def test_the_peers_are_the_recorded_ones() -> None:
             assert len(rows_with(f"| {peer['tokens_per_second']:,.0f} |", peak)) == 1
 
 
+def test_the_cost_of_watching_is_the_recorded_one() -> None:
+    line = json.loads((RECORDED / "router.json").read_text(encoding="utf-8"))
+    text = " ".join(TEXT.split())
+    assert (line["batch"], line["length"], line["random_weights"]) == (8, 1024, True)
+    assert f"the capture costs {line['capture_share']:+.2%} of a step" in text
+    error = line["capture_ms_standard_error"] / 1e3 / line["seconds_per_step_off"]
+    assert f"(within the measurement's error of {error:.1%}) and {line['capture_peak_bytes'] / 2**20:.0f} MiB" in text
+
+
 def test_the_numbers_of_the_data_path_are_the_recorded_ones() -> None:
     line = json.loads((REPOSITORY / "bench" / "results" / "cpu" / "data.json").read_text(encoding="utf-8"))
     text = " ".join(TEXT.split())

@@ -152,9 +152,14 @@ def encode_source(
     if not cached:
         form = form_of(reader, reading)
         _sweep(folder.parent)
-        with staged(folder, replace=True) as partial:
-            ledger = _write(reader, form, tokenizer, teaching, partial / _ROWS, processes, name)
-            (partial / _LEDGER).write_text(json.dumps(asdict(ledger)), encoding="utf-8")
+        try:
+            with staged(folder, replace=True) as partial:
+                ledger = _write(reader, form, tokenizer, teaching, partial / _ROWS, processes, name)
+                (partial / _LEDGER).write_text(json.dumps(asdict(ledger)), encoding="utf-8")
+        except OSError:
+            # Another process, of this launch or another, may have put the same rows there meanwhile.
+            if not (folder / _LEDGER).is_file():
+                raise
     return EncodedSource(Dataset.from_file(str(folder / _ROWS)), _read_ledger(folder / _LEDGER), cached)
 
 

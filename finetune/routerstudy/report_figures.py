@@ -233,10 +233,10 @@ def _metric_figure(
     most = _POINTS if history.layers <= _MANY_LAYERS else _POINTS_OF_MANY
     lines = []
     for layer in range(history.layers):
-        train = [(window.step, at(window.layers.get(name, []), layer)) for window in history.train]
-        held = [(window.step, at(window.layers.get(name, []), layer)) for window in history.held_out]
+        points = [(window.step, at(window.layers.get(name, []), layer)) for window in history.train]
+        others = [(window.step, at(window.layers.get(name, []), layer)) for window in history.held_out]
         band = None if history.base is None else history.base.band(name, layer, history.window_tokens)
-        lines.append((Series("train", thinned(train, most)), Series("held", held, dotted=True), band))
+        lines.append((Series("train", thinned(points, most)), Series("held", others, dotted=True), band))
     values = [v for train, held, band in lines for v in (*_known(train), *_known(held), *(band or ()))]
     y = scale_of(values, low=low, high=high)
     if name == "load_entropy":
@@ -249,8 +249,9 @@ def _metric_figure(
         ]
         base = None if history.base is None else at(history.base.window.layers.get(name, []), layer)
         rules = [] if base is None else [(base, "base", "")]
-        known = [(step, value) for step, value in train.points if value is not None]
-        last = at([value for _, value in known[-1:]], 0)
+        logged = ((window.step, at(window.layers.get(name, []), layer)) for window in history.train)
+        known = [(step, value) for step, value in logged if value is not None]
+        last = known[-1][1] if known else None
         text = f"layer {layer}"
         if known:
             text += f": {known[0][1]:.3g} at step {known[0][0]:g}, {known[-1][1]:.3g} at step {known[-1][0]:g}"

@@ -69,7 +69,17 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
             "logging_nan_inf_filter": False,
         },
         "memory": {"budget_gib": None},
-        "router": {"log": True, "aux": "monitor", "balance_coef": 0.01, "z_coef": 0.001, "figures": True},
+        "router": {
+            "log": True,
+            "metrics": "brief",
+            "probe_tokens": 4096,
+            "probe_every": None,
+            "alarms": {"action": "warn", "load_change": 40.0, "dead_experts": True, "entropy": 0.5},
+            "aux": "monitor",
+            "balance_coef": 0.01,
+            "z_coef": 0.001,
+            "figures": True,
+        },
         "logging": {
             "wandb": "disabled",
             "tensorboard": False,
@@ -196,7 +206,8 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
         (
             "router:\n  zzz: 8",
             "unknown key `zzz` in `router`\n  where: r.yaml:8: router.zzz\n"
-            "  allowed: log, aux, balance_coef, z_coef, figures\n  fix: remove it",
+            "  allowed: log, metrics, probe_tokens, probe_every, alarms, aux, balance_coef, z_coef, figures\n"
+            "  fix: remove it",
         ),
         (
             "quantization:\n  attention: 4bit",

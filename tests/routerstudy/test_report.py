@@ -63,7 +63,7 @@ def test_a_collapsed_load_and_choice_break_it(tmp_path: Path):
     both = lambda layer, step: [0.125] * 8 if step == 0 or layer else [0.5, 0.3, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02]  # noqa: E731
     made = report_of(tmp_path / "load", load=both)
     assert made.verdict.word == "broken"
-    assert "the spread of the load collapsed in 1 layer" in made.verdict.sentence
+    assert "The spread of the load collapsed in 1 layer, to 47%" in made.verdict.sentence
     write_run(tmp_path / "choice")
     lines = [json.loads(line) for line in (tmp_path / "choice/metrics.jsonl").read_text().splitlines()]
     lines[-1]["eval_router/by_layer/token_entropy"][4] = 0.3
@@ -83,7 +83,8 @@ def test_a_load_that_moved_far(tmp_path: Path):
     made = read_report(tmp_path)
     assert (made.verdict.word, made.verdict.level) == ("moved", "warning")
     assert made.verdict.sentence == (
-        "The load of an expert in layer 3 changed by 0.81 of an even share on the same tokens, 20 times what chance shows."
+        "The load of an expert in layer 3 changed by 0.81 of an even share on the same tokens, "
+        "20 times what chance shows."
     )
     lines[-1]["router/drift/by_layer/load_change"][3] = 0.39  # below ten times 0.04
     lines[-1]["router/drift/by_layer/overlap"][1] = 0.61  # (0.61 - 0.25) / 0.75 is below a half

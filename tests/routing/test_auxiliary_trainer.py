@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,37 +19,53 @@ import pytest
 import torch
 from auxiliary_run import ready_to_step
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.model import BaseSpec, load_base
 from finetune.routing import RouterCapture
-from tests.conftest import REPOSITORY, TOKENIZER_FILES
+from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin
 from tests.running import run_finetune
 
-BALANCE, Z, EXPERTS, TOP_K = 1.0, 0.1, 4, 2
-# name: (packing, routers train, checkpointing)
-CASES = {
+BALANCE, Z, EXPERTS, TOP_K, VOCAB = 1.0, 0.1, 4, 2, 260
+# name: packing, routers train, checkpointing; then how its step is cut up
+CASES: dict[str, tuple[bool, bool, str]] = {
     "padded": (False, False, "none"),
     "padded, router": (False, True, "full"),
     "packed": (True, False, "full"),
     "packed, router": (True, True, "none"),
 }
+LAYOUTS = {
+    "padded": ("at once", "one by one", "two processes"),
+    "padded, router": ("one by one", "two processes"),
+    "packed": ("at once", "two processes"),
+    "packed, router": ("at once", "one by one"),
+}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Mixtral whose routers choose: wider weights than the initial ones."""
+    """A random Mixtral over bytes whose routers choose: wider weights than the initial ones."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": EXPERTS}
     config = MixtralConfig(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.1)
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(REPOSITORY / "recipes" / "tiny-mixtral" / "model" / name, folder / name)
+    alphabet = sorted(ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %}{% if turn.role == 'user' %}?{{ turn.content }}!"
+        "{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -60,8 +75,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     lines = []
     for number in range(1, 9):
-        answer = " ".join(str(7 * i) for i in range(number))
-        turns = [{"role": "user", "content": f"Count to {number}"}, {"role": "assistant", "content": answer}]
+        turns = [
+            {"role": "user", "content": "abc"[: number % 3 + 1]},
+            {"role": "assistant", "content": "7531" * number},
+        ]
         lines.append(json.dumps({"messages": turns}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -71,7 +88,7 @@ def write(folder: Path, name: str, base: Path, rows: Path, **sections: dict[str,
     recipe: dict[str, Any] = {
         "model": {"path": str(base), "device": "cpu"},
         "quantization": {"attention": "16bit"},
-        "data": {"train": str(rows)},
+        "data": {"train": str(rows), "template": "model"},
         "training": {
             "max_steps": 1,
             "learning_rate": 1e-3,
@@ -108,9 +125,10 @@ def sections_of(case: str, layout: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two_processes(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case by two processes of one launch; a folder of runs by case."""
+    """The cases for two processes, by one launch; a folder of runs by case."""
     folder = tmp_path_factory.mktemp("two")
-    recipes = [str(write(folder, case, base, rows, **sections_of(case, "two processes"))) for case in CASES]
+    cases = [case for case in CASES if "two processes" in LAYOUTS[case]]
+    recipes = [str(write(folder, case, base, rows, **sections_of(case, "two processes"))) for case in cases]
     done = subprocess.run(
         [sys.executable, auxiliary_run.__file__, "2", *recipes],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
@@ -159,11 +177,12 @@ def reference(base: Path, rows: Path, before: dict[str, Tensor]) -> tuple[float,
 def test_the_gradient_is_that_of_the_global_batch(
     case: str, base: Path, rows: Path, two_processes: Path, tmp_path: Path
 ) -> None:
-    runs = {"two processes": two_processes / case}
-    for layout in ("at once", "one by one"):
-        auxiliary_run.step(write(tmp_path, layout, base, rows, **sections_of(case, layout)))
-        runs[layout] = tmp_path / layout
-    before = torch.load(runs["at once"] / "step.pt")["before"]
+    runs = {}
+    for layout in LAYOUTS[case]:
+        runs[layout] = two_processes / case if layout == "two processes" else tmp_path / layout
+        if layout != "two processes":
+            auxiliary_run.step(write(tmp_path, layout, base, rows, **sections_of(case, layout)))
+    before = torch.load(next(iter(runs.values())) / "step.pt")["before"]
     loss, balance, z, expected = reference(base, rows, before)
     assert len(expected) == 16 + (2 if CASES[case][1] else 0)
     for layout, run in runs.items():
@@ -207,7 +226,9 @@ def test_resumes_exactly(base: Path, rows: Path, tmp_path: Path) -> None:
     training |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"}
     trainable = {"lora": {"dropout": 0.2}, "router": True, "router_learning_rate": 5e-3}
     recipe = write(tmp_path, "run", base, rows, training=training, trainable=trainable)
-    assert run_finetune("train", recipe).status == 0
+    ran = run_finetune("train", recipe)
+    assert ran.status == 0
+    assert "routers are frozen" not in ran.stdout
     expected = losses(tmp_path / "run")
     assert len(expected) == 4
     (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
@@ -215,25 +236,14 @@ def test_resumes_exactly(base: Path, rows: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize(
-    ("sections", "says"),
-    [
-        ({}, "router.aux: train only moves the attention: the routers are frozen"),
-        (
-            {"trainable": {"method": "non_moe"}},
-            "router.aux: train only moves attention, norms and embeddings: the routers are frozen",
-        ),
-        ({"trainable": {"router": True}}, None),
-        ({"router": {"aux": "monitor"}}, None),
-    ],
-    ids=["lora", "non_moe", "router", "monitor"],
-)
+@pytest.mark.parametrize(("method", "moves"), [("attention_lora", "the attention"), ("non_moe", "attention, norms")])
 def test_what_a_frozen_router_leaves_to_move_is_said(
-    base: Path, rows: Path, tmp_path: Path, sections: dict[str, dict[str, Any]], says: str | None
+    base: Path, rows: Path, tmp_path: Path, method: str, moves: str
 ) -> None:
-    ran = run_finetune("train", write(tmp_path, "run", base, rows, **sections))
+    ran = run_finetune("train", write(tmp_path, "run", base, rows, trainable={"method": method}))
     assert ran.status == 0, ran.stderr
-    assert ("routers are frozen" in ran.stdout) == (says is not None)
-    assert says is None or f"{says} (trainable.router: true trains them)\n" in ran.stdout
+    (line,) = [line for line in ran.stdout.splitlines() if "router.aux" in line]
+    assert line.startswith(f"router.aux: train only moves {moves}")
+    assert line.endswith(": the routers are frozen (trainable.router: true trains them)")
     logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert ("router/aux/weighted" in logged) == (sections.get("router") is None)
+    assert "router/aux/weighted" in logged

@@ -13,7 +13,18 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from finetune.routing import plots
-from finetune.routing.plots import load_heat_map, run_load, training_curves
+from finetune.routing.history import read_history
+from finetune.routing.plots import (
+    drift_figure,
+    layer_curves,
+    load_heat_map,
+    load_over_training,
+    run_figures,
+    run_load,
+    training_curves,
+)
+from finetune.runfolder import RunFolder
+from tests.routerstudy.runs import alarm, collapsing, drift, metrics_of, tilted, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -133,6 +144,79 @@ def test_load_of_a_whole_run_weighs_windows_by_their_tokens(tmp_path: Path) -> N
     assert run_load(metrics).tolist() == [[0.75, 0.25], [pytest.approx(0.4), pytest.approx(0.6)]]
     assert run_load(metrics, prefix="eval_").tolist() == [[0.2, 0.8]]
     assert run_load(write(tmp_path / "none.jsonl", {"step": 1, "loss": 1.0})) is None
+
+
+@pytest.mark.parametrize(("layers", "experts", "across"), [(1, 4, 1), (6, 8, 6), (32, 8, 8), (48, 128, 8)])
+def test_load_over_training(layers: int, experts: int, across: int, tmp_path: Path, figures: list[Figure]) -> None:
+    history = read_history(RunFolder(write_run(tmp_path, layers=layers, experts=experts)))
+    load_over_training(history.train, tmp_path / "load.png")
+    (figure,) = figures
+    assert_nothing_is_clipped(figure)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == layers
+    load = tilted(experts)
+    for layer, axes in enumerate(panels):
+        assert axes.get_title() == f"layer {layer}"
+        (drawn,) = axes.images
+        assert drawn.get_clim() == (0.0, 2.0)
+        want = [[load(layer, step)[expert] * experts for step in range(10, 110, 10)] for expert in range(experts)]
+        assert drawn.get_array().tolist() == [pytest.approx(row) for row in want]
+    assert figure.axes[0].get_subplotspec().get_gridspec().ncols == across
+
+
+@pytest.mark.parametrize(("layers", "rows"), [(6, 5), (32, 1)])
+def test_layer_curves_against_the_band(layers: int, rows: int, tmp_path: Path, figures: list[Figure]) -> None:
+    load = collapsing(8, 2, 100)
+    run = write_run(tmp_path, layers=layers, load=load, alarms=[alarm(60, 2, kind="dead_expert", expert=7)])
+    layer_curves(read_history(RunFolder(run)), tmp_path / "layers.png")
+    (figure,) = figures
+    assert_nothing_is_clipped(figure)
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert len(panels) == layers * rows
+    for layer, axes in enumerate(panels[:layers]):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        want = [[step, metrics_of(load(layer, step))["max_vio"]] for step in range(10, 110, 10)]
+        assert drawn["training"] == [pytest.approx(point) for point in want]
+        assert [point[0] for point in drawn["held-out"]] == [0, 50, 100]
+        assert ("alarm" in drawn) == (layer == 2)
+        # 0.05 between windows of 1024 tokens, so half of it at 4096.
+        base = metrics_of(load(layer, 0))["max_vio"]
+        (band,) = axes.patches
+        assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((base - 0.05, base + 0.05))
+
+
+def test_curves_without_a_base(tmp_path: Path, figures: list[Figure]) -> None:
+    history = read_history(RunFolder(write_run(tmp_path, steps=(2,), evaluations=(), base=False)))
+    layer_curves(history, tmp_path / "layers.png")
+    assert_nothing_is_clipped(figures[0])
+    assert not any(axes.patches for axes in figures[0].axes)
+
+
+def test_drift_figure(tmp_path: Path, figures: list[Figure]) -> None:
+    drift_figure(read_history(RunFolder(write_run(tmp_path, layers=4))), tmp_path / "drift.png")
+    (figure,) = figures
+    assert_nothing_is_clipped(figure)
+    want = drift(4, 2.0)
+    for axes, values in zip(figure.axes[:5], want.values(), strict=True):
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx(values)
+    mean, worst, chance = figure.axes[9].lines
+    assert mean.get_xdata().tolist() == [0, 50, 100]
+    assert mean.get_ydata()[-1] == pytest.approx(sum(want["router/drift/by_layer/load_change"]) / 4)
+    assert worst.get_ydata()[-1] == pytest.approx(max(want["router/drift/by_layer/load_change"]))
+    assert chance.get_ydata()[0] == 0.04
+
+
+def test_a_run_draws_what_it_has_numbers_for(tmp_path: Path) -> None:
+    router = ["router_load.png", "router_load_over_training.png", "router_layers.png"]
+    for name, options, want in (
+        ("whole", {}, ["training.png", *router, "router_drift.png"]),
+        ("no probe", {"base": False}, ["training.png", *router]),
+        ("no router", {"router": False}, ["training.png"]),
+    ):
+        run = write_run(tmp_path / name, steps=(2, 4), evaluations=(0, 4), layers=2, **options)
+        made = run_figures(RunFolder(run), tmp_path / name / "figures")
+        assert [path.name for path in made] == want
+        assert sorted(path.name for path in (tmp_path / name / "figures").iterdir()) == sorted(want)
 
 
 def test_matplotlib_loads_only_with_the_figures() -> None:

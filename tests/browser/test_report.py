@@ -1,0 +1,132 @@
+"""The page of a run's routing in a real browser: quiet, whole at both widths, readable in both themes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import image
+
+from finetune.routerstudy.report import read_report
+from finetune.routerstudy.report_page import render_report
+from tests.conftest import REPOSITORY
+from tests.routerstudy.runs import HARD, alarm, collapsing, write_run
+
+RUNS: dict[str, dict[str, Any]] = {
+    "report-healthy": {},
+    "report-collapsing": {
+        "layers": 32,
+        "load": collapsing(8, 17, 100),
+        "alarms": [alarm(step, 17, kind="dead_expert", expert=7) for step in (60, 80)] + [alarm(90, 3, action="stop")],
+    },
+    "report-sixteen": {"layers": 12, "experts": 16, "top_k": 4},
+    "report-large": {"layers": 48, "experts": 128, "top_k": 8, "steps": tuple(range(10, 3010, 10))},
+    "report-bare": {"steps": (2,), "evaluations": (), "base": False},
+}
+MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
+OPEN_ALL = "document.querySelectorAll('details').forEach(details => { details.open = true })"
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    path = folder / f"{request.param}.html"
+    path.write_text(render_report(read_report(write_run(folder / "run", **RUNS[request.param]))), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(
+    params=[(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")], ids=lambda at: f"{at[0]}-{at[1]}"
+)
+def opened(
+    request: pytest.FixtureRequest, browser: Any, file: Path, screenshots: Path | None
+) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """The page at one width and theme, what it said to the console, and what it asked for."""
+    width, theme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.on("request", lambda sent: asked.append(sent.url))
+    page.goto(file.as_uri())
+    if screenshots is not None:
+        page.screenshot(path=screenshots / f"{file.stem}-{width}-{theme}.png", full_page=True)
+    yield page, said, asked
+    page.close()
+
+
+def test_it_opens_quietly_and_fits(opened: tuple[Any, list[str], list[str]], file: Path):
+    page, said, asked = opened
+    page.evaluate(OPEN_ALL)
+    measured = page.evaluate(MEASURE)
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert measured["width"] <= measured["window"]
+    assert measured["outside"] == []
+    assert measured["covered"] == []
+    assert measured["faint"] == []
+    assert page.evaluate("document.scripts.length") == 0
+    broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+    assert page.evaluate(broken) == 0
+
+
+def test_the_answer_is_on_the_first_screen(opened: tuple[Any, list[str], list[str]]):
+    page, _, _ = opened
+    for selector in ("h1", ".tile"):
+        box = page.locator(selector).first.bounding_box()
+        assert box["y"] + box["height"] <= 900
+
+
+def test_cells_lie_on_their_pixels(browser: Any, file: Path):
+    """A cell that is pointed at is the one whose colour is under the pointer."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(file.as_uri())
+    shapes = page.eval_on_selector_all(
+        ".field",
+        """fields => fields.map(field => {
+            const [image, cells] = [field.querySelector('img'), field.querySelector('.cells')];
+            const boxes = [...cells.children].map(cell => cell.getBoundingClientRect());
+            const last = boxes[boxes.length - 1], whole = image.getBoundingClientRect();
+            return [image.naturalWidth * image.naturalHeight, boxes.length, image.naturalHeight,
+                    Math.abs(boxes[0].left - whole.left), Math.abs(last.right - whole.right),
+                    Math.abs(last.bottom - whole.bottom), boxes[0].width, boxes[0].height];
+        })""",
+    )
+    page.close()
+    for pixels, cells, rows, left, right, bottom, width, height in shapes:
+        assert cells in (pixels, rows)  # each pixel, or each row of them
+        assert max(left, right, bottom) < 1
+        assert min(width, height) > 0
+
+
+def test_the_browser_shows_the_text_that_was_there(browser: Any, file: Path):
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    texts = page.eval_on_selector_all(".coloured", "boxes => boxes.map(box => box.textContent)")
+    page.close()
+    hard = "".join(HARD).replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
+    assert [text for text in texts if text.startswith("<s> 1 <")] == [hard] * (len(texts) // 2)
+
+
+@pytest.mark.usefixtures("browser")  # skipped where there is none
+def test_the_figure_of_a_run(tmp_path: Path):
+    target = tmp_path / "figure.png"
+    command = [sys.executable, "scripts/router_figure.py", str(write_run(tmp_path / "run")), str(target)]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    height, across, _ = image.imread(target).shape
+    assert across == 2160
+    assert 1200 < height < 5000
+
+
+def test_a_folder_that_is_no_run_is_said(tmp_path: Path):
+    command = [sys.executable, "scripts/router_figure.py", str(tmp_path / "none"), str(tmp_path / "figure.png")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no run in this folder" in done.stderr
+    assert not (tmp_path / "figure.png").exists()

@@ -259,7 +259,7 @@ def _metric_figure(
             text += f"; base {base:.3g}" + ("" if band is None else f", band {band[0]:.3g} to {band[1]:.3g}")
         outside = band is not None and last is not None and not band[0] <= last <= band[1]
         drawn = chart([train, held], x, y, band=band, rules=rules, marks=marks, labelled=False)
-        panels.append(Panel(layer, "—" if last is None else f"{last:.2f}", drawn, text, outside))
+        panels.append(Panel(layer, "—" if last is None else f"{last:.{_digits(name)}f}", drawn, text, outside))
     return MetricFigure(name, title, about, _summary(history, name, panels), f"{y.low:g} to {y.high:g}", panels)
 
 
@@ -271,12 +271,18 @@ def _summary(history: RouterHistory, name: str, panels: Sequence[Panel]) -> str:
     worst = max_of([None if value is None else sign * value for value in last])
     if worst is None:
         return ""
-    text = f"{'lowest' if low_is_worse else 'highest'} {sign * worst[1]:.2f} in layer {worst[0]}"
+    digits = _digits(name)
+    text = f"{'lowest' if low_is_worse else 'highest'} {sign * worst[1]:.{digits}f} in layer {worst[0]}"
     base = None if history.base is None else at(history.base.window.layers.get(name, []), worst[0])
     if base is None:
         return text
     outside = sum(panel.outside for panel in panels)
-    return f"{text}, {base:.2f} there in the base; {outside} of {len(panels)} layers end outside the band"
+    return f"{text}, {base:.{digits}f} there in the base; {outside} of {len(panels)} layers end outside the band"
+
+
+def _digits(name: str) -> int:
+    """Decimals that tell one layer from another: load entropies lie just below 1."""
+    return 3 if name == "load_entropy" else 2
 
 
 def _drift_rules(history: RouterHistory, name: str) -> list[tuple[float, str, str]]:

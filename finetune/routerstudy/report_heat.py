@@ -99,10 +99,11 @@ def _utilization(window: Window) -> list[list[float]]:
 
 def _layers_by_experts(shades: Sequence[Sequence[float]], values: Sequence[Sequence[float]], form: str) -> Heat:
     experts = len(values[0])
+    said = [[form.format(round(value, 2) + 0.0) for value in row] for row in values]  # never -0.00
     cells = [
-        Cell(f"layer {layer}, expert {expert}: {form.format(value)}", form.format(value) if experts <= _NUMBERS else "")
-        for layer, row in enumerate(values)
-        for expert, value in enumerate(row)
+        Cell(f"layer {layer}, expert {expert}: {text}", text if experts <= _NUMBERS else "")
+        for layer, row in enumerate(said)
+        for expert, text in enumerate(row)
     ]
     return heat(shades, cells, across=experts, y_labels=32, x_labels=16 if experts <= 16 else 8)
 

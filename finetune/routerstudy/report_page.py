@@ -28,7 +28,7 @@ from finetune.routerstudy.report_figures import (
     shown,
 )
 from finetune.routerstudy.report_heat import load_maps, training_panels
-from finetune.routerstudy.verdict import setting, value_of
+from finetune.routerstudy.verdict import far, setting, value_of
 from finetune.routing.drift import chance_overlap
 from finetune.routing.history import AlarmLine, ColouredText, at
 from finetune.routing.metrics import random_repetition
@@ -200,9 +200,7 @@ def _drift_tiles(made: RouterReport) -> Iterator[Tile]:
         note = f"of an even share, layer {layer}"
         if history.base is not None and history.base.noise_floor > 0:
             note += f"; {value / history.base.noise_floor:.1f} times chance"
-        limit = setting(made.about["recipe"], "router.alarms.load_change", 10.0)
-        far = history.base is not None and limit is not None and value > limit * history.base.noise_floor
-        yield Tile("load change", f"{value:.2f}", note, level="warning" if far else "")
+        yield Tile("load change", f"{value:.2f}", note, level="warning" if far(value, history) else "")
     else:
         yield Tile("load change", "—", "not measured")
 

@@ -6,8 +6,9 @@ Otherwise with the base on the probe, and it is said that the tokens differ. The
     broken     at the end an expert gets less than a tenth of an even share that the base gave at least twice that; or
                the entropy of the router's choice fell below `router.alarms.entropy` of the base's; or an alarm stopped
                the run
-    moved      an expert's load on the probe changed by more than `router.alarms.load_change` times what chance shows;
-               or a layer keeps less than half of its choices beyond what chance would keep; or an alarm was raised
+    moved      on the same tokens, an expert's load changed by more than half an even share, and by more than ten times
+               what chance shows; or a layer keeps less than half of its choices beyond what chance would keep; or an
+               alarm was raised
     intact     none of these
     unknown    there is no base to compare with
 
@@ -23,8 +24,11 @@ from typing import Any, Literal
 from finetune.datacheck.words import counts, visible
 from finetune.routing.history import RouterHistory, Window, max_of
 
-# Defaults of the recipe's alarms, for a run that had none.
-_LOAD_CHANGE, _ENTROPY = 10.0, 0.5
+# The recipe's default, for a run that had no alarms.
+_ENTROPY = 0.5
+# Change of an expert's load that is more than a fine-tuning's usual: in even shares, and in what chance shows. Tighter
+# than the alarm, which must not go off in a healthy run.
+_MOVED, _MOVED_TIMES = 0.5, 10.0
 # A share of an even share of tokens below which an expert is dead, and what the base must have given it.
 _DEAD, _ALIVE = 0.1, 0.2
 # Tokens of an even share that a window needs before an expert can be called dead, as for alarms.
@@ -94,19 +98,23 @@ def judge(
     if compared is not None and compared.with_base:
         broken += _died(compared) + _collapsed(compared, setting(recipe, "router.alarms.entropy", _ENTROPY) or _ENTROPY)
     if history.drift:
-        moved += _drifted(history, setting(recipe, "router.alarms.load_change", _LOAD_CHANGE) or _LOAD_CHANGE)
+        moved += _drifted(history)
     if history.alarms and not broken and not moved:
         moved.append(f"{counts(len(history.alarms), 'alarm')} went off on the way, and the end is quiet again")
     if broken:
         return Verdict("error", "broken", "Fine-tuning broke the routing", _sentence("; ".join(broken)) + ".")
     if moved:
-        return Verdict("warning", "moved", "Fine-tuning moved the routing", _sentence("; ".join(moved)) + ".")
+        facts = _facts(history, compared)
+        sentence = _sentence("; ".join(moved)) + "." + (f" {_sentence(facts)}." if facts else "")
+        return Verdict("warning", "moved", "Fine-tuning moved the routing", sentence)
     if max((window.step for window in (*history.train, *history.held_out)), default=0) == 0:
         return Verdict("warning", "unknown", "Nothing has trained yet", "The run has logged its base only.")
     if not with_base and not history.drift:
         sentence = "Without the base's routing nobody can say what fine-tuning changed."
         return Verdict("warning", "unknown", "There is no base to compare with", sentence)
-    return Verdict("fine", "intact", "The routing is intact", _reassurance(history, compared))
+    step = max(window.step for window in (*history.train, *history.held_out))
+    sentence = f"After {counts(step, 'step')} {_facts(history, compared)}."
+    return Verdict("fine", "intact", "The routing is intact", sentence)
 
 
 def find_missing(history: RouterHistory, recipe: Mapping[str, Any]) -> list[Missing]:
@@ -183,15 +191,24 @@ def _collapsed(compared: Comparison, limit: float) -> list[str]:
     return found
 
 
-def _drifted(history: RouterHistory, limit: float) -> list[str]:
+def far(change: float, history: RouterHistory) -> bool:
+    """Whether a change of an expert's load on the probe, in even shares, is more than a fine-tuning's usual."""
+    floor = 0.0 if history.base is None else history.base.noise_floor
+    return change > max(_MOVED, _MOVED_TIMES * floor)
+
+
+def _drifted(history: RouterHistory) -> list[str]:
     """How far the probe's routing is from the base's, where that is far."""
     found = []
     last, base = history.drift[-1].layers, history.base
     change = max_of(last.get("load_change", []))
-    if base is not None and change is not None and change[1] > limit * base.noise_floor > 0:
+    if change is not None and far(change[1], history):
+        times = ""
+        if base is not None and base.noise_floor > 0:
+            times = f", {change[1] / base.noise_floor:.0f} times what chance shows"
         found.append(
-            f"the load of an expert in layer {change[0]} changed by {change[1]:.2f} of an even share on the same "
-            f"tokens, {change[1] / base.noise_floor:.0f} times what chance shows"
+            f"on the same tokens the load of an expert in layer {change[0]} changed by {change[1]:.2f} of an even "
+            f"share{times}"
         )
     overlap = max_of([None if value is None else -value for value in last.get("overlap", [])])
     if base is not None and overlap is not None:
@@ -203,7 +220,8 @@ def _drifted(history: RouterHistory, limit: float) -> list[str]:
     return found
 
 
-def _reassurance(history: RouterHistory, compared: Comparison | None) -> str:
+def _facts(history: RouterHistory, compared: Comparison | None) -> str:
+    """What can be said of a routing that is not broken."""
     said = []
     if compared is not None and compared.with_base:
         said.append("no expert died")
@@ -214,9 +232,7 @@ def _reassurance(history: RouterHistory, compared: Comparison | None) -> str:
         overlap = [value for value in history.drift[-1].layers.get("overlap", []) if value is not None]
         if overlap:
             said.append(f"{sum(overlap) / len(overlap):.1%} of the experts chosen are still the base's")
-    text = ", and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
-    step = max((window.step for window in (*history.train, *history.held_out)), default=0)
-    return f"After {counts(step, 'step')} {text}."
+    return ", and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
 
 
 def setting(recipe: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -168,8 +168,12 @@ def load_over_training(windows: Sequence[Window], path: str | Path) -> None:
     """
     layers, experts = len(windows[0].load), len(windows[0].load[0])
     across, down = _grid(layers)
-    height = min(max(0.16 * experts, 0.9), 2.4)
-    figure = Figure(figsize=(max(1.7 * across, 3.6) + 1.2, (height + 0.42) * down + 0.8), dpi=150, layout="constrained")
+    panel = min(max(0.16 * experts, 0.9), 2.4)
+    width, height = max(1.7 * across, 3.6) + 1.3, (panel + 0.42) * down + 0.95
+    # By hand, as for `layer_curves`.
+    figure = Figure(figsize=(width, height), dpi=150)
+    box = {"left": 0.65 / width, "right": 1 - 0.95 / width, "top": 1 - 0.55 / height, "bottom": 0.5 / height}
+    figure.subplots_adjust(**box, wspace=0.12, hspace=0.34 / panel)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     edges = (0.5, len(windows) + 0.5, experts - 0.5, -0.5)
     for layer, axes in enumerate(panels.flat):
@@ -188,7 +192,9 @@ def load_over_training(windows: Sequence[Window], path: str | Path) -> None:
     panels[0, 0].set_yticks(_ticks(experts, 8))
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("expert", fontsize=10)
-    bar = figure.colorbar(image, ax=panels, extend="max", pad=0.02, aspect=10 * down + 8)
+    tall = min(3.0 / height, box["top"] - box["bottom"])
+    beside = figure.add_axes((1 - 0.75 / width, box["top"] - tall, 0.13 / width, tall))
+    bar = figure.colorbar(image, cax=beside, extend="max")
     bar.set_ticks([0.0, 0.5, 1.0, 1.5, 2.0], labels=["0", "0.5", "even", "1.5", "2"])
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

@@ -95,7 +95,7 @@ class MoeTrainer(SFTTrainer):
             raise FinetuneError(
                 f"{type(optimizer).__name__} takes no groups of parameters, so no learning rate for the routers alone",
                 where="trainable.router_learning_rate",
-                allowed=f"null with training.optim: {self.args.optim}",
+                allowed=f"null with training.optim: {self.args.optim.value}",
                 fix="remove it, or set training.optim: adamw_torch_fused",
             )
         optimizer.param_groups.extend(groups)

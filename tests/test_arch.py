@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 from finetune.arch import (
     ATTENTION_PROJECTIONS,
+    ROUTER,
     SUPPORTED_MODEL_TYPES,
     MoeArch,
     experts_path,
+    is_router,
     role_of,
     router_path,
 )
@@ -164,6 +166,17 @@ def test_lora_count_equals_pefts(family: str, targets: tuple[str, ...], dora: bo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_lora_and_router_count_equals_pefts(family: str) -> None:
+    config = tiny_config(family)
+    arch = MoeArch.from_config(config.to_dict())
+    settings = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=[ROUTER])
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
+    expected = arch.lora_params(8, ("q_proj",), router=True)
+    assert expected == model.get_nb_trainable_parameters()[0] == count(model, "adapter")
+    assert count(model, "router") == arch.router_params
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_config_reads_like_the_one_in_memory(tmp_path: Path, family: str) -> None:
     config = tiny_config(family)
     config.save_pretrained(tmp_path)
@@ -235,6 +248,8 @@ def test_roles() -> None:
             peft + "lora_A.default.weight",
             peft + "lora_magnitude_vector.default.weight",
             peft + "base_layer.weight",
+            "base_model.model." + layer + "mlp.gate.original_module.weight",
+            "base_model.model." + layer + "mlp.gate.modules_to_save.default.weight",
         )
     } == {
         layer + "mlp.experts.gate_up_proj": "experts",
@@ -251,7 +266,12 @@ def test_roles() -> None:
         peft + "lora_A.default.weight": "adapter",
         peft + "lora_magnitude_vector.default.weight": "adapter",
         peft + "base_layer.weight": "attention",
+        "base_model.model." + layer + "mlp.gate.original_module.weight": "router",
+        "base_model.model." + layer + "mlp.gate.modules_to_save.default.weight": "adapter",
     }
+    assert is_router(layer + "mlp.gate.weight")
+    assert is_router("base_model.model." + layer + "mlp.gate.modules_to_save.default.weight")
+    assert not is_router(layer + "mlp.gate_proj.weight")
 
 
 def test_preflight_needs_no_torch() -> None:

@@ -156,6 +156,8 @@ def encode_source(
             with staged(folder, replace=True) as partial:
                 ledger = _write(reader, form, tokenizer, teaching, partial / _ROWS, processes, name)
                 (partial / _LEDGER).write_text(json.dumps(asdict(ledger)), encoding="utf-8")
+                if (folder / _LEDGER).is_file():
+                    raise FileExistsError(folder)  # not replaced: the process that put it there may be reading it
         except OSError:
             # Another process, of this launch or another, may have put the same rows there meanwhile.
             if not (folder / _LEDGER).is_file():

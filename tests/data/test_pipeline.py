@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import IGNORED, Reading, Source, Teaching, encode_source
+from finetune.data import IGNORED, Reading, Source, Teaching, encode_source, pipeline
 from finetune.data.pipeline import cache_folder
 from finetune.errors import DataError
+from finetune.runfolder import staged
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +81,29 @@ def test_a_second_start_reads_what_the_first_wrote(tokenizer, tmp_path):
     assert (first.cached, second.cached) == (False, True)
     assert columns(first.dataset) == columns(second.dataset)
     assert first.ledger == second.ledger
+
+
+def test_rows_that_another_process_put_there_meanwhile_are_taken(tokenizer, tmp_path, monkeypatch):
+    """Two processes of one launch begin with the same rows; the one that ends second finds the folder there."""
+    path = write(tmp_path / "rows.jsonl", [{"messages": conversation(i)} for i in range(5)])
+
+    @contextlib.contextmanager
+    def late(folder, *, replace):
+        with staged(folder, replace=replace) as partial:
+            yield partial
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(pipeline, "staged", late)
+    assert len(encode_source(Reading(Source(str(path))), tokenizer, Teaching()).dataset) == 5
+
+    @contextlib.contextmanager
+    def refused(folder, *, replace):
+        yield tmp_path
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pipeline, "staged", refused)
+    with pytest.raises(OSError, match="Permission denied"):
+        encode_source(Reading(Source(str(path), max_rows=2)), tokenizer, Teaching())
 
 
 @pytest.mark.parametrize("change", ["data", "template", "length", "policy", "loss", "rows"])

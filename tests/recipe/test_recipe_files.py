@@ -17,6 +17,8 @@ def test_the_recipes_that_the_documentation_names_exist() -> None:
     assert {str(path) for path in RECIPES} >= {
         "recipes/tiny-mixtral/qlora-attention.yaml",
         "recipes/tiny-mixtral/freeze-experts.yaml",
+        "recipes/tiny-mixtral/train-router.yaml",
+        "recipes/tiny-mixtral/collapsing-router.yaml",
         "recipes/mixtral-8x7b/qlora-attention-80gb.yaml",
         "recipes/mixtral-8x7b/freeze-experts-80gb.yaml",
     }
@@ -68,7 +70,7 @@ def test_the_classic_command() -> None:
 
 def test_the_tiny_recipes_use_the_bundled_model_and_data() -> None:
     folder = ROOT / "recipes" / "tiny-mixtral"
-    for name in ("qlora-attention", "freeze-experts"):
+    for name in ("qlora-attention", "freeze-experts", "train-router", "collapsing-router"):
         recipe = load_recipe(folder / f"{name}.yaml")
         assert recipe.model.path == str(folder / "model")
         assert recipe.data.train == str(folder / "data" / "train.jsonl")

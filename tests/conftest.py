@@ -100,6 +100,8 @@ def write_recipe(tmp_path: Path, small_mixtral: Path, conversations: Path) -> Ca
                 "eval_strategy": "no",
                 "save_strategy": "no",
             },
+            # Drawing takes seconds a run, and so does comparing with the base; tests of them ask for them.
+            "router": {"figures": False, "probe_tokens": 0},
             "output": {"dir": str(tmp_path / "run")},
         }
         for section, values in sections.items():

@@ -235,10 +235,10 @@ def test_resuming_with_another_recipe(write_recipe: Write, tmp_path: Path) -> No
     recipe = write_recipe()
     shown = run_finetune("recipe", "show", recipe, "--json").document["recipe"]
     (run / "run.json").write_text(json.dumps({"recipe": shown}))
-    changes = ("--set", "training.seed=1", "--set", "trainable.lora.r=8", "--set", "router.figures=false")
+    changes = ("--set", "training.seed=1", "--set", "trainable.lora.r=8", "--set", "router.log=false")
     says = (
         "the recipe is not the one this run was started with",
-        "router.figures was True, is False; trainable.lora.r was 16, is 8; training.seed was 42, is 1",
+        "router.log was True, is False; trainable.lora.r was 16, is 8; training.seed was 42, is 1",
         f"output.dir: {run}",
         "resume with that recipe",
     )

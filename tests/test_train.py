@@ -34,19 +34,29 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def test_a_run_leaves_what_it_names(write_recipe: Write, tmp_path: Path) -> None:
-    recipe = write_recipe(training={"eval_strategy": "steps", "eval_steps": 8, "eval_on_start": True})
+    recipe = write_recipe(
+        training={"eval_strategy": "steps", "eval_steps": 8, "eval_on_start": True},
+        router={"figures": True, "probe_tokens": 64},
+    )
     ran = run_finetune("train", recipe, "--json")
     assert ran.status == 0, ran.stderr
     summary = ran.document
     assert summary["steps"] == 8
+    assert summary["stopped_by"] is None
     assert summary["eval_loss_last"] < summary["eval_loss_first"] < math.log(32000) + 0.5
     run = tmp_path / "run"
     for name in ("run.json", "recipe.yaml", "census.json", "metrics.jsonl", "summary.json"):
         assert (run / name).is_file(), name
     for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json"):
         assert (run / "adapter" / name).is_file(), name
+    assert len(summary["figures"]) == 5
     for figure in summary["figures"]:
         assert Path(figure).read_bytes().startswith(b"\x89PNG")
+    # What the routers did is there for a report.
+    assert json.loads((run / "router" / "base.json").read_text())["probe"]["tokens"] == 64
+    reported = run_finetune("router", "report", run, "--html", tmp_path / "router.html")
+    assert reported.status == 0, reported.stderr
+    assert (tmp_path / "router.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     about = json.loads((run / "run.json").read_text())
     assert about["packages"]["transformers"]
     assert "git" in about
@@ -177,13 +187,13 @@ def test_auxiliary_loss_stands_apart(write_recipe: Write, tmp_path: Path) -> Non
         "on.yaml",
         output={"dir": str(tmp_path / "on")},
         training={"max_steps": 1, "gradient_accumulation_steps": 1},
-        router={"aux_loss_coef": 0.5},
+        router={"aux": "train", "balance_coef": 0.5},
     )
     assert run_finetune("train", off).status == 0
     assert run_finetune("train", on).status == 0
     without, with_aux = ((json.loads((tmp_path / name / "metrics.jsonl").open().readline())) for name in ("off", "on"))
-    assert "aux_loss" not in without
-    assert with_aux["aux_loss"] > 1.0
+    assert "router/aux/balance" not in without
+    assert with_aux["router/aux/balance"] == pytest.approx(with_aux["router/balance_loss_mean"], rel=1e-4)
     # The same first step: `loss` must not contain half a unit of auxiliary loss. Five digits are what TRL logs.
     assert with_aux["loss"] == pytest.approx(without["loss"], abs=2e-4)
 

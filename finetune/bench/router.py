@@ -52,7 +52,7 @@ def bench_router(
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         workload = make_workload(
             path,
-            [*overrides, "router.probe_tokens=0"],
+            overrides,
             scratch=Path(scratch),
             batch=batch,
             length=length,

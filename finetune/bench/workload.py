@@ -103,6 +103,7 @@ def make_workload(
         "training.per_device_train_batch_size": batch,
         "training.gradient_accumulation_steps": 1,
         "training.max_length": length,
+        "router.probe_tokens": 0,  # read at evaluations
         "output.dir": scratch / "run",
     }
     every = recipe.training.get("logging_steps", 10)

@@ -219,7 +219,7 @@ class RouterSection(Section):
     probe_tokens: Annotated[int, Field(ge=0)] = 4096
     """Tokens of held-out data (of training data without any) on which the run is compared with its base; 0: none."""
     probe_every: Annotated[int, Field(gt=0)] | None = None
-    """Steps between two such comparisons; null: with each evaluation, or ten times a run without any."""
+    """Steps between two such comparisons; null: with each evaluation, or at most ten times a run without any."""
     alarms: RouterAlarmsSection = RouterAlarmsSection()
     """What is said, or stops the run, when a router goes wrong."""
     aux: Literal["off", "monitor", "train"] = "monitor"

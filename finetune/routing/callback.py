@@ -26,6 +26,10 @@ from finetune.routing.names import brief_scalars, layer_scalars, layer_vectors, 
 from finetune.routing.watch import RouterWatch
 
 
+# Without evaluations the probe is read ten times a run, and not more often than every so many steps.
+_FEWEST_STEPS = 10
+
+
 class RouterCallback(TrainerCallback):
     """Logs router health per layer and summarized.
 
@@ -67,7 +71,7 @@ class RouterCallback(TrainerCallback):
         self.capture.reset("train")
         if self.watch is not None:
             if self.watch.every is None and args.eval_strategy == "no":
-                self.watch.every = max(1, state.max_steps // 10)
+                self.watch.every = max(_FEWEST_STEPS, state.max_steps // 10)
             self.watch.begin(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -43,7 +43,7 @@ class RouterWatch:
         tell: shows one line to the user.
         pieces: the text of each token of a row.
         main: whether this process writes and tells.
-        every: steps between two readings of the probe; None reads it with evaluations, or ten times a run without any.
+        every: steps between two readings of the probe; None reads it with evaluations (callback.py).
     """
 
     folder: Path

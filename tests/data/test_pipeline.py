@@ -86,6 +86,20 @@ def test_a_second_start_reads_what_the_first_wrote(tokenizer, tmp_path):
 def test_rows_that_another_process_put_there_meanwhile_are_taken(tokenizer, tmp_path, monkeypatch):
     """Two processes of one launch begin with the same rows; the one that ends second finds the folder there."""
     path = write(tmp_path / "rows.jsonl", [{"messages": conversation(i)} for i in range(5)])
+    made, others = pipeline._write, []
+
+    def after_another(*arguments):
+        monkeypatch.setattr(pipeline, "_write", made)
+        others.append(encode_source(Reading(Source(str(path))), tokenizer, Teaching()))
+        (folder,) = (cache_folder() / "rows").glob("[!.]*")
+        others.append(folder.stat().st_ino)
+        return made(*arguments)
+
+    monkeypatch.setattr(pipeline, "_write", after_another)
+    found = encode_source(Reading(Source(str(path))), tokenizer, Teaching())
+    assert columns(found.dataset) == columns(others[0].dataset)
+    (folder,) = (cache_folder() / "rows").iterdir()
+    assert folder.stat().st_ino == others[1], "what another process may be reading was replaced"
 
     @contextlib.contextmanager
     def late(folder, *, replace):
@@ -94,7 +108,7 @@ def test_rows_that_another_process_put_there_meanwhile_are_taken(tokenizer, tmp_
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     monkeypatch.setattr(pipeline, "staged", late)
-    assert len(encode_source(Reading(Source(str(path))), tokenizer, Teaching()).dataset) == 5
+    assert len(encode_source(Reading(Source(str(path), max_rows=4)), tokenizer, Teaching()).dataset) == 4
 
     @contextlib.contextmanager
     def refused(folder, *, replace):

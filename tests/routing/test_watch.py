@@ -140,13 +140,13 @@ def test_reading_the_probe_leaves_training_as_it_is(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def test_without_evaluation_the_probe_is_read_ten_times(tmp_path: Path) -> None:
+def test_without_evaluation_the_probe_is_read_every_ten_steps_at_most(tmp_path: Path) -> None:
     trainer, router, recorder = trainer_for(
         with_lora(), tmp_path, gradient_accumulation_steps=1, max_steps=20, logging_steps=20, eval_strategy="no"
     )
     watched(router, tmp_path / "router")
     trainer.train()
-    assert [step for step, logs, _ in recorder.lines if "router/drift/kl_mean" in logs] == list(range(2, 21, 2))
+    assert [step for step, logs, _ in recorder.lines if "router/drift/kl_mean" in logs] == [10, 20]
 
 
 def kill_expert(model: nn.Module, layer: int, expert: int) -> None:

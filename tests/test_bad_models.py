@@ -186,7 +186,11 @@ def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
         ),
         (
             _edit("adapter_config.json", target_modules=["q_proj", "gate"]),
-            ("cannot train 'gate' with LoRA: LoRA trains the attention only, a router trains in full", "adapter_config.json", "q_proj, k_proj"),
+            (
+                "cannot train 'gate' with LoRA: LoRA trains the attention only, a router trains in full",
+                "adapter_config.json",
+                "q_proj, k_proj",
+            ),
         ),
         (_edit("base.json", path="/nowhere/base"), ("not where it was: /nowhere/base", "base.json", "with --base")),
         (

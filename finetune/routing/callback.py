@@ -25,7 +25,6 @@ from finetune.routing.metrics import RouterSums, layer_metrics
 from finetune.routing.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
 from finetune.routing.watch import RouterWatch
 
-
 # Without evaluations the probe is read ten times a run, and not more often than every so many steps.
 _FEWEST_STEPS = 10
 

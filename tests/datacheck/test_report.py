@@ -88,8 +88,7 @@ def test_counts_equal_a_count_by_hand(make_recipe, tokenizer):
     ]
 
 
-def test_packing_and_steps(make_recipe, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.datacheck.schedule._RECORDED", tmp_path)  # no speed was measured
+def test_packing_and_steps(make_recipe, tokenizer):
     rows = [turns(f"question {i}", "word " * (1 + i % 40)) for i in range(300)]
     recipe = make_recipe(
         rows,

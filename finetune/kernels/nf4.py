@@ -21,6 +21,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from finetune.kernels.nf4_code import NF4_CODE
 from finetune.kernels.operators import HAS_TRITON, define
 
 if HAS_TRITON:
@@ -92,7 +93,8 @@ def dynamic_map(device: torch.device) -> Tensor:
 _DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
 
 
-def _code(device: torch.device) -> Tensor:
+def code_of(device: torch.device) -> Tensor:
+    """float32 [16]: the NF4 code."""
     if device not in _CODES:
         _CODES[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
     return _CODES[device]
@@ -112,7 +114,7 @@ def _dequantize_plain(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, off
 
 
 def _dequantize_cuda(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
-    tables = _code(packed.device), dynamic_map(packed.device)
+    tables = code_of(packed.device), dynamic_map(packed.device)
     triton_kernels.dequantize_nf4(packed, absmax, nested_absmax, offset, *tables, NESTED_BLOCK, out)
 
 
@@ -172,12 +174,3 @@ def dequantize_reference(stack: Nf4Stack, dtype: torch.dtype) -> Tensor:
     nested = stack.nested_absmax.repeat_interleave(NESTED_BLOCK, dim=1)[:, : scales.shape[1]]
     scales = scales * nested + stack.offset[:, None]
     return (code[nibbles.long()] * scales[..., None]).view(experts, out, in_).to(dtype)
-
-
-# The 16 quantiles of the standard normal that NF4 uses (QLoRA, appendix E; the same float32 values as bitsandbytes).
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip

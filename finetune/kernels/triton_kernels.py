@@ -15,12 +15,12 @@ Shape suffixes: T tokens, K choices, S = T * K rows sorted by expert, H hidden, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from finetune.kernels.triton_launch import launch
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def dequantize_nf4(
     experts = packed.shape[0]
     words = packed.view(experts, -1).view(torch.int32)
     grid = (triton.cdiv(words.shape[1], DEQUANTIZE_WORDS), experts)
-    _launch(
+    launch(
         dequantize_nf4_kernel,
         grid,
         words,
@@ -206,7 +206,7 @@ def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: T
     choices = index_TK.numel()
     # A power of two, so that token counts share compiled kernels.
     chunks = triton.next_power_of_2(triton.cdiv(choices, SORT_CHUNK))
-    _launch(
+    launch(
         sort_rows_kernel,
         (end_E.numel(),),
         index_TK,
@@ -225,13 +225,13 @@ def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: T
 def gather_rows(x_TH: Tensor, token_S: Tensor, out_SH: Tensor) -> None:
     rows, hidden = out_SH.shape
     block = min(triton.next_power_of_2(hidden), COLUMN_BLOCK)
-    _launch(gather_rows_kernel, (rows, triton.cdiv(hidden, block)), x_TH, token_S, out_SH, hidden, BLOCK=block)
+    launch(gather_rows_kernel, (rows, triton.cdiv(hidden, block)), x_TH, token_S, out_SH, hidden, BLOCK=block)
 
 
 def combine_rows(y_SH: Tensor, position_TK: Tensor, weight_TK: Tensor | None, out_TH: Tensor) -> None:
     (tokens, top_k), hidden = position_TK.shape, y_SH.shape[1]
     block = min(triton.next_power_of_2(hidden), COLUMN_BLOCK)
-    _launch(
+    launch(
         combine_rows_kernel,
         (tokens, triton.cdiv(hidden, block)),
         y_SH,
@@ -248,13 +248,13 @@ def combine_rows(y_SH: Tensor, position_TK: Tensor, weight_TK: Tensor | None, ou
 def swiglu_forward(h_S2F: Tensor, out_SF: Tensor) -> None:
     rows, width = out_SF.shape
     block = min(triton.next_power_of_2(width), COLUMN_BLOCK)
-    _launch(swiglu_forward_kernel, (rows, triton.cdiv(width, block)), h_S2F, out_SF, width, BLOCK=block)
+    launch(swiglu_forward_kernel, (rows, triton.cdiv(width, block)), h_S2F, out_SF, width, BLOCK=block)
 
 
 def swiglu_backward(h_S2F: Tensor, v_SF: Tensor, weight_TK: Tensor, order_S: Tensor, grad_weight_TK: Tensor) -> None:
     rows, width = v_SF.shape
     block = min(triton.next_power_of_2(width), SWIGLU_BACKWARD_BLOCK)
-    _launch(
+    launch(
         swiglu_backward_kernel,
         (rows,),
         h_S2F,
@@ -266,16 +266,3 @@ def swiglu_backward(h_S2F: Tensor, v_SF: Tensor, weight_TK: Tensor, order_S: Ten
         BLOCK=block,
         num_warps=SWIGLU_BACKWARD_WARPS,
     )
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches on the first tensor's device; an empty grid launches nothing."""
-    if grid[0] == 0:
-        return
-    device = args[0].device
-    # The interpreter of the tests runs on the CPU; entering the device that is current already would cost 10 us.
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
-    else:
-        with torch.cuda.device(device):
-            kernel[grid](*args, **options)

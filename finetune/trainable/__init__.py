@@ -10,13 +10,14 @@ Leaves out: merging (export/) and checkpoints of the optimizer (the trainer's).
 """
 
 from finetune.trainable.files import check_tuned, read_adapter_kind
-from finetune.trainable.lora import add_attention_lora, check_targets, load_adapter, save_adapter
+from finetune.trainable.lora import add_adapters, add_attention_lora, check_targets, load_adapter, save_adapter
 from finetune.trainable.lora_layers import FusedLoraLinear4bit
 from finetune.trainable.masters import keep_fp32_masters, trainable_count, trained_tensors
 from finetune.trainable.non_moe import load_non_moe, save_non_moe, unfreeze_non_moe
 
 __all__ = [
     "FusedLoraLinear4bit",
+    "add_adapters",
     "add_attention_lora",
     "check_targets",
     "check_tuned",

@@ -12,6 +12,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,40 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
         AdapterError: a file is missing or corrupt, the adapter is no plain attention LoRA, or its tensors do not fit.
     """
     folder = Path(folder)
+    saved = _read_saved(model, folder)
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=saved.config)
+    if is_trainable:
+        with safe_open(folder / LORA_TENSORS, framework="pt") as file:
+            # PEFT has rounded them to the base's dtype.
+            _keep_routers_fp32(peft_model, {name: file.get_tensor(name) for name in saved.shapes if is_router(name)})
+        _assert_lora(peft_model, saved.shapes, saved.count)
+    return peft_model
+
+
+def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PeftModel:
+    """Loads several adapters of one base side by side, by name, for inference; the first is the active one.
+
+    Raises:
+        AdapterError: as `load_adapter`, before anything of the model is touched.
+    """
+    saved = {name: _read_saved(model, folder) for name, folder in folders.items()}
+    (first, folder), *others = folders.items()
+    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=first, config=saved[first].config)
+    for name, folder in others:
+        peft_model.load_adapter(str(folder), adapter_name=name, config=saved[name].config)
+    return peft_model.eval()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """An adapter in a folder that fits the model: what PEFT is to build, its tensors, and how many numbers they are."""
+
+    config: LoraConfig
+    shapes: Shapes
+    count: int
+
+
+def _read_saved(model: PreTrainedModel, folder: Path) -> _Saved:
     arch = MoeArch.from_config(model.config.to_dict())
     require_file(folder / LORA_CONFIG)
     config = read_json(folder / LORA_CONFIG, kind=AdapterError)
@@ -154,14 +189,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
         what=f"the adapter does not fit this model at r={r}",
         fix=f"load it onto the base it was trained on ({config.get('base_model_name_or_path')})",
     )
-    lora_config = register_lora_layers(LoraConfig.from_pretrained(str(folder)))
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=lora_config)
-    if is_trainable:
-        with safe_open(folder / LORA_TENSORS, framework="pt") as file:
-            # PEFT has rounded them to the base's dtype.
-            _keep_routers_fp32(peft_model, {name: file.get_tensor(name) for name in found if is_router(name)})
-        _assert_lora(peft_model, expected, arch.lora_params(r, targets, dora=dora, router=router))
-    return peft_model
+    count = arch.lora_params(r, targets, dora=dora, router=router)
+    return _Saved(register_lora_layers(LoraConfig.from_pretrained(str(folder))), expected, count)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:

@@ -1,0 +1,247 @@
+"""The device's side of the engine: the cache, prompts, steps as CUDA graphs, and tokens on their way back.
+
+A graph is captured for each batch bucket (1, 2, 4, ... rows) when it is first needed; rows that pad a batch belong to
+page 0. Tokens stay on the device from step to step: the host reads them one step later, from pinned memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from finetune.arch import MoeArch
+from finetune.errors import DeviceError
+from finetune.infer.loading import ServedModels
+from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
+from finetune.infer.prefill import prefill
+from finetune.infer.sampler import Chosen, RowSampling, choose
+from finetune.infer.step import DecodeStep
+
+# Longer only when asked for: the pool and the rotary tables grow with it.
+DEFAULT_MAX_LENGTH = 32768
+# A forward pass of so many prompt tokens keeps an H100's GEMMs full; more would only hold up the running rows longer.
+PREFILL_TOKENS = 4096
+# Of a CPU's memory, where nobody says more.
+_CPU_POOL_BYTES = 2**29
+_MARGIN_BYTES = 2**30
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Limits of an engine.
+
+    Attributes:
+        max_batch: requests that decode at once.
+        max_length: tokens of a prompt and its answer; None: the model's positions, at most 32,768.
+        kv_gib: memory for keys and values; None: what all rows at full length need, or what is free.
+    """
+
+    max_batch: int = 16
+    max_length: int | None = None
+    kv_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits_TV: Tensor
+
+
+class Runner:
+    """Runs prompts and steps of one model; used by the engine's thread alone.
+
+    Raises:
+        DeviceError: no memory for a cache of one full-length request.
+    """
+
+    page_tokens = PAGE
+
+    def __init__(self, served: ServedModels, settings: EngineSettings):
+        loaded = served.loaded
+        self.arch, self.device = loaded.arch, loaded.device
+        self.model: Any = loaded.model.eval()
+        self.causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.adapters = served.adapters
+        dtype = self.causal.dtype
+        positions = self.causal.config.max_position_embeddings
+        longest = min(settings.max_length or DEFAULT_MAX_LENGTH, positions)
+        count = _pool_pages(self.arch, dtype, self.device, settings, longest)
+        self.max_length = min(longest, (count - 1) * PAGE)
+        self.pool = PagePool(self.arch, count, dtype, self.device)
+        with torch.inference_mode():
+            self.decode = DecodeStep(self.causal, self.arch, served.adapters, self.max_length)
+        rows, width = settings.max_batch, pages_for(self.max_length)
+        self._token_T = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._position_T = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._adapter_T = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._page_TP = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
+        self._graphs: dict[int, _Graph] = {}
+        self._last: list[object] = []
+        self._last_chosen: Tensor | None = None
+
+    def reserve(self, tokens: int) -> list[int] | None:
+        """Pages for so many tokens, or None until others are given back."""
+        return self.pool.take(pages_for(tokens))
+
+    @contextlib.contextmanager
+    def active(self, selector: int) -> Iterator[None]:
+        """The model's own forward goes by this adapter, or by the base."""
+        if not isinstance(self.model, PeftModel):
+            yield
+        elif selector == 0:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self.model.set_adapter(self.adapters[selector - 1])
+            yield
+
+    def prompt_batches(self, rows: Sequence[R], describe: Callable[[R], tuple[int, int]]) -> Iterator[list[R]]:
+        """Rows of one selector whose prompts go through one forward pass; `describe` gives selector and length."""
+        batch: list[R] = []
+        tokens, current = 0, None
+        for row in rows:
+            selector, length = describe(row)
+            if batch and (selector != current or tokens + length > PREFILL_TOKENS):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(row)
+            tokens, current = tokens + length, selector
+        if batch:
+            yield batch
+
+    def prefill(
+        self,
+        selector: int,
+        prompts: Sequence[Sequence[int]],
+        pages: Sequence[Sequence[int]],
+        samplings: Sequence[RowSampling],
+    ) -> tuple[Tensor, Callable[[], Chosen]]:
+        """The first token of each prompt's answer: on the device [N], and a function that waits for it on the host."""
+        with self.active(selector):
+            logits = prefill(self.causal, prompts, pages, self.pool)
+        chosen = choose(logits, samplings)
+        return chosen.token_T, _to_host(chosen)
+
+    def step(
+        self,
+        rows: Sequence[object],
+        tokens: Sequence[tuple[Tensor, int]],
+        positions: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        selectors: Sequence[int],
+        samplings: Sequence[RowSampling],
+    ) -> tuple[Tensor, Callable[[], Chosen]]:
+        """One step of all rows; results as `prefill`.
+
+        Args:
+            rows: who they are, so that a batch of the same rows need not be arranged again.
+            tokens: where each row's newest token lies on the device.
+            positions: where that token stands.
+        """
+        count = len(rows)
+        bucket = min(1 << (count - 1).bit_length(), self._token_T.numel())
+        if self._last_chosen is not None and list(rows) == self._last:
+            self._token_T[:count].copy_(self._last_chosen)
+            self._position_T[:count] += 1
+        else:
+            self._arrange(tokens, positions, pages, selectors)
+        logits = self._logits(bucket)
+        chosen = choose(logits[:count], samplings)
+        self._last, self._last_chosen = list(rows), chosen.token_T
+        return chosen.token_T, _to_host(chosen)
+
+    def _arrange(
+        self,
+        tokens: Sequence[tuple[Tensor, int]],
+        positions: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        selectors: Sequence[int],
+    ) -> None:
+        count, width = len(tokens), self._page_TP.shape[1]
+        table = torch.zeros(self._page_TP.shape, dtype=torch.int32)
+        for row, own in enumerate(pages):
+            table[row, : min(len(own), width)] = torch.tensor(own[:width], dtype=torch.int32)
+        self._page_TP.copy_(table)
+        self._token_T[:count] = torch.stack([source[index] for source, index in tokens])
+        for target, values in ((self._position_T, positions), (self._adapter_T, selectors)):
+            padded = [*values, *[0] * (target.numel() - count)]
+            target.copy_(torch.tensor(padded, dtype=torch.int32))
+
+    def _logits(self, bucket: int) -> Tensor:
+        if self.device.type != "cuda":
+            return self._decode(bucket)
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._capture(bucket)
+        captured = self._graphs[bucket]
+        captured.graph.replay()
+        return captured.logits_TV
+
+    def _decode(self, bucket: int) -> Tensor:
+        return self.decode(
+            self._token_T[:bucket],
+            self._position_T[:bucket],
+            self._page_TP[:bucket],
+            self._adapter_T[:bucket],
+            self.pool,
+        )
+
+    def _capture(self, bucket: int) -> _Graph:
+        # Once outside the graph, so that kernels are compiled. It writes what the graph will write again.
+        self._decode(bucket)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: a server's other threads may touch the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self._decode(bucket)
+        return _Graph(graph, logits)
+
+
+def _to_host(chosen: Chosen) -> Callable[[], Chosen]:
+    if not chosen.token_T.is_cuda:
+        return lambda: chosen
+    tensors = [chosen.token_T, chosen.logprob_T, chosen.top_ids, chosen.top_logprobs]
+    copies = [None if x is None else torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+    for copy, x in zip(copies, tensors, strict=True):
+        if copy is not None and x is not None:
+            copy.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def ready() -> Chosen:
+        event.synchronize()
+        assert copies[0] is not None
+        return Chosen(copies[0], *copies[1:])
+
+    return ready
+
+
+def _pool_pages(arch: MoeArch, dtype: torch.dtype, device: torch.device, settings: EngineSettings, longest: int) -> int:
+    """Pages of the pool, with the one for padding."""
+    size = page_bytes(arch, dtype)
+    wanted = settings.max_batch * pages_for(longest)
+    if settings.kv_gib is not None:
+        room = int(settings.kv_gib * 2**30)
+    elif device.type == "cuda":
+        # A prompt's forward pass: the experts' rows (gate_up, its activation) and the dequantized matrices.
+        forward = max(PREFILL_TOKENS, longest) * arch.top_k * 4 * arch.intermediate * dtype.itemsize
+        matrices = 3 * arch.experts * arch.intermediate * arch.hidden * dtype.itemsize
+        room = torch.cuda.mem_get_info(device)[0] - forward - matrices - _MARGIN_BYTES
+    else:
+        room = _CPU_POOL_BYTES
+    count = min(wanted, room // size)
+    if count < 1:
+        raise DeviceError(
+            f"there is no memory for keys and values: a page of {PAGE} tokens takes {size / 2**20:.1f} MiB",
+            where="--kv-gib" if settings.kv_gib is not None else str(device),
+            allowed=f"{size / 2**30:.3f} GiB or more",
+            fix="give more with --kv-gib, shorten --max-length, or free the device",
+        )
+    return count + 1

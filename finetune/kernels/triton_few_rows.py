@@ -1,0 +1,509 @@
+"""Raw Triton kernels that multiply few rows (decoding: 1 to 64) with NF4 matrices without writing them out.
+
+At so few rows a product costs what reading its weights costs, 0.52 bytes a weight instead of the 2.5 of dequantizing
+first. What limits the kernel is then the decoding of 5.8e12 weights a second (H100), about five instructions each:
+
+- Four packed bytes become eight fp16 codes by byte permutation (`prmt`): a table of sixteen fp16 values is four
+  registers of low and four of high bytes, so no load is needed. The codes are exact to 2^-12, and their scale is
+  applied in float32 to the sums over 64 of them: nearer to the float64 product than bf16 weights are.
+- One or two rows multiply as pairs of fp16 in the vector units, eight columns of a row in one piece of
+  assembly; more rows share their expert's weights on the fp16 tensor cores.
+- Rows come as fp16, clamped to `LIMIT`: exact for bf16 values between 6e-5 and 16,000, where normed rows lie. The
+  experts' intermediate rows are kept times `SHRINK`, which moves that range to 0.004 to 1e6.
+- A byte holds two columns, so a row lies with its even columns first and the odd ones after: no interleaving.
+- A row's products over splits of the columns are added by the kernel that needs the sum, in a fixed order.
+
+Leaves out: gradients, and many rows, where dequantizing once wins (`experts_matmul.py`).
+
+Shape suffixes: S rows sorted by expert, I a matrix's input, O its output, F intermediate.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Kernels take pointers and numbers that only triton's compiler types.
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.triton_launch import INTERPRETED, launch
+
+# The columns that one scale serves, as bytes.
+BLOCK_BYTES = tl.constexpr(32)
+SHRINK = tl.constexpr(1 / 64)
+LIMIT = tl.constexpr(16000.0)
+# Triton's interpreter, in which tests run the kernels on a CPU, knows no assembly: a table is read instead.
+ASSEMBLY = not INTERPRETED
+
+
+def _decode_assembly(code: tuple[float, ...]) -> str:
+    """PTX for four packed bytes: two fp16 pairs of the low nibbles ($0, $1), two of the high ones ($2, $3).
+
+    `prmt` picks four bytes of eight by four selectors of three bits; a nibble's highest bit then picks between the
+    result for codes 0 to 7 and that for 8 to 15.
+    """
+    halves = [struct.unpack("<H", struct.pack("<e", value))[0] for value in code]
+    low, high = ([half >> shift & 0xFF for half in halves] for shift in (0, 8))
+
+    def register(values: list[int], quarter: int) -> str:
+        a, b, c, d = values[4 * quarter : 4 * quarter + 4]
+        return f"0x{a | b << 8 | c << 16 | d << 24:08x}"
+
+    lines = [".reg .b32 s, t, s1, t1, a, b, lo, hi;"]
+    lines += ["and.b32 s, $4, 0x77777777;", "shr.u32 t, $4, 1;", "lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;"]
+    lines += ["shr.u32 s1, s, 16;", "shr.u32 t1, t, 16;"]
+    for half, (select, choose) in enumerate((("s", "t"), ("s1", "t1"))):
+        for name, values in (("lo", low), ("hi", high)):
+            lines.append(f"prmt.b32 a, {register(values, 0)}, {register(values, 1)}, {select};")
+            lines.append(f"prmt.b32 b, {register(values, 2)}, {register(values, 3)}, {select};")
+            lines.append(f"prmt.b32 {name}, a, b, {choose};")
+        lines += [f"prmt.b32 ${half}, lo, hi, 0x6240;", f"prmt.b32 ${half + 2}, lo, hi, 0x7351;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+DECODE = tl.constexpr(_decode_assembly(NF4_CODE))
+
+
+@triton.jit
+def decode(packed, code_ptr, ASSEMBLY: tl.constexpr):
+    """fp16 codes of the odd and of the even columns, each of `packed`'s shape (uint8)."""
+    if ASSEMBLY:
+        odd, even = tl.inline_asm_elementwise(
+            DECODE, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        odd = tl.load(code_ptr + (packed & 0xF).to(tl.int32)).to(tl.float16)
+        even = tl.load(code_ptr + (packed >> 4).to(tl.int32)).to(tl.float16)
+    return odd, even
+
+
+@triton.jit
+def product(
+    packed_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr, row_mask, n, first, last,
+    BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, BM]: outputs `n` of one matrix for the BM rows at `x_ptr`, over the scales `first` to `last`.
+
+    UNROLL 4 reads four scales as one word; both bounds are then multiples of four. They are read a round ahead: their
+    dependent loads would otherwise be waited for in every round.
+    """
+    per_row: tl.constexpr = BYTES // BLOCK_BYTES
+    byte = tl.arange(0, BLOCK_BYTES)
+    weight_ptr = packed_ptr + n.to(tl.int64)[:, None] * BYTES + byte[None, :]
+    if UNROLL == 4:
+        scale_ptr = absmax_ptr.to(tl.pointer_type(tl.int32)) + n * (per_row // 4)
+    else:
+        scale_ptr = absmax_ptr + n * per_row
+    begin = tl.minimum(first, per_row - UNROLL)  # a last split may be empty
+    absmax = tl.load(scale_ptr + begin // UNROLL).to(tl.int32)
+    nested = tl.load(nested_ptr + (n * per_row + begin) // NESTED_BLOCK)
+    total = tl.zeros([BN, BM], dtype=tl.float32)
+    for group in tl.range(first // UNROLL, last // UNROLL, num_stages=STAGES):
+        ahead = tl.minimum(group + 1, per_row // UNROLL - 1)
+        next_absmax = tl.load(scale_ptr + ahead).to(tl.int32)
+        if (NESTED_BLOCK // per_row) * per_row == NESTED_BLOCK:
+            next_nested = nested  # a row's scales share it
+        else:
+            next_nested = tl.load(nested_ptr + (n * per_row + ahead * UNROLL) // NESTED_BLOCK)
+        for step in tl.static_range(UNROLL):
+            block = group * UNROLL + step
+            packed = tl.load(weight_ptr + block * BLOCK_BYTES)
+            odd, even = decode(packed, code_ptr, ASSEMBLY)
+            column = block * BLOCK_BYTES + byte[:, None]
+            x_even = tl.load(x_ptr[None, :] + column, mask=row_mask[None, :], other=0.0)
+            x_odd = tl.load(x_ptr[None, :] + BYTES + column, mask=row_mask[None, :], other=0.0)
+            scale = tl.load(map_ptr + ((absmax >> (8 * step)) & 0xFF)) * nested + offset
+            total += tl.dot(odd, x_odd, tl.dot(even, x_even)) * scale[:, None]
+        absmax, nested = next_absmax, next_nested
+    return total
+
+
+@triton.jit
+def pick(segment, a, b, c):
+    """The pointer of this segment."""
+    if segment == 0:
+        chosen = a
+    elif segment == 1:
+        chosen = b
+    else:
+        chosen = c
+    return chosen
+
+
+@triton.jit
+def dense_kernel(
+    packed0, packed1, packed2, absmax0, absmax1, absmax2, nested0, nested1, nested2, offset0, offset1, offset2,
+    code_ptr, map_ptr, x_ptr, out_ptr, S,
+    END0: tl.constexpr, END1: tl.constexpr, OUT: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One program: BN outputs of one of up to three matrices for all rows, over one split of the columns."""
+    first_out, split = tl.program_id(0) * BN, tl.program_id(1)
+    segment = (first_out >= END0).to(tl.int32) + (first_out >= END1).to(tl.int32)
+    n = first_out + tl.arange(0, BN)
+    local = n - tl.where(segment == 0, 0, tl.where(segment == 1, END0, END1))
+    blocks: tl.constexpr = BYTES // BLOCK_BYTES
+    share: tl.constexpr = (blocks // UNROLL + SPLITS - 1) // SPLITS * UNROLL
+    for first_row in range(0, S, BM):
+        row = first_row + tl.arange(0, BM)
+        y = product(
+            pick(segment, packed0, packed1, packed2), pick(segment, absmax0, absmax1, absmax2),
+            pick(segment, nested0, nested1, nested2), tl.load(pick(segment, offset0, offset1, offset2)),
+            code_ptr, map_ptr, x_ptr + row * (2 * BYTES), row < S, local,
+            tl.minimum(split * share, blocks), tl.minimum((split + 1) * share, blocks),
+            BYTES, NESTED_BLOCK, BN, BM, STAGES, UNROLL, ASSEMBLY,
+        )  # fmt: skip
+        tl.store(out_ptr + (split * S + row)[None, :] * OUT + n[:, None], y, mask=(row < S)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr, S,
+    OUT: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One program: BN outputs of one expert for all of its rows, over one split of the columns."""
+    expert, split = tl.program_id(1), tl.program_id(2)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    end = tl.load(end_ptr + expert)
+    start = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0)
+    blocks: tl.constexpr = BYTES // BLOCK_BYTES
+    packed_ptr += expert.to(tl.int64) * OUT * BYTES
+    absmax_ptr += expert.to(tl.int64) * OUT * blocks
+    nested_ptr += expert * ((OUT * blocks + NESTED_BLOCK - 1) // NESTED_BLOCK)
+    offset = tl.load(offset_ptr + expert)
+    share: tl.constexpr = (blocks // UNROLL + SPLITS - 1) // SPLITS * UNROLL
+    for first_row in range(start, end, BM):
+        row = first_row + tl.arange(0, BM)
+        mask = row < end
+        choice = tl.load(order_ptr + row, mask=mask, other=0)
+        y = product(
+            packed_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr + choice * (2 * BYTES), mask,
+            tl.minimum(n, OUT - 1), tl.minimum(split * share, blocks), tl.minimum((split + 1) * share, blocks),
+            BYTES, NESTED_BLOCK, BN, BM, STAGES, UNROLL, ASSEMBLY,
+        )  # fmt: skip
+        out = out_ptr + (split * S + choice)[None, :] * OUT + n[:, None]
+        tl.store(out, y / SHRINK, mask=mask[None, :] & (n < OUT)[:, None])
+
+
+@triton.jit
+def gate_up_kernel(
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr,
+    TOP_K: tl.constexpr, F: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One program: BN intermediate columns of one expert for all of its rows: silu(gate) * up.
+
+    Gate's and up's outputs alternate in one product, so both read a row once.
+    """
+    expert = tl.program_id(1)
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    i = tl.arange(0, 2 * BN)
+    n = (i % 2) * F + tl.minimum(tl.program_id(0) * BN + i // 2, F - 1)
+    end = tl.load(end_ptr + expert)
+    start = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0)
+    per_matrix: tl.constexpr = 2 * F * (BYTES // BLOCK_BYTES)
+    packed_ptr += expert.to(tl.int64) * 2 * F * BYTES
+    absmax_ptr += expert.to(tl.int64) * per_matrix
+    nested_ptr += expert * ((per_matrix + NESTED_BLOCK - 1) // NESTED_BLOCK)
+    offset = tl.load(offset_ptr + expert)
+    for first_row in range(start, end, BM):
+        row = first_row + tl.arange(0, BM)
+        mask = row < end
+        choice = tl.load(order_ptr + row, mask=mask, other=0)
+        both = product(
+            packed_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr + (choice // TOP_K) * (2 * BYTES),
+            mask, n, 0, BYTES // BLOCK_BYTES, BYTES, NESTED_BLOCK, 2 * BN, BM, STAGES, UNROLL, ASSEMBLY,
+        )  # fmt: skip
+        gate, up = tl.split(tl.permute(tl.reshape(both, [BN, 2, BM]), (0, 2, 1)))
+        store_act(out_ptr + choice[None, :] * F, column[:, None], gate, up, mask[None, :] & (column < F)[:, None], F)
+
+
+@triton.jit
+def store_act(out_ptr, column, gate, up, mask, F: tl.constexpr):
+    """silu(gate) * up times SHRINK, clamped, at its place among even or odd columns."""
+    act = tl.minimum(tl.maximum(gate * tl.sigmoid(gate) * up * SHRINK, -LIMIT), LIMIT)
+    tl.store(out_ptr + column // 2 + (column % 2) * (F // 2), act.to(tl.float16), mask=mask)
+
+
+def _dot8_assembly(code: tuple[float, ...]) -> str:
+    """PTX: float32 sum of eight codes ($1, packed) times eight fp16 values ($2 even columns, $3 odd ones)."""
+    body = _decode_assembly(code)
+    inner = body.strip("{} ")
+    for index, name in enumerate(("p0", "p1", "q0", "q1")):
+        inner = inner.replace(f"prmt.b32 ${index},", f"prmt.b32 {name},")
+    inner = inner.replace("$4", "$1")
+    return (
+        "{ .reg .b32 p0, p1, q0, q1, x0, x1, x2, x3, z; .reg .b16 l, u; .reg .f32 f, g; "
+        + inner
+        + " mov.b64 {x0, x1}, $3; mov.b64 {x2, x3}, $2;"
+        " mul.rn.f16x2 z, p0, x0; fma.rn.f16x2 z, q0, x2, z; fma.rn.f16x2 z, p1, x1, z; fma.rn.f16x2 z, q1, x3, z;"
+        " mov.b32 {l, u}, z; cvt.f32.f16 f, l; cvt.f32.f16 g, u; add.f32 $0, f, g; }"
+    )
+
+
+DOT8 = tl.constexpr(_dot8_assembly(NF4_CODE))
+
+
+@triton.jit
+def dot8(word, even64, odd64, code_ptr, ASSEMBLY: tl.constexpr):
+    """float32: the eight weights of each word, without their scale, times eight fp16 values."""
+    if ASSEMBLY:
+        total = tl.inline_asm_elementwise(
+            DOT8, "=f,r,l,l", [word, even64, odd64], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        total = tl.zeros(word.shape, dtype=tl.float32)
+        for j in tl.static_range(4):
+            low = tl.load(code_ptr + ((word >> (8 * j)) & 0xF))
+            high = tl.load(code_ptr + ((word >> (8 * j + 4)) & 0xF))
+            total += high * (even64 >> (16 * j)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            total += low * (odd64 >> (16 * j)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return total
+
+
+@triton.jit
+def vector_product(
+    words_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr, n, first, last,
+    BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """float32 [R]: outputs `n` of one matrix for one row at `x_ptr`, int64 words of four fp16 columns."""
+    total = tl.zeros([R, NB, 8], dtype=tl.float32)
+    for start in range(first, last, NB):
+        block = start + tl.arange(0, NB)
+        inside = block < last
+        word = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+        even = tl.load(x_ptr + word, mask=inside[:, None], other=0)
+        odd = tl.load(x_ptr + BLOCKS * 8 + word, mask=inside[:, None], other=0)
+        packed = tl.load(
+            words_ptr + n[:, None, None] * (BLOCKS * 8) + word[None, :, :], mask=inside[None, :, None], other=0
+        )
+        index = n[:, None] * BLOCKS + block[None, :]
+        absmax = tl.load(absmax_ptr + index, mask=inside[None, :], other=0).to(tl.int32)
+        nested = tl.load(nested_ptr + index // NESTED_BLOCK, mask=inside[None, :], other=0.0)
+        scale = tl.load(map_ptr + absmax) * nested + offset
+        even, _ = tl.broadcast(even[None, :, :], packed)
+        odd, _ = tl.broadcast(odd[None, :, :], packed)
+        total += dot8(packed, even, odd, code_ptr, ASSEMBLY) * scale[:, :, None]
+    return tl.sum(tl.sum(total, 2), 1)
+
+
+@triton.jit
+def vector_gate_up_kernel(
+    words_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, index_ptr, out_ptr,
+    TOP_K: tl.constexpr, F: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One program: R intermediate columns of one choice: silu(gate) * up."""
+    choice = tl.program_id(1)
+    column = tl.program_id(0) * R + tl.arange(0, R)
+    i = tl.arange(0, 2 * R)
+    n = (i % 2) * F + tl.minimum(tl.program_id(0) * R + i // 2, F - 1)
+    expert = tl.load(index_ptr + choice)
+    both = vector_product(
+        words_ptr + expert * (2 * F * BLOCKS * 8), absmax_ptr + expert * (2 * F * BLOCKS),
+        nested_ptr + expert * ((2 * F * BLOCKS + NESTED_BLOCK - 1) // NESTED_BLOCK), tl.load(offset_ptr + expert),
+        code_ptr, map_ptr, x_ptr + (choice // TOP_K) * (BLOCKS * 16), n, 0, BLOCKS,
+        BLOCKS, NESTED_BLOCK, 2 * R, NB, ASSEMBLY,
+    )  # fmt: skip
+    gate, up = tl.split(tl.reshape(both, [R, 2]))
+    store_act(out_ptr + choice * F, column, gate, up, column < F, F)
+
+
+@triton.jit
+def vector_down_kernel(
+    words_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, index_ptr, out_ptr, S,
+    OUT: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
+    NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One program: R outputs of one choice over one split of the columns."""
+    choice, split = tl.program_id(1), tl.program_id(2)
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    expert = tl.load(index_ptr + choice)
+    share: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    y = vector_product(
+        words_ptr + expert * (OUT * BLOCKS * 8), absmax_ptr + expert * (OUT * BLOCKS),
+        nested_ptr + expert * ((OUT * BLOCKS + NESTED_BLOCK - 1) // NESTED_BLOCK), tl.load(offset_ptr + expert),
+        code_ptr, map_ptr, x_ptr + choice * (BLOCKS * 16), tl.minimum(n, OUT - 1),
+        split * share, tl.minimum((split + 1) * share, BLOCKS), BLOCKS, NESTED_BLOCK, R, NB, ASSEMBLY,
+    )  # fmt: skip
+    tl.store(out_ptr + (split * S + choice) * OUT + n, y / SHRINK, mask=n < OUT)
+
+
+@triton.jit
+def vector_dense_kernel(
+    words0, words1, words2, absmax0, absmax1, absmax2, nested0, nested1, nested2, offset0, offset1, offset2,
+    code_ptr, map_ptr, x_ptr, out_ptr, S,
+    END0: tl.constexpr, END1: tl.constexpr, OUT: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One program: R outputs of one of up to three matrices for one row, over one split of the columns."""
+    first_out, row, split = tl.program_id(0) * R, tl.program_id(1), tl.program_id(2)
+    segment = (first_out >= END0).to(tl.int32) + (first_out >= END1).to(tl.int32)
+    n = first_out + tl.arange(0, R)
+    local = n - tl.where(segment == 0, 0, tl.where(segment == 1, END0, END1))
+    share: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    y = vector_product(
+        pick(segment, words0, words1, words2), pick(segment, absmax0, absmax1, absmax2),
+        pick(segment, nested0, nested1, nested2), tl.load(pick(segment, offset0, offset1, offset2)),
+        code_ptr, map_ptr, x_ptr + row * (BLOCKS * 16), local, split * share,
+        tl.minimum((split + 1) * share, BLOCKS), BLOCKS, NESTED_BLOCK, R, NB, ASSEMBLY,
+    )  # fmt: skip
+    tl.store(out_ptr + (split * S + row) * OUT + n, y)
+
+
+# ---- launches ----------------------------------------------------------------------------------------------------
+
+# The best of those tried on an H100 (torch 2.11, triton 3.6) at the shapes of Mixtral 8x7B.
+VECTOR_CHOICES, VECTOR_DENSE_ROWS = 4, 2
+VECTOR_GATE_UP = {"R": 2, "NB": 8, "num_warps": 1}
+VECTOR_DOWN = {"R": 4, "NB": 8, "num_warps": 1}
+VECTOR_DENSE = {"R": 4, "NB": 32, "num_warps": 2}
+MATRIX_GATE_UP = {"BN": 32, "STAGES": 3, "num_warps": 2}
+MATRIX_DOWN = {"BN": 64, "STAGES": 3, "num_warps": 2}
+MATRIX_DENSE = {"BN": 64, "STAGES": 3, "num_warps": 2}
+DOWN_SPLITS, DENSE_SPLITS = 7, 4
+
+
+class Weights(NamedTuple):
+    """An `Nf4Stack` and the two tables, as the kernels take them."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    code: Tensor
+    dynamic_map: Tensor
+
+
+def down_splits(in_: int) -> int:
+    """Partial sums of a down product of `in_` columns."""
+    return min(DOWN_SPLITS, in_ // 64)
+
+
+def dense_splits(rows: int, in_: int) -> int:
+    """Partial sums of a dense product: one matrix of few rows is too few programs for a GPU."""
+    return 1 if rows <= VECTOR_DENSE_ROWS else min(DENSE_SPLITS, in_ // 64)
+
+
+def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO: Tensor) -> None:
+    """Writes float32 `out` [P, T, O], P splits to be added, of one to three matrices' outputs side by side.
+
+    Args:
+        matrices: stacks of one; their outputs are multiples of 16.
+        x_TI: fp16, even columns first.
+    """
+    (splits, tokens, out), in_ = out_PTO.shape, x_TI.shape[1]
+    widths = [weights.packed.shape[1] for weights in matrices]
+    ends = [sum(widths[: number + 1]) for number in range(2)]
+    padded = [*matrices, *[matrices[-1]] * (3 - len(matrices))]
+    vector = tokens <= VECTOR_DENSE_ROWS
+    fields = [[weights[field] for weights in padded] for field in range(4)]
+    if vector:
+        fields[0] = [packed.view(torch.int32) for packed in fields[0]]
+    pointers = [*fields[0], *fields[1], *fields[2], *fields[3], *matrices[0][4:]]
+    options: dict[str, Any] = {
+        "END0": ends[0],
+        "END1": ends[1] if len(matrices) > 1 else out,
+        "OUT": out,
+        "NESTED_BLOCK": nested_block,
+        "SPLITS": splits,
+        "ASSEMBLY": ASSEMBLY,
+    }
+    if vector:
+        tile = VECTOR_DENSE
+        grid = (out // tile["R"], tokens, splits)
+        launch(vector_dense_kernel, grid, *pointers, x_TI.view(torch.int64), out_PTO, tokens, BLOCKS=in_ // 64,
+               **options, **tile)  # fmt: skip
+        return
+    tile = {**MATRIX_DENSE, "BN": math.gcd(MATRIX_DENSE["BN"], *widths)}
+    launch(
+        dense_kernel,
+        (out // tile["BN"], splits),
+        *pointers,
+        x_TI,
+        out_PTO,
+        tokens,
+        BYTES=in_ // 2,
+        BM=tile_rows(tokens, 1),
+        UNROLL=unroll(in_),
+        **options,
+        **tile,
+    )
+
+
+def gate_up(
+    weights: Weights,
+    nested_block: int,
+    x_TH: Tensor,
+    index_TK: Tensor,
+    order_S: Tensor | None,
+    end_E: Tensor | None,
+    out_SF: Tensor,
+) -> None:
+    """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
+
+    Args:
+        index_TK: int64, the choices.
+        order_S, end_E: the same sorted by expert, int32 (`rows.sort_by_expert`); without them the choices go one by
+            one through the vector units.
+    """
+    (count, width), in_ = out_SF.shape, x_TH.shape[1]
+    options: dict[str, Any] = {"TOP_K": index_TK.shape[1], "NESTED_BLOCK": nested_block, "ASSEMBLY": ASSEMBLY}
+    if order_S is None:
+        tile = VECTOR_GATE_UP
+        grid = (triton.cdiv(width, tile["R"]), count)
+        words = weights._replace(packed=weights.packed.view(torch.int32))
+        launch(vector_gate_up_kernel, grid, *words, x_TH.view(torch.int64), index_TK, out_SF, F=width,
+               BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
+        return
+    experts, tile = weights.packed.shape[0], MATRIX_GATE_UP
+    grid = (triton.cdiv(width, tile["BN"]), experts)
+    launch(gate_up_kernel, grid, *weights, x_TH, order_S, end_E, out_SF, F=width, BYTES=in_ // 2,
+           BM=tile_rows(count, experts), UNROLL=unroll(in_), **options, **tile)  # fmt: skip
+
+
+def down(
+    weights: Weights,
+    nested_block: int,
+    x_SF: Tensor,
+    index_TK: Tensor,
+    order_S: Tensor | None,
+    end_E: Tensor | None,
+    out_PSH: Tensor,
+) -> None:
+    """Writes float32 `out` [P, S, H], P splits to be added, in the order of the choices; arguments as `gate_up`."""
+    (splits, count, out), in_ = out_PSH.shape, x_SF.shape[1]
+    options: dict[str, Any] = {"OUT": out, "NESTED_BLOCK": nested_block, "SPLITS": splits, "ASSEMBLY": ASSEMBLY}
+    if order_S is None:
+        tile = VECTOR_DOWN
+        grid = (triton.cdiv(out, tile["R"]), count, splits)
+        words = weights._replace(packed=weights.packed.view(torch.int32))
+        launch(vector_down_kernel, grid, *words, x_SF.view(torch.int64), index_TK, out_PSH, count,
+               BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
+        return
+    experts, tile = weights.packed.shape[0], MATRIX_DOWN
+    grid = (triton.cdiv(out, tile["BN"]), experts, splits)
+    launch(down_kernel, grid, *weights, x_SF, order_S, end_E, out_PSH, count, BYTES=in_ // 2,
+           BM=tile_rows(count, experts), UNROLL=unroll(in_), **options, **tile)  # fmt: skip
+
+
+def tile_rows(count: int, matrices: int) -> int:
+    """Rows of a tile: 8 is the tensor cores' least; wider where a matrix expects more, so that it is decoded once."""
+    expected = count / matrices
+    return 8 if expected <= 4.5 else 16 if expected <= 10 else 32
+
+
+def unroll(in_: int) -> int:
+    """Scales that are read at a time."""
+    return 4 if in_ % 256 == 0 else 1

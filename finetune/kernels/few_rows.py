@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, dequantize_expert, dynamic_map
+from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, code_of, dequantize_expert, dynamic_map
 from finetune.kernels.operators import HAS_TRITON, define
 from finetune.kernels.rows import sort_by_expert
 
@@ -152,4 +152,4 @@ def few_experts(rows: Halves, index_TK: Tensor, gate_up: Nf4Stack, down: Nf4Stac
 
 def _weights(stack: Nf4Stack) -> triton_few_rows.Weights:
     device = stack.packed.device
-    return triton_few_rows.Weights(*stack, triton_few_rows.decoding_table(device), dynamic_map(device))
+    return triton_few_rows.Weights(*stack, code_of(device), dynamic_map(device))

@@ -93,7 +93,8 @@ def dynamic_map(device: torch.device) -> Tensor:
 _DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
 
 
-def _code(device: torch.device) -> Tensor:
+def code_of(device: torch.device) -> Tensor:
+    """float32 [16]: the NF4 code."""
     if device not in _CODES:
         _CODES[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
     return _CODES[device]
@@ -113,7 +114,7 @@ def _dequantize_plain(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, off
 
 
 def _dequantize_cuda(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
-    tables = _code(packed.device), dynamic_map(packed.device)
+    tables = code_of(packed.device), dynamic_map(packed.device)
     triton_kernels.dequantize_nf4(packed, absmax, nested_absmax, offset, *tables, NESTED_BLOCK, out)
 
 

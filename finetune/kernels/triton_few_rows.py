@@ -44,89 +44,50 @@ LIMIT = tl.constexpr(16000.0)
 ASSEMBLY = not INTERPRETED
 
 
-def _decode_assembly(packed: str, tables: Sequence[str], outputs: Sequence[str]) -> str:
-    """PTX for four packed bytes: `outputs` are two fp16 pairs of the low nibbles, then two of the high ones.
+def _decode_assembly(code: tuple[float, ...]) -> str:
+    """PTX for four packed bytes: two fp16 pairs of the low nibbles ($0, $1), two of the high ones ($2, $3).
 
     `prmt` picks four bytes of eight by four selectors of three bits; a nibble's highest bit then picks between the
-    result for codes 0 to 7 and that for 8 to 15. `tables` are registers: as immediates, every use would be a move.
+    result for codes 0 to 7 and that for 8 to 15.
     """
-    lines = [".reg .b32 s, t, s1, t1, a, b, lo, hi;"]
-    lines += [f"and.b32 s, {packed}, 0x77777777;", f"shr.u32 t, {packed}, 1;"]
-    lines += ["lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;", "shr.u32 s1, s, 16;", "shr.u32 t1, t, 16;"]
-    for half, (select, choose) in enumerate((("s", "t"), ("s1", "t1"))):
-        for name, (first, second, third, fourth) in (("lo", tables[:4]), ("hi", tables[4:])):
-            lines.append(f"prmt.b32 a, {first}, {second}, {select};")
-            lines.append(f"prmt.b32 b, {third}, {fourth}, {select};")
-            lines.append(f"prmt.b32 {name}, a, b, {choose};")
-        lines += [f"prmt.b32 {outputs[half]}, lo, hi, 0x6240;", f"prmt.b32 {outputs[half + 2]}, lo, hi, 0x7351;"]
-    return " ".join(lines)
-
-
-def table_words(code: Sequence[float]) -> list[int]:
-    """The sixteen codes as fp16 in eight words: four of their low bytes, four of their high ones."""
     halves = [struct.unpack("<H", struct.pack("<e", value))[0] for value in code]
-    planes = [[half >> shift & 0xFF for half in halves] for shift in (0, 8)]
-    return [
-        int.from_bytes(plane[at : at + 4], "little", signed=True)
-        for plane in map(bytes, planes)
-        for at in (0, 4, 8, 12)
-    ]
+    low, high = ([half >> shift & 0xFF for half in halves] for shift in (0, 8))
+
+    def register(values: list[int], quarter: int) -> str:
+        a, b, c, d = values[4 * quarter : 4 * quarter + 4]
+        return f"0x{a | b << 8 | c << 16 | d << 24:08x}"
+
+    lines = [".reg .b32 s, t, s1, t1, a, b, lo, hi;"]
+    lines += ["and.b32 s, $4, 0x77777777;", "shr.u32 t, $4, 1;", "lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;"]
+    lines += ["shr.u32 s1, s, 16;", "shr.u32 t1, t, 16;"]
+    for half, (select, choose) in enumerate((("s", "t"), ("s1", "t1"))):
+        for name, values in (("lo", low), ("hi", high)):
+            lines.append(f"prmt.b32 a, {register(values, 0)}, {register(values, 1)}, {select};")
+            lines.append(f"prmt.b32 b, {register(values, 2)}, {register(values, 3)}, {select};")
+            lines.append(f"prmt.b32 {name}, a, b, {choose};")
+        lines += [f"prmt.b32 ${half}, lo, hi, 0x6240;", f"prmt.b32 ${half + 2}, lo, hi, 0x7351;"]
+    return "{ " + " ".join(lines) + " }"
 
 
-# With pack=4, an operand of 32 bits comes as four registers, here all of the same value.
-DECODE = tl.constexpr(
-    "{ " + _decode_assembly("$4", [f"${5 + 4 * i}" for i in range(8)], ["$0", "$1", "$2", "$3"]) + " }"
-)
-DECODE_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 33))
-
-
-# Each thread reads its own copy of a word. From one copy, the assembler would know that the word is the same in all
-# threads, keep it in a uniform register and move it for every use: 8 of 35 instructions for eight weights.
-COPIES = 32
-LOAD_WORD = tl.constexpr(
-    "{ .reg .b32 l; .reg .b64 o; mov.u32 l, %laneid; mul.wide.u32 o, l, 4; add.s64 o, o, $1; ld.global.b32 $0, [o]; }"
-)
-
-
-@triton.jit
-def load_word(table_ptr, number: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """A word of the table in a register of each thread; without assembly, a zero that nobody reads."""
-    if ASSEMBLY:
-        word = tl.inline_asm_elementwise(
-            LOAD_WORD, "=r,l", [(table_ptr + number * 32).to(tl.uint64)], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        word = 0
-    return word
+DECODE = tl.constexpr(_decode_assembly(NF4_CODE))
 
 
 @triton.jit
-def load_table(table_ptr, ASSEMBLY: tl.constexpr):
-    return (
-        load_word(table_ptr, 0, ASSEMBLY), load_word(table_ptr, 1, ASSEMBLY), load_word(table_ptr, 2, ASSEMBLY),
-        load_word(table_ptr, 3, ASSEMBLY), load_word(table_ptr, 4, ASSEMBLY), load_word(table_ptr, 5, ASSEMBLY),
-        load_word(table_ptr, 6, ASSEMBLY), load_word(table_ptr, 7, ASSEMBLY),
-    )  # fmt: skip
-
-
-@triton.jit
-def decode(packed, table, table_ptr, ASSEMBLY: tl.constexpr):
+def decode(packed, code_ptr, ASSEMBLY: tl.constexpr):
     """fp16 codes of the odd and of the even columns, each of `packed`'s shape (uint8)."""
     if ASSEMBLY:
         odd, even = tl.inline_asm_elementwise(
-            DECODE, DECODE_CONSTRAINTS,
-            [packed, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]],
-            dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
+            DECODE, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
     else:
-        odd = tl.load(table_ptr + (packed & 0xF).to(tl.int32)).to(tl.float16)
-        even = tl.load(table_ptr + (packed >> 4).to(tl.int32)).to(tl.float16)
+        odd = tl.load(code_ptr + (packed & 0xF).to(tl.int32)).to(tl.float16)
+        even = tl.load(code_ptr + (packed >> 4).to(tl.int32)).to(tl.float16)
     return odd, even
 
 
 @triton.jit
 def product(
-    packed_ptr, absmax_ptr, nested_ptr, offset, table_ptr, map_ptr, x_ptr, row_mask, n, first, last,
+    packed_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr, row_mask, n, first, last,
     BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +106,6 @@ def product(
     begin = tl.minimum(first, per_row - UNROLL)  # a last split may be empty
     absmax = tl.load(scale_ptr + begin // UNROLL).to(tl.int32)
     nested = tl.load(nested_ptr + (n * per_row + begin) // NESTED_BLOCK)
-    table = load_table(table_ptr, ASSEMBLY)
     total = tl.zeros([BN, BM], dtype=tl.float32)
     for group in tl.range(first // UNROLL, last // UNROLL, num_stages=STAGES):
         ahead = tl.minimum(group + 1, per_row // UNROLL - 1)
@@ -157,7 +117,7 @@ def product(
         for step in tl.static_range(UNROLL):
             block = group * UNROLL + step
             packed = tl.load(weight_ptr + block * BLOCK_BYTES)
-            odd, even = decode(packed, table, table_ptr, ASSEMBLY)
+            odd, even = decode(packed, code_ptr, ASSEMBLY)
             column = block * BLOCK_BYTES + byte[:, None]
             x_even = tl.load(x_ptr[None, :] + column, mask=row_mask[None, :], other=0.0)
             x_odd = tl.load(x_ptr[None, :] + BYTES + column, mask=row_mask[None, :], other=0.0)
@@ -182,7 +142,7 @@ def pick(segment, a, b, c):
 @triton.jit
 def dense_kernel(
     packed0, packed1, packed2, absmax0, absmax1, absmax2, nested0, nested1, nested2, offset0, offset1, offset2,
-    table_ptr, map_ptr, x_ptr, out_ptr, S,
+    code_ptr, map_ptr, x_ptr, out_ptr, S,
     END0: tl.constexpr, END1: tl.constexpr, OUT: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -199,7 +159,7 @@ def dense_kernel(
         y = product(
             pick(segment, packed0, packed1, packed2), pick(segment, absmax0, absmax1, absmax2),
             pick(segment, nested0, nested1, nested2), tl.load(pick(segment, offset0, offset1, offset2)),
-            table_ptr, map_ptr, x_ptr + row * (2 * BYTES), row < S, local,
+            code_ptr, map_ptr, x_ptr + row * (2 * BYTES), row < S, local,
             tl.minimum(split * share, blocks), tl.minimum((split + 1) * share, blocks),
             BYTES, NESTED_BLOCK, BN, BM, STAGES, UNROLL, ASSEMBLY,
         )  # fmt: skip
@@ -208,7 +168,7 @@ def dense_kernel(
 
 @triton.jit
 def down_kernel(
-    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr, S,
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr, S,
     OUT: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +188,7 @@ def down_kernel(
         mask = row < end
         choice = tl.load(order_ptr + row, mask=mask, other=0)
         y = product(
-            packed_ptr, absmax_ptr, nested_ptr, offset, table_ptr, map_ptr, x_ptr + choice * (2 * BYTES), mask,
+            packed_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr + choice * (2 * BYTES), mask,
             tl.minimum(n, OUT - 1), tl.minimum(split * share, blocks), tl.minimum((split + 1) * share, blocks),
             BYTES, NESTED_BLOCK, BN, BM, STAGES, UNROLL, ASSEMBLY,
         )  # fmt: skip
@@ -238,7 +198,7 @@ def down_kernel(
 
 @triton.jit
 def gate_up_kernel(
-    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr,
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr,
     TOP_K: tl.constexpr, F: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +222,7 @@ def gate_up_kernel(
         mask = row < end
         choice = tl.load(order_ptr + row, mask=mask, other=0)
         both = product(
-            packed_ptr, absmax_ptr, nested_ptr, offset, table_ptr, map_ptr, x_ptr + (choice // TOP_K) * (2 * BYTES),
+            packed_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr + (choice // TOP_K) * (2 * BYTES),
             mask, n, 0, BYTES // BLOCK_BYTES, BYTES, NESTED_BLOCK, 2 * BN, BM, STAGES, UNROLL, ASSEMBLY,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(both, [BN, 2, BM]), (0, 2, 1)))
@@ -276,37 +236,37 @@ def store_act(out_ptr, column, gate, up, mask, F: tl.constexpr):
     tl.store(out_ptr + column // 2 + (column % 2) * (F // 2), act.to(tl.float16), mask=mask)
 
 
-def _dot8_assembly() -> str:
+def _dot8_assembly(code: tuple[float, ...]) -> str:
     """PTX: float32 sum of eight codes ($1, packed) times eight fp16 values ($2 even columns, $3 odd ones)."""
+    body = _decode_assembly(code)
+    inner = body.strip("{} ")
+    for index, name in enumerate(("p0", "p1", "q0", "q1")):
+        inner = inner.replace(f"prmt.b32 ${index},", f"prmt.b32 {name},")
+    inner = inner.replace("$4", "$1")
     return (
         "{ .reg .b32 p0, p1, q0, q1, x0, x1, x2, x3, z; .reg .b16 l, u; .reg .f32 f, g; "
-        + _decode_assembly("$1", [f"${4 + i}" for i in range(8)], ["p0", "p1", "q0", "q1"])
+        + inner
         + " mov.b64 {x0, x1}, $3; mov.b64 {x2, x3}, $2;"
         " mul.rn.f16x2 z, p0, x0; fma.rn.f16x2 z, q0, x2, z; fma.rn.f16x2 z, p1, x1, z; fma.rn.f16x2 z, q1, x3, z;"
         " mov.b32 {l, u}, z; cvt.f32.f16 f, l; cvt.f32.f16 g, u; add.f32 $0, f, g; }"
     )
 
 
-DOT8 = tl.constexpr(_dot8_assembly())
+DOT8 = tl.constexpr(_dot8_assembly(NF4_CODE))
 
 
 @triton.jit
-def dot8(word, even64, odd64, table, table_ptr, ASSEMBLY: tl.constexpr):
+def dot8(word, even64, odd64, code_ptr, ASSEMBLY: tl.constexpr):
     """float32: the eight weights of each word, without their scale, times eight fp16 values."""
     if ASSEMBLY:
         total = tl.inline_asm_elementwise(
-            DOT8, "=f,r,l,l,r,r,r,r,r,r,r,r",
-            [
-                word, even64, odd64,
-                table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7],
-            ],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+            DOT8, "=f,r,l,l", [word, even64, odd64], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         total = tl.zeros(word.shape, dtype=tl.float32)
         for j in tl.static_range(4):
-            low = tl.load(table_ptr + ((word >> (8 * j)) & 0xF))
-            high = tl.load(table_ptr + ((word >> (8 * j + 4)) & 0xF))
+            low = tl.load(code_ptr + ((word >> (8 * j)) & 0xF))
+            high = tl.load(code_ptr + ((word >> (8 * j + 4)) & 0xF))
             total += high * (even64 >> (16 * j)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             total += low * (odd64 >> (16 * j)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return total
@@ -314,7 +274,7 @@ def dot8(word, even64, odd64, table, table_ptr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def vector_product(
-    words_ptr, absmax_ptr, nested_ptr, offset, table_ptr, map_ptr, x_ptr, n, first, last,
+    words_ptr, absmax_ptr, nested_ptr, offset, code_ptr, map_ptr, x_ptr, n, first, last,
     BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, WHOLE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +282,6 @@ def vector_product(
 
     WHOLE: from `first` to `last` are whole rounds of NB, so nothing is masked.
     """
-    table = load_table(table_ptr, ASSEMBLY)
     total = tl.zeros([R, NB, 8], dtype=tl.float32)
     for start in range(first, last, NB):
         block = start + tl.arange(0, NB)
@@ -345,13 +304,13 @@ def vector_product(
         scale = tl.load(map_ptr + absmax) * nested + offset
         even, _ = tl.broadcast(even[None, :, :], packed)
         odd, _ = tl.broadcast(odd[None, :, :], packed)
-        total += dot8(packed, even, odd, table, table_ptr, ASSEMBLY) * scale[:, :, None]
+        total += dot8(packed, even, odd, code_ptr, ASSEMBLY) * scale[:, :, None]
     return tl.sum(tl.sum(total, 2), 1)
 
 
 @triton.jit
 def vector_gate_up_kernel(
-    words_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, map_ptr, x_ptr, index_ptr, out_ptr,
+    words_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, index_ptr, out_ptr,
     TOP_K: tl.constexpr, F: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -364,7 +323,7 @@ def vector_gate_up_kernel(
     both = vector_product(
         words_ptr + expert * (2 * F * BLOCKS * 8), absmax_ptr + expert * (2 * F * BLOCKS),
         nested_ptr + expert * ((2 * F * BLOCKS + NESTED_BLOCK - 1) // NESTED_BLOCK), tl.load(offset_ptr + expert),
-        table_ptr, map_ptr, x_ptr + (choice // TOP_K) * (BLOCKS * 16), n, 0, BLOCKS,
+        code_ptr, map_ptr, x_ptr + (choice // TOP_K) * (BLOCKS * 16), n, 0, BLOCKS,
         BLOCKS, NESTED_BLOCK, 2 * R, NB, (BLOCKS // NB) * NB == BLOCKS, ASSEMBLY,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(both, [R, 2]))
@@ -373,7 +332,7 @@ def vector_gate_up_kernel(
 
 @triton.jit
 def vector_down_kernel(
-    words_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, map_ptr, x_ptr, index_ptr, out_ptr, S,
+    words_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, index_ptr, out_ptr, S,
     OUT: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
     NB: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -386,7 +345,7 @@ def vector_down_kernel(
     y = vector_product(
         words_ptr + expert * (OUT * BLOCKS * 8), absmax_ptr + expert * (OUT * BLOCKS),
         nested_ptr + expert * ((OUT * BLOCKS + NESTED_BLOCK - 1) // NESTED_BLOCK), tl.load(offset_ptr + expert),
-        table_ptr, map_ptr, x_ptr + choice * (BLOCKS * 16), tl.minimum(n, OUT - 1),
+        code_ptr, map_ptr, x_ptr + choice * (BLOCKS * 16), tl.minimum(n, OUT - 1),
         split * share, tl.minimum((split + 1) * share, BLOCKS), BLOCKS, NESTED_BLOCK, R, NB, whole, ASSEMBLY,
     )  # fmt: skip
     tl.store(out_ptr + (split * S + choice) * OUT + n, y / SHRINK, mask=n < OUT)
@@ -395,7 +354,7 @@ def vector_down_kernel(
 @triton.jit
 def vector_dense_kernel(
     words0, words1, words2, absmax0, absmax1, absmax2, nested0, nested1, nested2, offset0, offset1, offset2,
-    table_ptr, map_ptr, x_ptr, out_ptr, S,
+    code_ptr, map_ptr, x_ptr, out_ptr, S,
     END0: tl.constexpr, END1: tl.constexpr, OUT: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -409,7 +368,7 @@ def vector_dense_kernel(
     y = vector_product(
         pick(segment, words0, words1, words2), pick(segment, absmax0, absmax1, absmax2),
         pick(segment, nested0, nested1, nested2), tl.load(pick(segment, offset0, offset1, offset2)),
-        table_ptr, map_ptr, x_ptr + row * (BLOCKS * 16), local, split * share,
+        code_ptr, map_ptr, x_ptr + row * (BLOCKS * 16), local, split * share,
         tl.minimum((split + 1) * share, BLOCKS), BLOCKS, NESTED_BLOCK, R, NB, whole, ASSEMBLY,
     )  # fmt: skip
     tl.store(out_ptr + (split * S + row) * OUT + n, y)
@@ -420,8 +379,8 @@ def vector_dense_kernel(
 # The best of those tried on an H100 (torch 2.11, triton 3.6) at the shapes of Mixtral 8x7B.
 VECTOR_CHOICES, VECTOR_DENSE_ROWS = 4, 2
 VECTOR_GATE_UP = {"R": 2, "NB": 8, "num_warps": 1}
-VECTOR_DOWN = {"R": 4, "NB": 8, "num_warps": 1}
-VECTOR_DENSE = {"R": 4, "NB": 32, "num_warps": 2}
+VECTOR_DOWN = {"R": 8, "NB": 8, "num_warps": 1}
+VECTOR_DENSE = {"R": 4, "NB": 16, "num_warps": 1}
 MATRIX_GATE_UP = {"BN": 32, "STAGES": 3, "num_warps": 2}
 MATRIX_DOWN = {"BN": 64, "STAGES": 3, "num_warps": 2}
 MATRIX_DENSE = {"BN": 64, "STAGES": 3, "num_warps": 2}
@@ -435,21 +394,8 @@ class Weights(NamedTuple):
     absmax: Tensor
     nested_absmax: Tensor
     offset: Tensor
-    table: Tensor
+    code: Tensor
     dynamic_map: Tensor
-
-
-def decoding_table(device: torch.device) -> Tensor:
-    """What the kernels decode by: int32 [8, COPIES] for assembly, the float32 codes [16] in the interpreter."""
-    if device not in _TABLES:
-        codes = torch.tensor(NF4_CODE, dtype=torch.float32)
-        words = torch.tensor(table_words(NF4_CODE), dtype=torch.int32)[:, None].repeat(1, COPIES)
-        table = words if ASSEMBLY else codes
-        _TABLES[device] = table.to(device)
-    return _TABLES[device]
-
-
-_TABLES: dict[torch.device, Tensor] = {}
 
 
 def down_splits(in_: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.kernels import decode, few_rows, paged, triton_decode, triton_few_rows
 from finetune.kernels.few_rows import to_halves
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, dequantize_reference, dynamic_map, quantize_stack
+from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, code_of, dequantize_reference, dynamic_map, quantize_stack
 from finetune.kernels.rows import sort_by_expert
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -41,7 +41,7 @@ def unsplit(x: Tensor) -> Tensor:
 
 
 def weights_of(stack: Nf4Stack) -> triton_few_rows.Weights:
-    return triton_few_rows.Weights(*stack, triton_few_rows.decoding_table(DEVICE), dynamic_map(DEVICE))
+    return triton_few_rows.Weights(*stack, code_of(DEVICE), dynamic_map(DEVICE))
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float) -> None:

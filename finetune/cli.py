@@ -216,6 +216,97 @@ def generate(
         report.finish(document)
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="A page in the browser: two models side by side, experts.")] = False,
+    host: Annotated[str, typer.Option(help="Of the page: address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 or more, below 1.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    seed: int = 0,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a conversation; the model's by default.")
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Talk with a model in the terminal, or on a page with --ui."""
+    with reporting(False, debug) as report:
+        quiet_libraries(debug)
+        from finetune.chat.requirements import require_gradio
+        from finetune.infer.request import Sampling
+
+        if ui:
+            require_gradio()
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        from finetune.chat.command import Asked, talk, talk_on_page
+
+        asked = Asked(model, adapter or (), base, device, sampling, system, max_length)
+        if ui:
+            talk_on_page(asked, report, host=host, port=port)
+        else:
+            talk(asked, report)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; give a key where others reach it.")] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its folder's")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,
+    max_body_mib: Annotated[float, typer.Option(min=0.001, help="Size of a request.")] = 8.0,
+    kv_gib: Annotated[float | None, typer.Option(help="Memory for keys and values; what is free by default.")] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Holds the key that clients must show; else FINETUNE_API_KEY.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP in OpenAI's form, until Ctrl+C or SIGTERM."""
+    with reporting(False, debug) as report:
+        quiet_libraries(debug)
+        from finetune.serve.requirements import require_packages
+
+        require_packages()
+        from finetune.infer.engine import EngineSettings
+        from finetune.serve.command import serve as run
+
+        run(
+            model,
+            report,
+            host=host,
+            port=port,
+            adapters=adapter or (),
+            name=name,
+            base=base,
+            device=device,
+            settings=EngineSettings(max_batch=max_batch, max_length=max_length, kv_gib=kv_gib),
+            max_waiting=max_waiting,
+            max_body_mib=max_body_mib,
+            key_file=api_key_file,
+        )
+
+
 @data_app.command("check")
 def data_check(
     recipe: RecipePath,
@@ -381,6 +472,43 @@ def bench_router(
             steps=steps,
             rounds=rounds,
             random_weights=random_weights,
+        )
+        hand_over(document, report, out)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at once; may be given several times.")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="Tokens before; may be given several times.")] = None,
+    prefill: Annotated[int, typer.Option(min=0, help="Prompt whose reading is measured; 0: none.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=8, help="Generated by each request.")] = 64,
+    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model, without a checkpoint.")] = False,
+    peer: Annotated[bool, typer.Option(help="Also transformers' generate on the bitsandbytes model.")] = False,
+    device: Device = "auto",
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the engine: tokens a second by batch and context, beside what the memory's bandwidth allows."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.bench.decode import bench_decode as run
+        from finetune.bench.result import hand_over, require_appendable
+
+        require_appendable(out)
+        document = run(
+            model,
+            report,
+            batches=batch or (1, 4, 16, 64),
+            contexts=context or (128, 4096),
+            prefill=prefill,
+            tokens=tokens,
+            random_weights=random_weights,
+            device=device,
+            peer=peer,
         )
         hand_over(document, report, out)
 

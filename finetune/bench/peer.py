@@ -49,11 +49,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, default=0, help="build fewer layers; 0 is all")
+    parser.add_argument("--decode", action="store_true", help="measure `generate` after --length tokens instead")
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):
-        result = measure_peer(
-            args.peer, args.shape, batch=args.batch, length=args.length, steps=args.steps, layers=args.layers
-        )
+        if args.decode:
+            result = measure_generate(args.shape, batch=args.batch, length=args.length, steps=args.steps)
+        else:
+            result = measure_peer(
+                args.peer, args.shape, batch=args.batch, length=args.length, steps=args.steps, layers=args.layers
+            )
     print(json.dumps(result))
 
 
@@ -93,6 +97,28 @@ def measure_peer(peer: str, shape: Path, *, batch: int, length: int, steps: int,
         "peak_reserved_bytes": None if peak is None else peak.reserved,
         "losses": [float(first), float(last)],
     }
+
+
+def measure_generate(shape: Path, *, batch: int, length: int, steps: int) -> dict[str, Any]:
+    """Tokens a second of transformers' `generate`: `steps` further tokens, beyond what the first two cost."""
+    import torch
+
+    from finetune.bench.measure import now
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    config = _config(shape, 0)
+    model: Any = _quantized_model(config, device).eval()
+    ids = torch.randint(3, config.vocab_size, (batch, length), device=device)
+
+    def seconds(tokens: int) -> float:
+        begun = now(device)
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return now(device) - begun
+
+    seconds(2)
+    taken = seconds(2 + steps) - seconds(2)
+    return {"peer": "parametrization", "batch": batch, "context": length, "tokens_per_second": batch * steps / taken}
 
 
 class _Step:
@@ -144,7 +170,7 @@ def _patch_with_liger() -> None:
 def _config(shape: Path, layers: int) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(shape), num_hidden_layers=layers)
+    return AutoConfig.from_pretrained(str(shape), **({"num_hidden_layers": layers} if layers else {}))
 
 
 def _quantized_model(config: PreTrainedConfig, device: torch.device) -> nn.Module:

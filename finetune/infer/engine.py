@@ -374,7 +374,8 @@ class Engine:
             sampling = row.request.sampling
             ends = token in self._end_ids and not sampling.ignore_eos
             text = "" if ends else row.text.add(token)
-            logprob, top = None, ()
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
             if sampling.logprobs is not None and logprobs is not None:
                 logprob, top = logprobs[number], _top(chosen, number, sampling.logprobs)
             row.listen(TokenEvent(token, text, logprob, top))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import AdapterError
 from finetune.model import BaseSpec, LoadedModel, load, load_base_of
@@ -66,7 +67,7 @@ def load_models(
     for other, folder in wanted.items():
         _require_same_base(loaded, Path(folder), other)
     if wanted:
-        model = add_adapters(loaded.model, {other: Path(folder) for other, folder in wanted.items()})
+        model: Any = add_adapters(loaded.model, {other: Path(folder) for other, folder in wanted.items()})
         loaded = LoadedModel(model, loaded.tokenizer, loaded.arch, loaded.base, loaded.device)
     selectors = {names[0]: 0} | {other: number for number, other in enumerate(wanted, start=1)}
     if kind == "lora":

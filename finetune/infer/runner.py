@@ -68,13 +68,14 @@ class Runner:
         loaded = served.loaded
         self.arch, self.device = loaded.arch, loaded.device
         self.model: Any = loaded.model.eval()
-        self.causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        causal: Any = self.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+        self.causal = causal
         self.adapters = served.adapters
-        dtype = self.causal.dtype
-        positions = self.causal.config.max_position_embeddings
-        longest = min(settings.max_length or DEFAULT_MAX_LENGTH, positions)
+        dtype: torch.dtype = causal.dtype
+        positions = int(causal.config.max_position_embeddings)
+        longest: int = min(settings.max_length or DEFAULT_MAX_LENGTH, positions)
         count = _pool_pages(self.arch, dtype, self.device, settings, longest)
-        self.max_length = min(longest, (count - 1) * PAGE)
+        self.max_length: int = min(longest, (count - 1) * PAGE)
         self.pool = PagePool(self.arch, count, dtype, self.device)
         with torch.inference_mode():
             self.decode = DecodeStep(self.causal, self.arch, served.adapters, self.max_length)

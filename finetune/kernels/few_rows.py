@@ -127,7 +127,7 @@ def _experts_cuda(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor],
 
 
 def _empty_experts(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    splits = triton_few_rows.down_splits(2 * down[0].shape[2]) if runs_on_kernels(x) else 1
+    splits = triton_few_rows.down_splits(index.numel(), 2 * down[0].shape[2]) if runs_on_kernels(x) else 1
     return x.new_empty(splits, index.numel(), x.shape[1], dtype=torch.float32)
 
 

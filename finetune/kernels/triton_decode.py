@@ -256,6 +256,7 @@ def merge_splits_kernel(
 MAX_SPLITS = 32
 # So many programs of attention keep an H100 busy.
 ATTENTION_PROGRAMS = 512
+NORM_WARPS, ROUTE_WARPS, ATTENTION_WARPS = 8, 8, 4
 
 
 def add_norm(
@@ -286,7 +287,7 @@ def add_norm(
         TOP_K=1 if weight_TK is None else weight_TK.shape[1],
         WEIGHTED=weight_TK is not None,
         BLOCK=triton.next_power_of_2(hidden),
-        num_warps=8,
+        num_warps=NORM_WARPS,
         enable_fp_fusion=False,
     )
 
@@ -310,7 +311,7 @@ def route(
         BLOCK=triton.next_power_of_2(hidden),
         EXPERTS=triton.next_power_of_2(experts),
         CHUNK=min(8, triton.next_power_of_2(experts)),
-        num_warps=8,
+        num_warps=ROUTE_WARPS,
     )
 
 
@@ -420,5 +421,6 @@ def paged_attention(
         PAGE=page,
         Q=max(16, triton.next_power_of_2(heads // groups)),
         **shape,
+        num_warps=ATTENTION_WARPS,
     )
     launch(merge_splits_kernel, (tokens, heads), sums, stats, out, half, **shape, num_warps=1)

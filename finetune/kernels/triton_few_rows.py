@@ -382,9 +382,9 @@ VECTOR_GATE_UP = {"R": 2, "NB": 8, "num_warps": 1}
 VECTOR_DOWN = {"R": 8, "NB": 8, "num_warps": 1}
 VECTOR_DENSE = {"R": 4, "NB": 16, "num_warps": 1}
 MATRIX_GATE_UP = {"BN": 32, "STAGES": 3, "num_warps": 2}
-MATRIX_DOWN = {"BN": 64, "STAGES": 3, "num_warps": 2}
-MATRIX_DENSE = {"BN": 64, "STAGES": 3, "num_warps": 2}
-DOWN_SPLITS, DENSE_SPLITS = 7, 4
+MATRIX_DOWN = {"BN": 32, "STAGES": 2, "num_warps": 1}
+MATRIX_DENSE = {"BN": 64, "STAGES": 2, "num_warps": 2}
+VECTOR_DOWN_SPLITS, MATRIX_DOWN_SPLITS, MATRIX_DENSE_SPLITS = 7, 4, 8
 
 
 class Weights(NamedTuple):
@@ -398,14 +398,14 @@ class Weights(NamedTuple):
     dynamic_map: Tensor
 
 
-def down_splits(in_: int) -> int:
+def down_splits(choices: int, in_: int) -> int:
     """Partial sums of a down product of `in_` columns."""
-    return min(DOWN_SPLITS, in_ // 64)
+    return min(VECTOR_DOWN_SPLITS if choices <= VECTOR_CHOICES else MATRIX_DOWN_SPLITS, in_ // 64)
 
 
 def dense_splits(rows: int, in_: int) -> int:
     """Partial sums of a dense product: one matrix of few rows is too few programs for a GPU."""
-    return 1 if rows <= VECTOR_DENSE_ROWS else min(DENSE_SPLITS, in_ // 64)
+    return 1 if rows <= VECTOR_DENSE_ROWS else min(MATRIX_DENSE_SPLITS, in_ // 64)
 
 
 def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO: Tensor) -> None:

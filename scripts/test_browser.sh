@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The pages in a real browser: Debian's chromium, driven by playwright from .venv. Installs both where they are missing,
-# chromium by apt-get (as root, or by sudo). Arguments go to pytest: scripts/test_browser.sh --screenshots outputs/pages
+# The pages in a real browser: Debian's chromium, driven by playwright from .venv, and gradio for the chat page. Installs
+# what is missing, chromium by apt-get (as root, or by sudo). Arguments go to pytest:
+# scripts/test_browser.sh --screenshots outputs/pages
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.sh
@@ -17,8 +18,8 @@ if ! command -v chromium >/dev/null; then
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
     chromium fonts-noto-color-emoji
 fi
-if ! .venv/bin/python -c 'import playwright' 2>/dev/null; then
-  .venv/bin/python -m pip install --quiet -e '.[browser]' -c constraints.txt
+if ! .venv/bin/python -c 'from importlib.util import find_spec as f; exit(not (f("playwright") and f("gradio")))'; then
+  .venv/bin/python -m pip install --quiet -e '.[browser,ui]' -c constraints.txt
 fi
 
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

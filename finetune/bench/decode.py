@@ -70,6 +70,7 @@ def bench_decode(
     Raises:
         FinetuneError: as `model.load`.
     """
+    measured_peer = _peer(model) if peer else None  # first, while the device is free
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         loaded = _load(model, Path(scratch), attention, random_weights, device)
         longest = max(*contexts, prefill, FIRST_TOKEN_PROMPT) + tokens
@@ -101,7 +102,7 @@ def bench_decode(
         "prefill_tokens": prefill or None,
         "prefill_tokens_per_second": None if read is None else rounded(prefill / read),
         "peak_allocated_bytes": None if peak is None else peak.allocated,
-        "peer": _peer(model) if peer else None,
+        "peer": measured_peer,
         **conditions(loaded.device),
     }
     _print(document, report)

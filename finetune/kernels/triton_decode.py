@@ -255,8 +255,8 @@ def merge_splits_kernel(
 
 MAX_SPLITS = 32
 # So many programs of attention keep an H100 busy.
-ATTENTION_PROGRAMS = 512
-NORM_WARPS, ROUTE_WARPS, ATTENTION_WARPS = 8, 8, 4
+ATTENTION_PROGRAMS = 256
+NORM_WARPS, ROUTE_WARPS, ATTENTION_WARPS = 32, 8, 4
 
 
 def add_norm(

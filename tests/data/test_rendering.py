@@ -25,7 +25,7 @@ def test_a_filled_form_is_what_the_template_gives(source: str, reference_convers
         [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant"), texts, strict=True)]
         for texts in ((a, b, c) for a in TEXTS for b in TEXTS for c in TEXTS)
     ]
-    # Part of both (all took half a minute a template): 7 and the 11 texts share no factor, so every pair of texts meets at every two places.
+    # Part of both, since all take half a minute a template. 7 and the 11 texts share no factor: every pair still meets.
     conversations = made[::7] + [row["messages"] for row in reference_conversations[::5]]
     conversations += [messages[:-1] for messages in conversations]
     for messages in conversations:

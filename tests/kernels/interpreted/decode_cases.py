@@ -86,7 +86,7 @@ def test_experts(tokens: int, sizes: tuple[int, int], spread: str) -> None:
     h = torch.stack([g[e] @ x[t].double() for t, chosen in enumerate(index.tolist()) for e in chosen])
     exact = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
     near(unsplit(act) / triton_few_rows.SHRINK.value, exact, 1e-3)
-    out = torch.full((triton_few_rows.down_splits(width), 2 * tokens, hidden), float("nan"), device=DEVICE)
+    out = torch.full((triton_few_rows.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE)
     triton_few_rows.down(weights_of(down), NESTED_BLOCK, act, index, order, end, out)
     near(out.sum(0), torch.stack([d[e] @ row for e, row in zip(index.flatten().tolist(), exact, strict=True)]), 1e-3)
 

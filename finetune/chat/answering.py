@@ -1,0 +1,85 @@
+"""Questions to the engine, one or several at once, and their answers as they come.
+
+The engine tells each token on its own thread; here the tokens of all answers stand in one queue, which the terminal
+reads for one model and the page for two. Cancelling is asked of the engine, which then ends the answer with its last
+event, so nobody has to guess what was still on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from finetune.chat.conversation import Messages
+from finetune.errors import DataError
+from finetune.infer.request import Event, FinishedEvent, Request, Sampling
+
+if TYPE_CHECKING:
+    from finetune.infer.engine import Engine, Ticket
+
+
+class Answering:
+    """Requests that are answered at once.
+
+    Iterating gives the number of a request and its next event, up to the last event of the last one; leaving the
+    iteration before its end cancels what still runs.
+
+    Raises:
+        DataError: the engine refuses one of the requests; none runs then.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]):
+        self._engine = engine
+        self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        self._open = len(requests)
+        self._tickets: list[Ticket] = []
+        try:
+            for number, request in enumerate(requests):
+                self._tickets.append(engine.submit(request, partial(self._take, number)))
+        except DataError:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Ends every answer where it is; from any thread, and as often as one likes."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    def __iter__(self) -> Iterator[tuple[int, Event]]:
+        try:
+            while self._open:
+                number, event = self._events.get()
+                self._open -= isinstance(event, FinishedEvent)
+                if self._engine.failure is not None:
+                    raise RuntimeError("the engine has stopped") from self._engine.failure
+                yield number, event
+        finally:
+            if self._open:
+                self.cancel()
+
+    def _take(self, number: int, event: Event) -> None:
+        self._events.put((number, event))
+
+
+def request_for(engine: Engine, messages: Messages, sampling: Sampling, model: str | None) -> Request:
+    """The request for the next answer of a conversation.
+
+    Raises:
+        DataError: the chat template refuses the conversation, or it leaves no room for an answer.
+    """
+    ids = engine.encode_chat(messages)
+    if len(ids) >= engine.max_length:
+        raise DataError(
+            f"the conversation no longer fits: with this question it has {len(ids):,} tokens",
+            where="the conversation",
+            allowed=f"fewer than {engine.max_length:,}, the length of a conversation with its answer",
+            fix="begin a new conversation (/reset), or ask something shorter",
+        )
+    return Request(ids, sampling, model)
+
+
+def is_full(engine: Engine, end: FinishedEvent) -> bool:
+    """Whether an answer ended because the model's length did."""
+    return end.reason == "length" and end.prompt_tokens + end.completion_tokens >= engine.max_length

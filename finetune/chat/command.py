@@ -1,0 +1,107 @@
+"""The command `finetune chat`: checks what it was given, loads the engine, and talks in the terminal or on a page."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.chat.screen import Screen
+from finetune.chat.session import Session
+from finetune.chat.terminal import chat_in_terminal
+from finetune.console import Report
+from finetune.errors import FinetuneError
+from finetune.infer.engine import Engine, EngineSettings
+from finetune.infer.request import Sampling
+
+_PAGE_BATCH = 8  # answers at once: four tabs with two models
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What both faces are given.
+
+    Attributes:
+        path: model or adapter folder, or hub id.
+        adapters: `NAME=PATH`, each a further model.
+        base: of an adapter, where it has moved since training.
+        system: what the model is told before the conversation.
+        max_length: tokens of a conversation with its answer; the model's by default.
+    """
+
+    path: str
+    adapters: Sequence[str]
+    base: str | None
+    device: str
+    sampling: Sampling
+    system: str | None
+    max_length: int | None
+
+    def load(self, *, max_batch: int) -> Engine:
+        """Raises a FinetuneError for an adapter or model that cannot be used."""
+        settings = EngineSettings(max_batch=max_batch, max_length=self.max_length)
+        return Engine.load(
+            self.path, adapters=named(self.adapters), base=self.base, device=self.device, settings=settings
+        )
+
+
+def talk(asked: Asked, report: Report) -> None:
+    """Talks in the terminal until the user leaves.
+
+    Raises:
+        FinetuneError: an adapter or model that cannot be used, or a template that takes no system message.
+    """
+    with asked.load(max_batch=1) as engine:
+        session = Session(engine, asked.sampling, engine.names[0])
+        if asked.system:
+            session.tell_system(asked.system)
+        chat_in_terminal(session, Screen(sys.stdin, report.stdout, sys.stderr))
+
+
+def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        host: address to listen on.
+        port: 0 for any that is free.
+
+    Raises:
+        FinetuneError: an adapter or model that cannot be used, or an address that cannot be had.
+    """
+    from finetune.chat.page import Page
+    from finetune.chat.page_server import PageServer, is_local, listen
+
+    with contextlib.closing(listen(host, port)) as listening:
+        if not is_local(listening):
+            report.line(f"warning: whoever reaches {host} can use this page")
+        with asked.load(max_batch=_PAGE_BATCH) as engine:
+            page = Page(engine, asked.sampling, asked.system)
+            server = PageServer(page.build(), listening, stop=page.stop_all)
+            report.line(f"chat with {', '.join(engine.names)} on {server.url} (Ctrl-C ends)")
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_page()
+
+
+def named(adapters: Sequence[str]) -> dict[str, str]:
+    """Names and folders of `NAME=PATH` texts.
+
+    Raises:
+        FinetuneError: another form, or a name given twice.
+    """
+    found: dict[str, str] = {}
+    for text in adapters:
+        name, equals, path = text.partition("=")
+        if not (name.strip() and equals and path.strip()):
+            raise FinetuneError(
+                f"--adapter {text!r} does not name an adapter",
+                where="--adapter",
+                allowed="NAME=PATH, such as support=runs/support/adapter",
+                fix="put a name of your choice before the folder",
+            )
+        if name in found:
+            raise FinetuneError(
+                f"the name {name} is given to two adapters", where="--adapter", fix="name each adapter once"
+            )
+        found[name] = path
+    return found

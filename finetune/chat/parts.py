@@ -1,0 +1,111 @@
+"""The page's own parts as HTML: a chat, and text coloured by each token's first expert.
+
+Why not Gradio's chat: it takes a text for Markdown or for HTML, and a text is neither. Here all text goes through
+templates that escape it, and characters that nobody would see are written out.
+
+The colours are those of the router report (`routerstudy/report.css.jinja`): eight that differ also for protan, deutan
+and tritan eyes, hatched for the next eight experts, a hue of its own for each of more. Colour never stands alone: the
+number of an expert stands where it changes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from finetune.chat.conversation import Messages
+from finetune.chat.routes import Routed
+from finetune.datacheck.words import counts, split_unseen, visible
+
+_COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the page.
+
+    Attributes:
+        stretches: its text in parts, each with whether it stands for what nobody would see.
+        changes: whether the token before went to another expert.
+    """
+
+    stretches: list[tuple[str, bool]]
+    number: int
+    expert: int
+    changes: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an expert looks: a class, and the degrees of its hue where it has one of its own."""
+
+    style: str
+    hue: str
+
+
+def chat_text(messages: Messages, note: str, *, label: str) -> str:
+    """HTML of a conversation, with a line about its last answer."""
+    said = [(message["role"], list(split_unseen(message["content"]))) for message in messages]
+    return _template("chat.html.jinja").render(said=said, note=visible(note), label=visible(label))
+
+
+def head(model: str) -> str:
+    """HTML of the page's title."""
+    return _template("head.html.jinja").render(model=visible(model))
+
+
+def refusal(text: str) -> str:
+    """HTML of why something was not done."""
+    return _template("refusal.html.jinja").render(text=visible(text))
+
+
+def coloured_text(routed: Routed, layer: int, *, model: str) -> str:
+    """HTML of a text at one layer, a `span` for each token."""
+    first = routed.first[layer]
+    tokens = [
+        Token(list(split_unseen(piece)), number, expert, number == 0 or first[number - 1] != expert)
+        for number, (piece, expert) in enumerate(zip(routed.pieces, first, strict=True))
+    ]
+    return _template("coloured.html.jinja").render(
+        model=visible(model),
+        layer=layer,
+        tokens=tokens,
+        looks=looks(routed.experts),
+        counted=counts(len(tokens), "token"),
+    )
+
+
+def legend(experts: int, texts: list[tuple[str, Routed]], layer: int) -> str:
+    """HTML of the experts' colours, with how many tokens of each model's text went to each first."""
+    loads = [(visible(model), Counter(routed.first[layer])) for model, routed in texts]
+    return _template("legend.html.jinja").render(looks=looks(experts), loads=loads, layer=layer)
+
+
+def style_sheet() -> str:
+    """The looks of the page."""
+    return _template("page.css.jinja").render()
+
+
+def looks(experts: int) -> list[Look]:
+    """How each expert looks."""
+    if experts > 2 * _COLOURS:
+        # The golden angle keeps neighbours far apart.
+        return [Look("hue", f"{137.508 * expert % 360:.0f}") for expert in range(experts)]
+    hatched = ["" if expert < _COLOURS else " hatched" for expert in range(experts)]
+    return [Look(f"e{expert % _COLOURS}{hatched[expert]}", "") for expert in range(experts)]
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)

@@ -1,0 +1,102 @@
+"""Where a conversation in the terminal stands: with which model, how it samples, what was said and asked last."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from finetune.chat.answering import request_for
+from finetune.chat.conversation import Conversation, Messages
+from finetune.errors import DataError
+from finetune.infer.request import Request, Sampling
+
+if TYPE_CHECKING:
+    from finetune.infer.engine import Engine
+
+
+@dataclass
+class Session:
+    """One user's conversation with an engine.
+
+    Attributes:
+        model: one of the engine's names.
+        asked: the last question, whether its answer was kept or not.
+        attempts: how often that one was asked again; each draws by another seed.
+    """
+
+    engine: Engine
+    sampling: Sampling
+    model: str
+    conversation: Conversation = field(default_factory=Conversation)
+    asked: str | None = None
+    attempts: int = 0
+    _kept: bool = field(default=False, init=False)
+
+    def ask(self, question: str) -> Request:
+        """The request for an answer to a new question.
+
+        Raises:
+            DataError: as `request_for`; the conversation is as before.
+        """
+        request = self._request(self.conversation.messages(question), attempts=0)
+        self.asked, self.attempts, self._kept = question, 0, False
+        return request
+
+    def ask_again(self) -> Request:
+        """The request for another answer to the last question; the earlier one stays until `keep`.
+
+        Raises:
+            DataError: nothing was asked yet, or as `request_for`.
+        """
+        if self.asked is None:
+            raise DataError("nothing has been asked yet", where="/retry", fix="ask something first")
+        before = dataclasses.replace(
+            self.conversation, turns=self.conversation.turns[: len(self.conversation.turns) - self._kept]
+        )
+        request = self._request(before.messages(self.asked), attempts=self.attempts + 1)
+        self.attempts += 1
+        return request
+
+    def keep(self, answer: str) -> None:
+        """Takes the answer to what was asked last into the conversation, in place of an earlier one to it."""
+        assert self.asked is not None, "an answer without a question"
+        if self._kept:
+            self.conversation.turns.pop()
+        self.conversation.turns.append((self.asked, answer))
+        self._kept = True
+
+    def replace(self, conversation: Conversation) -> None:
+        """Goes on with another conversation; its last question can be asked again."""
+        self.conversation, self.attempts = conversation, 0
+        self._kept = bool(conversation.turns)
+        self.asked = conversation.turns[-1][0] if conversation.turns else None
+
+    def tell_system(self, text: str | None) -> None:
+        """Changes what the model is told before the conversation.
+
+        Raises:
+            DataError: the chat template takes no such message.
+        """
+        told = dataclasses.replace(self.conversation, system=text)
+        self.engine.encode_chat(told.messages("?"))
+        self.conversation = told
+
+    def choose(self, model: str) -> None:
+        """Goes on with another of the engine's models.
+
+        Raises:
+            DataError: it has none of this name.
+        """
+        if model not in self.engine.names:
+            raise DataError(
+                f"there is no model {model!r}",
+                where=f"/model {model}",
+                allowed=", ".join(self.engine.names),
+                fix="choose one of them; --adapter NAME=PATH loads more",
+            )
+        self.model = model
+
+    def _request(self, messages: Messages, *, attempts: int) -> Request:
+        sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + attempts) % 2**63)
+        return request_for(self.engine, messages, sampling, self.model)

@@ -1,0 +1,73 @@
+"""`finetune chat` in the terminal: the loop over questions and commands.
+
+A line that begins with a slash is a command (`commands.py`), any other a question. Ctrl-C ends the answer that is being
+given and keeps what was said; at the prompt it leaves, as Ctrl-D does. What cannot be answered is said and not kept, so
+that the next question finds a conversation that works.
+"""
+
+from __future__ import annotations
+
+import time
+
+from finetune.chat.answering import Answering, is_full
+from finetune.chat.commands import Commands
+from finetune.chat.screen import Screen, stopped_by_interrupt
+from finetune.chat.session import Session
+from finetune.errors import FinetuneError
+from finetune.infer.request import FinishedEvent, Request
+
+
+def chat_in_terminal(session: Session, screen: Screen) -> None:
+    """Talks until the user leaves or standard input ends."""
+    commands = Commands(session, screen)
+    screen.say(f"{session.model} of {session.engine.model_path}; /help says what can be typed, Ctrl-C stops an answer")
+    while not commands.leaving:
+        try:
+            line = screen.ask().strip()
+            request = None
+            if line.startswith("/") and "\n" not in line:
+                request = commands.run(line)
+            elif line:
+                request = session.ask(line)
+            if request is not None:
+                _answer(session, screen, request)
+        except FinetuneError as error:
+            screen.refuse(error)
+        except (EOFError, KeyboardInterrupt):
+            screen.say("")
+            return
+
+
+def _answer(session: Session, screen: Screen, request: Request) -> None:
+    """Streams an answer and keeps it, and says how fast it came."""
+    answering = Answering(session.engine, [request])
+    text, times = "", []
+    with stopped_by_interrupt(answering.cancel):
+        for _, event in answering:
+            times.append(time.monotonic())
+            piece = event.text if text else event.text.lstrip()
+            text += piece
+            screen.write(piece)
+    assert isinstance(event, FinishedEvent), "the last event of a request"
+    if text:
+        screen.write("\n")
+        session.keep(text.strip())
+    screen.say(_summary(session, event, times, is_kept=bool(text)))
+
+
+def _summary(session: Session, end: FinishedEvent, times: list[float], *, is_kept: bool) -> str:
+    """Tokens, tokens a second after the first, and why the answer ended where it did not end by itself."""
+    made = end.completion_tokens
+    said = [f"{made:,} token{'s' * (made != 1)}"]
+    tokens = times[:-1]  # the last event is the end
+    if len(tokens) > 1 and tokens[-1] > tokens[0]:
+        said.append(f"{(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s")
+    if end.reason == "cancelled":
+        said.append("stopped")
+    elif is_full(session.engine, end):
+        said.append(f"the model's length of {session.engine.max_length:,} tokens is full: /reset begins anew")
+    elif end.reason == "length":
+        said.append(f"cut at max_new_tokens={session.sampling.max_new_tokens}")
+    if not is_kept:
+        said.append("nothing was said, so the question is not kept")
+    return ", ".join(said)

@@ -1,0 +1,120 @@
+"""The command `finetune serve`: checks what it was given, loads the engine, serves until it is stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.console import Report
+from finetune.errors import FinetuneError
+from finetune.infer.engine import Engine, EngineSettings
+from finetune.serve.app import make_app
+from finetune.serve.desk import Desk
+from finetune.serve.metrics import Metrics
+from finetune.serve.server import Server, bind, is_local, listen, url_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KEY_VARIABLE = "FINETUNE_API_KEY"
+
+
+def serve(
+    path: str,
+    report: Report,
+    *,
+    host: str,
+    port: int,
+    adapters: Sequence[str],
+    name: str | None,
+    base: str | None,
+    device: str,
+    settings: EngineSettings,
+    max_waiting: int,
+    max_body_mib: float,
+    key_file: Path | None,
+) -> None:
+    """Serves a model until SIGTERM or SIGINT.
+
+    Args:
+        path: model or adapter folder, or hub id.
+        adapters: `NAME=PATH`, each a further model.
+        name: of the model, its folder's by default.
+        max_waiting: answers that may wait beyond those that decode at once.
+        key_file: holds the key that clients must show.
+
+    Raises:
+        FinetuneError: an adapter, key file, address or model that cannot be used.
+    """
+    named = parse_adapters(adapters)
+    key = read_key(key_file, os.environ)
+    with closing(bind(host, port)) as bound:
+        if key is None and not is_local(bound):
+            report.line(f"warning: {host} is open to other machines, and no --api-key-file is given")
+        engine = Engine.load(path, adapters=named, name=name, base=base, device=device, settings=settings)
+        engine.encode_text("warm")  # makes the encoder, which takes half a second
+        desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
+        app = make_app(desk, max_body_bytes=int(max_body_mib * 2**20), key=key)
+
+        def ready() -> None:
+            report.line(f"serving {', '.join(engine.names)} on {url_of(bound)} (Ctrl+C stops)")
+
+        server = Server(app, desk, ready=ready)
+        try:
+            listen(bound)
+            server.run(sockets=[bound])
+        finally:
+            engine.close(drain=not server.stopped_at_once)
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """Names and folders of `NAME=PATH` texts.
+
+    Raises:
+        FinetuneError: another form, or a name given twice.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name.strip() and equals and path.strip()):
+            raise FinetuneError(
+                f"--adapter {text!r} does not name an adapter",
+                where="--adapter",
+                allowed="NAME=PATH, such as support=runs/support/adapter",
+                fix="put the name that clients ask for before the folder",
+            )
+        if name in named:
+            raise FinetuneError(
+                f"the name {name} is given to two adapters", where="--adapter", fix="name each adapter once"
+            )
+        named[name] = path
+    return named
+
+
+def read_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:
+    """The API key: the file's, else the environment's FINETUNE_API_KEY, else None.
+
+    Raises:
+        FinetuneError: a file that cannot be read, a key that is empty or cannot stand in a header.
+    """
+    if file is None and KEY_VARIABLE not in environment:
+        return None
+    where = KEY_VARIABLE if file is None else f"--api-key-file {file}"
+    try:
+        key = environment[KEY_VARIABLE].encode() if file is None else file.read_bytes()
+    except OSError as error:
+        raise FinetuneError(
+            f"the key file cannot be read: {error.strerror}", where=where, fix="give a file with the key in it"
+        ) from None
+    key = key.strip()
+    if not key or any(not 0x21 <= byte <= 0x7E for byte in key):
+        raise FinetuneError(
+            "the API key is empty or has characters that a header cannot hold",
+            where=where,
+            allowed="one line of visible ASCII without spaces",
+            fix="make one, for example: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
+    return key

@@ -1,0 +1,121 @@
+"""Where requests are counted, refused and handed to the engine.
+
+A waiting request costs little, but a client rather hears at once that it is one too many than after its own timeout.
+So requests are counted here: those beyond what decodes at once are waiting, whichever of the engine's limits they
+wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from finetune.errors import DataError
+from finetune.infer.request import Request
+from finetune.serve.answers import Answer, Answers, Bridge
+from finetune.serve.metrics import Metrics
+from finetune.serve.refusal import Refusal
+
+if TYPE_CHECKING:
+    from finetune.infer.engine import Engine
+
+
+class Desk:
+    """The server's view of the engine; its methods belong to the event loop.
+
+    Args:
+        max_waiting: answers that may wait beyond those that decode at once.
+
+    Attributes:
+        open: answers that wait or run.
+        stopping: no new work is taken.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, max_waiting: int):
+        self.engine = engine
+        self.metrics = metrics
+        self.capacity = engine.settings.max_batch + max_waiting
+        self.open = 0
+        self.stopping = False
+        self._bridge: Bridge | None = None
+        self._unfinished: set[Answers] = set()
+
+    def connect(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Before the first request."""
+        self._bridge = Bridge(loop)
+
+    def disconnect(self) -> None:
+        """Before the loop is closed."""
+        if self._bridge is not None:
+            self._bridge.close()
+
+    def require_service(self) -> None:
+        """Raises Refusal while stopping, and after the engine died."""
+        if self.engine.failure is not None:
+            raise Refusal(503, "the engine has failed; the server must be restarted", code="engine_failed")
+        if self.stopping:
+            raise Refusal(503, "the server is stopping; ask another one or later", code="stopping")
+
+    def require_model(self, name: str | None) -> str:
+        """The name of a model, the first one's for None; raises Refusal if there is none of that name."""
+        names = self.engine.names
+        if name is None:
+            return names[0]
+        if name not in names:
+            message = f"the model {name!r:.200} does not exist; there are: {', '.join(names)}"
+            raise Refusal(404, message, param="model", code="model_not_found")
+        return name
+
+    def require_room(self, count: int = 1) -> None:
+        """Raises Refusal unless so many answers more may run or wait."""
+        if count > self.capacity:
+            message = f"n times prompts asks for {count} answers; allowed: up to {self.capacity}"
+            raise Refusal(400, message, param="n")
+        if self.open + count > self.capacity:
+            message = f"{self.open} answers run or wait, of {self.capacity} at most; try again later"
+            raise Refusal(429, message, code="rate_limit_exceeded")
+
+    def submit(self, requests: Sequence[Request], *, live: bool, began: float) -> Answers:
+        """Hands requests to the engine.
+
+        Args:
+            live: whether their tokens are read as they come.
+            began: when the client asked, by the monotonic clock.
+
+        Raises:
+            Refusal: the engine is full, has failed, or refuses one of them; none runs then.
+        """
+        assert self._bridge is not None, "connect comes first"
+        self.require_service()
+        self.require_room(len(requests))
+        answers = Answers(
+            self._bridge, len(requests), live=live, done=lambda answer: self._done(answers, answer, began)
+        )
+        self.open += len(requests)
+        self._unfinished.add(answers)
+        submitted = 0
+        try:
+            for answer, request in zip(answers.all, requests, strict=True):
+                answer.ticket = self.engine.submit(request, answer.listen)
+                submitted += 1
+        except DataError as error:
+            raise Refusal.of(error, None) from None
+        finally:
+            if submitted < len(requests):
+                # Those that never reached the engine never end.
+                self.open -= len(requests) - submitted
+                self._unfinished.discard(answers)
+                answers.cancel()
+        return answers
+
+    def cancel_all(self) -> None:
+        """Ends every answer where it is."""
+        for answers in self._unfinished:
+            answers.cancel()
+
+    def _done(self, answers: Answers, answer: Answer, began: float) -> None:
+        self.open -= 1
+        if not answers.open:
+            self._unfinished.discard(answers)
+        self.metrics.observe(answer, began)

@@ -1,0 +1,51 @@
+"""What is refused over HTTP, in the form of OpenAI's errors.
+
+The kinds and codes are those that OpenAI's clients look at; the words are ours: what, allowed, fix.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.errors import FinetuneError
+
+RETRY_SECONDS = 2
+
+
+class Refusal(Exception):
+    """An HTTP status with OpenAI's error body.
+
+    Args:
+        param: the request's field that is at fault.
+        code: a name for programs, such as `model_not_found`.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @classmethod
+    def of(cls, error: FinetuneError, param: str | None) -> Refusal:
+        """The same for a client: status 400, in one line."""
+        parts = [error.what]
+        if error.allowed is not None:
+            parts.append(f"allowed: {error.allowed}")
+        if error.fix is not None:
+            parts.append(error.fix)
+        return cls(400, "; ".join(parts), param=param)
+
+    def document(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def body(self) -> bytes:
+        return json.dumps(self.document()).encode("ascii")
+
+    def headers(self) -> dict[str, str]:
+        """Besides the type: when to try again, how to authenticate."""
+        if self.status in (429, 503):
+            return {"retry-after": str(RETRY_SECONDS)}
+        return {"www-authenticate": "Bearer"} if self.status == 401 else {}

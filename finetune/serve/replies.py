@@ -1,0 +1,164 @@
+"""Sends answers: as one document, or piece by piece as server-sent events.
+
+Plain ASGI, because a client that leaves must be noticed while its answer is generated. A piece is written with one
+`json.dumps` of a small dict between bytes that are made once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from finetune.infer.request import FinishedEvent, TokenEvent
+from finetune.serve.answers import Answers
+from finetune.serve.chat_form import ChatForm
+from finetune.serve.completion_form import CompletionForm
+from finetune.serve.desk import Desk
+from finetune.serve.refusal import Refusal
+
+Form = ChatForm | CompletionForm
+
+
+class Reply(Response):
+    """The response to a request whose answers are being generated.
+
+    Args:
+        model: the name that the response tells.
+        choices: answers to each prompt; the answers come prompt by prompt.
+    """
+
+    def __init__(self, desk: Desk, answers: Answers, form: Form, *, model: str, choices: int, told: bool):
+        super().__init__()
+        self._gone = False
+        self._desk, self._answers, self._form, self._choices, self._told = desk, answers, form, choices, told
+        self._document = {
+            "id": form.id_prefix + uuid.uuid4().hex,
+            "object": form.piece_object if answers.live else form.whole_object,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._cancel_when_gone(receive))
+        try:
+            await self._reply(scope, receive, send)
+        finally:
+            watch.cancel()
+            self._answers.cancel()
+
+    async def _reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+    async def _cancel_when_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._answers.cancel()
+
+    def _usage(self) -> dict[str, int]:
+        """Tokens of each prompt once, and of all answers."""
+        ends = [answer.finished for answer in self._answers.all]
+        prompt = sum(end.prompt_tokens for end in ends[:: self._choices] if end is not None)
+        completion = sum(end.completion_tokens for end in ends if end is not None)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def _broken_off(self) -> Refusal:
+        """Why an answer was cancelled by somebody else than its client."""
+        if self._desk.engine.failure is not None:
+            return Refusal(503, "the engine failed while it answered", code="engine_failed")
+        return Refusal(503, "the server stopped while it answered", code="stopping")
+
+
+class WholeReply(Reply):
+    """All answers in one document."""
+
+    async def _reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        texts: list[list[str]] = [[] for _ in self._answers.all]
+        tokens: list[list[TokenEvent]] = [[] for _ in self._answers.all]
+        while batch := await self._answers.batch():
+            for number, event in batch:
+                texts[number].append(event.text)
+                if self._told and isinstance(event, TokenEvent):
+                    tokens[number].append(event)
+        if self._gone:
+            return
+        choices = []
+        for answer in self._answers.all:
+            assert answer.finished is not None
+            if answer.finished.reason == "cancelled":
+                refusal = self._broken_off()
+                response = Response(refusal.body(), refusal.status, refusal.headers(), "application/json")
+                await response(scope, receive, send)
+                return
+            number = answer.number
+            text = "".join(texts[number])
+            choices.append(self._form.whole(number, text, tokens[number], answer.finished.reason))
+        document = {**self._document, "choices": choices, "usage": self._usage()}
+        await Response(json.dumps(document).encode("ascii"), media_type="application/json")(scope, receive, send)
+
+
+class StreamedReply(Reply):
+    """Pieces as server-sent events, then `[DONE]`.
+
+    Args:
+        usage: whether the usage follows in a last piece.
+    """
+
+    def __init__(self, *args: Any, usage: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._with_usage = usage
+        self._head = b"data: " + json.dumps(self._document).encode("ascii")[:-1] + b', "choices": ['
+        self._tail = b'], "usage": null}\n\n' if usage else b"]}\n\n"
+
+    async def _reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        # A proxy that buffers would hold the pieces back.
+        headers.append((b"x-accel-buffering", b"no"))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        openings = [self._form.opening(answer.number) for answer in self._answers.all]
+        data = b"".join([self._piece(opening) for opening in openings if opening is not None])
+        if data:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        while batch := await self._answers.batch():
+            data = self._pieces(batch)
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": self._end(), "more_body": False})
+
+    def _pieces(self, batch: list[tuple[int, TokenEvent | FinishedEvent]]) -> bytes:
+        """The events as pieces; the tokens of one answer that came together make one piece."""
+        texts: dict[int, str] = {}
+        tokens: dict[int, list[TokenEvent]] = {}
+        ends: dict[int, FinishedEvent] = {}
+        for number, event in batch:
+            texts[number] = texts.get(number, "") + event.text
+            if isinstance(event, FinishedEvent):
+                ends[number] = event
+            elif self._told:
+                tokens.setdefault(number, []).append(event)
+        pieces = []
+        for number, text in texts.items():
+            told, end = tokens.get(number, ()), ends.get(number)
+            if end is not None and end.reason == "cancelled":
+                continue
+            if text or told or end is not None:
+                pieces.append(self._piece(self._form.piece(number, text, told, None if end is None else end.reason)))
+        return b"".join(pieces)
+
+    def _piece(self, choice: dict[str, Any]) -> bytes:
+        return self._head + json.dumps(choice).encode("ascii") + self._tail
+
+    def _end(self) -> bytes:
+        if any(answer.finished is not None and answer.finished.reason == "cancelled" for answer in self._answers.all):
+            return b"data: " + self._broken_off().body() + b"\n\n"
+        usage = b""
+        if self._with_usage:
+            document = {**self._document, "choices": [], "usage": self._usage()}
+            usage = b"data: " + json.dumps(document).encode("ascii") + b"\n\n"
+        return usage + b"data: [DONE]\n\n"

@@ -1,0 +1,117 @@
+"""The terminal as a process: through a pipe as a script has it, and through a pseudo-terminal with Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+TALKING = [sys.executable, "-m", "tests.chat.talking"]
+SPEED = re.compile(r"^\d+ tokens?(, [\d.]+ tokens/s)?", re.MULTILINE)
+
+
+def test_a_script_gets_answers_and_nothing_else(tmp_path: Path) -> None:
+    saved = tmp_path / "said.jsonl"
+    lines = [
+        b"Hello there",
+        b"",
+        b"//slash",
+        b"/model base",
+        b'"""one',
+        b'two"""',
+        b"/set temperature=400",
+        b"bytes \xff and \x1b[2J",
+        b"/save " + bytes(saved),
+    ]
+    # The strictest that a locale can be: bytes that are no text would be an error.
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    given = b"".join(line + b"\n" for line in lines)
+    done = subprocess.run(TALKING, input=given, cwd=REPOSITORY, env=environment, capture_output=True, timeout=60)
+    out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+    assert done.returncode == 0, err  # the end of input
+    assert out == "tuned: Hello there\ntuned: /slash\nbase: one two\nbase: bytes \ufffd and \\x1b[2J\n"
+    assert "\x1b" not in out + err
+    assert len(SPEED.findall(err)) == 4
+    assert "error: temperature is 400.0" in err
+    [line] = saved.read_text(encoding="utf-8").splitlines()
+    assert [message["content"] for message in json.loads(line)["messages"]] == [
+        "Hello there", "tuned: Hello there", "/slash", "tuned: /slash", "one\ntwo", "base: one two",
+        "bytes \ufffd and \x1b[2J", "base: bytes \ufffd and \x1b[2J",
+    ]  # fmt: skip
+
+
+class Terminal:
+    """A process at a pseudo-terminal of 80 columns."""
+
+    def __init__(self, *arguments: str):
+        self._pid, self._file = pty.fork()
+        if self._pid == 0:
+            os.chdir(REPOSITORY)
+            os.environ["TERM"] = "xterm"
+            os.execv(TALKING[0], [*TALKING, *arguments])
+        self.seen = ""
+
+    def until(self, text: str, *, times: int = 1) -> None:
+        """Reads on until a text stands there so many times."""
+        deadline = time.monotonic() + 60
+        while self.seen.count(text) < times:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.seen!r}"
+            if select.select([self._file], [], [], 0.1)[0]:
+                self.seen += os.read(self._file, 65536).decode("utf-8", "replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._file, text.encode("utf-8"))
+
+    def leave_by(self, key: str) -> int:
+        """The exit status after a key at the prompt.
+
+        It is pressed again after a while: a signal between Python's last look and its wait for a key goes unseen.
+        """
+        for _ in range(60):
+            self.type(key)
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+                if pid:
+                    os.close(self._file)
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(0.02)
+        os.kill(self._pid, signal.SIGKILL)
+        raise AssertionError(f"still there: {self.seen!r}")
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> None:
+    saved = tmp_path / "said.jsonl"
+    terminal = Terminal("0.15")
+    terminal.until("> ")
+    terminal.type("one two three four five six seven eight nine ten\n")
+    terminal.until("tuned: one two")
+    terminal.type("\x03")
+    terminal.until("stopped")
+    terminal.type("hi\n")
+    terminal.until("tuned: hi")
+    terminal.until("tokens/s", times=2)
+    terminal.type(f"/save {saved}\n")
+    terminal.until("saved 2 questions")
+    terminal.until("\n> ", times=4)
+    assert terminal.leave_by("\x03") == 0
+    assert "\x1b[2m" in terminal.seen  # the line about speed is dim
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert messages[1]["content"].startswith("tuned: one two")
+    assert "ten" not in messages[1]["content"]
+    assert [message["content"] for message in messages[2:]] == ["hi", "tuned: hi"]
+
+
+def test_ctrl_d_at_the_prompt_leaves_with_status_0() -> None:
+    terminal = Terminal()
+    terminal.until("> ")
+    assert terminal.leave_by("\x04") == 0

@@ -1,0 +1,140 @@
+"""An engine whose tokens come when a test says so, for what a real one does too fast or never: fill up, stall, die."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from finetune.errors import DataError
+from finetune.infer.request import Event, FinishedEvent, Request, TokenEvent
+from tests.conftest import REPOSITORY
+
+MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"
+
+
+@dataclass
+class FakeTicket:
+    engine: FakeEngine
+    request: Request
+    listen: Callable[[Event], None]
+    said: int = 0
+
+    def cancel(self) -> None:
+        self.engine.cancel(self)
+
+
+class FakeEngine:
+    """Answers with "0 1 2 ...", one token of each request a step; steps come by themselves unless they are held.
+
+    Duck-typed: what the server touches of an Engine, and no more.
+    """
+
+    names = ("fake", "other")
+    max_length = 256
+
+    def __init__(self, *, max_batch: int = 4):
+        self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.settings: Any = _Settings(max_batch)
+        self.failure: BaseException | None = None
+        self._held = False
+        self._closed = False
+        self._open: list[FakeTicket] = []
+        self._cancelled: list[FakeTicket] = []
+        self._work = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, listen: Callable[[Event], None]) -> FakeTicket:
+        if request.model not in self.names:
+            raise DataError(f"no model {request.model}")
+        ticket = FakeTicket(self, request, listen)
+        with self._work:
+            self._open.append(ticket)
+            self._work.notify()
+        return ticket
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return self.encode_text("".join(message["content"] for message in messages))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        return (1, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def cancel(self, ticket: FakeTicket) -> None:
+        with self._work:
+            self._cancelled.append(ticket)
+            self._work.notify()
+
+    def hold(self, held: bool) -> None:
+        """Whether the next step waits."""
+        with self._work:
+            self._held = held
+            self._work.notify()
+
+    def fail(self) -> None:
+        """Dies as the engine would of an exception on its thread."""
+        with self._work:
+            self.failure = RuntimeError("out of memory")
+            self._work.notify()
+
+    def stats(self) -> Any:
+        running = min(len(self._open), self.settings.max_batch)
+        return _Stats(running, len(self._open) - running)
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._work:
+            self._closed = True
+            self._work.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not (self._closed or self.failure):
+            with self._work:
+                self._work.wait_for(self._has_work)
+                cancelled = [ticket for ticket in self._cancelled if ticket in self._open]
+                self._cancelled = []
+                batch = self._open[: self.settings.max_batch] if not self._held else []
+            for ticket in cancelled:
+                self._finish(ticket, "cancelled")
+            for ticket in batch:
+                if ticket in self._open:
+                    ticket.listen(TokenEvent(5, f"{ticket.said} "))
+                    ticket.said += 1
+                    if ticket.said == min(ticket.request.sampling.max_new_tokens, 200):
+                        self._finish(ticket, "length")
+        for ticket in list(self._open):
+            self._finish(ticket, "cancelled")
+
+    def _has_work(self) -> bool:
+        return bool(self._closed or self._cancelled or self.failure or (self._open and not self._held))
+
+    def _finish(self, ticket: FakeTicket, reason: Any) -> None:
+        with self._work:
+            self._open.remove(ticket)
+        ticket.listen(FinishedEvent(reason, len(ticket.request.ids), ticket.said))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    max_batch: int
+
+
+@dataclass(frozen=True)
+class _Stats:
+    running: int
+    waiting: int
+    prompt_tokens: int = 7
+    completion_tokens: int = 9
+    requests: int = 1
+    cancelled: int = 0
+    kv_pages_used: int = 3
+    kv_pages: int = 10
+    kv_page_tokens: int = 16
+    expert_hits: int | None = None
+    expert_misses: int | None = None

@@ -1,0 +1,67 @@
+"""A server on a free port of this machine, in a thread, with its client."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from finetune.serve.app import make_app
+from finetune.serve.desk import Desk
+from finetune.serve.metrics import Metrics
+from finetune.serve.server import Server, bind, listen, url_of
+
+
+@dataclass(frozen=True)
+class Serving:
+    url: str
+    desk: Desk
+    server: Server
+    thread: threading.Thread
+
+    @property
+    def root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    @property
+    def port(self) -> int:
+        return int(self.root.rpartition(":")[2])
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
+
+
+@contextlib.contextmanager
+def serving(
+    engine: Any, *, max_waiting: int = 256, body_bytes: int = 2**20, key: bytes | None = None
+) -> Iterator[Serving]:
+    desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
+    bound, ready = bind("127.0.0.1", 0), threading.Event()
+    listen(bound)
+    server = Server(make_app(desk, max_body_bytes=body_bytes, key=key), desk, ready=ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    url = url_of(bound)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield Serving(url, desk, server, thread)
+    finally:
+        if thread.is_alive():
+            server.begin_stop(at_once=True)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether it holds within so many seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True

@@ -1,0 +1,126 @@
+"""The command: what it refuses before it loads anything, and a real process from its first line to its last."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.running import refused
+from tests.serve.fake import MODEL
+
+
+@pytest.mark.parametrize("text", ["support", "=runs/adapter", "support=", " =x"])
+def test_a_bad_adapter(tmp_path: Path, text: str) -> None:
+    says = (f"--adapter {text!r} does not name an adapter", "NAME=PATH")
+    refused(tmp_path, "serve", MODEL, "--adapter", text, says=says)
+
+
+def test_two_adapters_of_one_name(tmp_path: Path) -> None:
+    args = ("--adapter", "a=x", "--adapter", "a=y")
+    refused(tmp_path, "serve", MODEL, *args, says=("the name a is given to two adapters",))
+
+
+def test_a_key_file_that_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    says = ("cannot be read: No such file", f"--api-key-file {file}")
+    refused(tmp_path, "serve", MODEL, "--api-key-file", file, says=says)
+
+
+@pytest.mark.parametrize("key", ["", " \n", "two words", "schlüssel", "a\nb"])
+def test_a_key_that_cannot_stand_in_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    file = tmp_path / "key"
+    file.write_text(key)
+    says = ("the API key is empty or has characters", "visible ASCII")
+    refused(tmp_path, "serve", MODEL, "--api-key-file", file, says=says)
+    monkeypatch.setenv("FINETUNE_API_KEY", key)
+    refused(tmp_path, "serve", MODEL, says=(*says, "where: FINETUNE_API_KEY"))
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        says = (f"cannot listen on 127.0.0.1 port {port}: ", "--port 0 takes a free one")
+        refused(tmp_path, "serve", MODEL, "--port", port, says=says)
+
+
+def test_an_address_of_another_machine(tmp_path: Path) -> None:
+    refused(tmp_path, "serve", MODEL, "--host", "192.0.2.1", says=("cannot listen on 192.0.2.1",))
+
+
+def test_an_open_address_without_a_key_is_warned_of(tmp_path: Path) -> None:
+    args = ("serve", tmp_path / "no-model", "--host", "0.0.0.0", "--port", 0)
+    ran = refused(tmp_path, *args, says=("no-model",))
+    assert "warning: 0.0.0.0 is open to other machines, and no --api-key-file is given" in ran.stdout
+    key = tmp_path / "key"
+    key.write_text("secret")
+    assert "warning" not in refused(tmp_path, *args, "--api-key-file", key, says=("no-model",)).stdout
+
+
+def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.serve.requirements.PACKAGES", ("fastapi", "no_such_package"))
+    refused(tmp_path, "serve", MODEL, says=("not installed: no_such_package", "pip install 'moe-qlora[serve]'"))
+
+
+@contextmanager
+def started(model: Path, *args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that serves the model, and its base URL."""
+    command = [sys.executable, "-m", "finetune", "serve", model, "--port", 0, "--device", "cpu", *args]
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            pytest.fail("".join(lines))
+        assert line.startswith("serving talkative on http://127.0.0.1:")
+        yield process, line.split()[3]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_is_asked_to_stop_while_it_answers(talkative: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    with started(talkative, "--api-key-file", key, "--kv-gib", "0.25") as (process, url):
+        client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60)
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="guess").models.list()
+        fields: Any = {"model": "talkative", "prompt": "Once", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+        answer = iter(client.completions.create(**fields, stream=True))
+        pieces = [next(answer)]
+        process.send_signal(signal.SIGTERM)
+        refusals: list[int] = []
+
+        def ask_until_refused() -> None:
+            try:
+                while True:
+                    client.completions.create(model="talkative", prompt="Once", max_tokens=1)
+            except openai.APIStatusError as error:
+                refusals.append(error.status_code)
+
+        asking = threading.Thread(target=ask_until_refused)
+        asking.start()
+        pieces.extend(answer)
+        asking.join(60)
+        assert pieces[-1].choices[0].finish_reason == "length"
+        assert refusals == [503]
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == ""

@@ -29,7 +29,7 @@ def encode_messages(
         raise DataError(
             "the model's tokenizer has no chat template",
             where=loaded.base.path,
-            fix="continue a text instead: --raw with `finetune generate`, /v1/completions of a server",
+            fix="use --raw (or /v1/completions of a server) to continue a text as it stands",
         )
     try:
         [encoded] = encoder_of(tokenizer).encode([[dict(message) for message in messages]], add_generation_prompt=True)

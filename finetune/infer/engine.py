@@ -266,7 +266,7 @@ class Engine:
         vocab = self.loaded.arch.vocab
         if not 0 <= min(request.ids) <= max(request.ids) < vocab:
             raise DataError("the prompt has unknown token ids", where="prompt", allowed=f"0 to {vocab - 1}")
-        sampling = RowSampling(request.sampling, request.ids, vocab, self.loaded.device)
+        sampling = RowSampling(request.sampling, request.ids)
         text = AnswerText(self.tokenizer, request.sampling.stop)
         limit = min(request.sampling.max_new_tokens, room)
         return _Row(request, listen, Ticket(self), self._selector(request.model), limit, text, sampling)

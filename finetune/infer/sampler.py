@@ -21,13 +21,20 @@ from finetune.infer.request import Sampling
 class RowSampling:
     """One request's settings, its random numbers, and the tokens that a repetition penalty looks at."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int, device: torch.device):
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]):
         self.sampling = sampling
         self.random = np.random.Generator(np.random.Philox(sampling.seed))
-        self.seen_V: Tensor | None = None
-        if sampling.repetition_penalty != 1:
-            self.seen_V = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self.seen_V[torch.tensor(prompt, device=device)] = True
+        self._prompt = prompt
+        self._seen_V: Tensor | None = None
+
+    def seen(self, logits_TV: Tensor) -> Tensor | None:
+        """bool [V] of the prompt's and the answer's tokens, made on first use by the thread that samples."""
+        if self.sampling.repetition_penalty == 1:
+            return None
+        if self._seen_V is None:
+            self._seen_V = torch.zeros(logits_TV.shape[1], dtype=torch.bool, device=logits_TV.device)
+            self._seen_V[torch.tensor(self._prompt, device=logits_TV.device)] = True
+        return self._seen_V
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,9 @@ def choose(logits_TV: Tensor, rows: Sequence[RowSampling]) -> Chosen:
     else:
         token_T = _sample(logits_TV, rows)
         for row, token in zip(rows, token_T, strict=True):
-            if row.seen_V is not None:
-                row.seen_V.index_fill_(0, token[None], True)
+            seen_V = row.seen(logits_TV)
+            if seen_V is not None:
+                seen_V.index_fill_(0, token[None], True)
     asked = [setting.logprobs for setting in settings if setting.logprobs is not None]
     if not asked:
         return Chosen(token_T)
@@ -68,9 +76,10 @@ def _sample(logits_TV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)[:, None]
 
-    if any(row.seen_V is not None for row in rows):
+    masks = [row.seen(logits_TV) for row in rows]
+    if any(mask is not None for mask in masks):
         nothing = torch.zeros(logits_TV.shape[1], dtype=torch.bool, device=device)
-        seen = torch.stack([nothing if row.seen_V is None else row.seen_V for row in rows])
+        seen = torch.stack([nothing if mask is None else mask for mask in masks])
         penalty = column([setting.repetition_penalty for setting in settings])
         punished = torch.where(logits_TV > 0, logits_TV / penalty, logits_TV * penalty)
         logits_TV = torch.where(seen, punished, logits_TV)

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from finetune.arch import EXPERT_PROJECTIONS
 from finetune.kernels.experts_matmul import BackendChoice, choose_backend
+from finetune.kernels.few_rows import few_experts, runs_on_kernels, to_halves
 from finetune.kernels.frozen_experts import frozen_experts, remember
 from finetune.kernels.nf4 import Nf4Stack, empty_stack, quantize_stack
+
+# Up to so many choices (tokens * top_k) without gradients, on a GPU, the matrices are read without being written out:
+# transformers' own `generate` decodes that way.
+FEW_CHOICES = 64
 
 
 class Nf4Experts(nn.Module):
@@ -67,6 +72,11 @@ class Nf4Experts(nn.Module):
         if torch.is_autocast_enabled(device.type):
             x = x.to(torch.get_autocast_dtype(device.type))
         gate_up, down = (self.stack(projection) for projection in EXPERT_PROJECTIONS)
+        few = top_k_index.numel() <= FEW_CHOICES and self.backend == "auto" and not torch.is_grad_enabled()
+        if few and runs_on_kernels(x):
+            parts_PSH = few_experts(to_halves(x), top_k_index, gate_up, down)
+            y_TKH = parts_PSH.sum(0).view(*top_k_index.shape, -1)
+            return (y_TKH * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
         source = None
         if not self.keep_gate_up and torch.is_grad_enabled():
             x, source = remember(x)

@@ -51,14 +51,15 @@ def test_frequencies_are_the_distribution(settings: dict[str, Any]) -> None:
     sampling = Sampling(**{"temperature": 1.0, "seed": 7, **settings})
     prompt = [int(LOGITS.argmax()), 3]
     draws = 8000
-    rows = [RowSampling(sampling, prompt, VOCAB, torch.device("cpu"))]
+    rows = [RowSampling(sampling, prompt)]
     counts: Counter[int] = Counter()
     for _ in range(draws // 400):
         # 400 rows of one generator: as many draws of one request.
         counts.update(choose(LOGITS.repeat(400, 1), rows * 400).token_T.tolist())
-        if rows[0].seen_V is not None:
-            rows[0].seen_V.fill_(False)
-            rows[0].seen_V[torch.tensor(prompt)] = True
+        seen = rows[0].seen(LOGITS[None])
+        if seen is not None:
+            seen.fill_(False)
+            seen[torch.tensor(prompt)] = True
     expected = by_hand(LOGITS, prompt, sampling)
     assert set(counts) <= set(expected)
     for token, share in expected.items():
@@ -68,10 +69,8 @@ def test_frequencies_are_the_distribution(settings: dict[str, Any]) -> None:
 
 def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
     def draw(company: int) -> list[int]:
-        row = RowSampling(Sampling(temperature=1.0, seed=5), [1], VOCAB, torch.device("cpu"))
-        others = [
-            RowSampling(Sampling(temperature=1.0, seed=i), [1], VOCAB, torch.device("cpu")) for i in range(company)
-        ]
+        row = RowSampling(Sampling(temperature=1.0, seed=5), [1])
+        others = [RowSampling(Sampling(temperature=1.0, seed=i), [1]) for i in range(company)]
         return [int(choose(LOGITS.repeat(company + 1, 1), [*others, row]).token_T[-1]) for _ in range(50)]
 
     assert draw(0) == draw(3)
@@ -79,11 +78,10 @@ def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
 
 
 def test_greedy_and_sampled_rows_together_with_logprobs() -> None:
-    cpu = torch.device("cpu")
     rows = [
-        RowSampling(Sampling(logprobs=3), [1], VOCAB, cpu),
-        RowSampling(Sampling(temperature=2.0, top_k=1), [1], VOCAB, cpu),
-        RowSampling(Sampling(repetition_penalty=100.0), [int(LOGITS.argmax())], VOCAB, cpu),
+        RowSampling(Sampling(logprobs=3), [1]),
+        RowSampling(Sampling(temperature=2.0, top_k=1), [1]),
+        RowSampling(Sampling(repetition_penalty=100.0), [int(LOGITS.argmax())]),
     ]
     chosen = choose(LOGITS.repeat(3, 1), rows)
     best = int(LOGITS.argmax())

@@ -1,6 +1,7 @@
 """What the server costs the engine: the same answers asked of the engine directly and over HTTP, in turns.
 
     python -m tests.serve.overhead MODEL --clients 16 --tokens 256
+    python -m tests.serve.overhead recipes/mixtral-8x7b/shape --random-weights
 
 Clients stream, each over a connection of its own, in a process of their own that only counts bytes. Prints the tokens
 per second of each turn and the ratio of the medians.
@@ -74,6 +75,21 @@ async def stream_all(port: int, clients: int, tokens: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "bytes": sum(sizes)}
 
 
+def random_engine(shape: str, settings: Any) -> Any:
+    """An engine of a shape with random weights and the bundled tokenizer."""
+    import tempfile
+    from pathlib import Path
+
+    from finetune.bench.workload import shape_path
+    from finetune.infer.engine import Engine
+    from finetune.infer.loading import ServedModels
+    from finetune.model import BaseSpec, load_base
+
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load_base(BaseSpec(shape_path(shape, None, Path(scratch))), random_weights_seed=0)
+    return Engine(ServedModels(loaded, (), {"model": 0}), shape, settings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?")
@@ -82,14 +98,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--random-weights", action="store_true", help="MODEL is only a shape.")
     asked = parser.parse_args()
     if asked.client is not None:
         print(json.dumps(asyncio.run(stream_all(asked.client, asked.clients, asked.tokens))))
         return
     from finetune.infer.engine import Engine, EngineSettings
 
-    settings = EngineSettings(max_batch=asked.clients)
-    with Engine.load(asked.model, device=asked.device, settings=settings) as engine, serving(engine) as served:
+    settings = EngineSettings(max_batch=asked.clients, max_length=4096 if asked.random_weights else None)
+    made = (
+        random_engine(asked.model, settings)
+        if asked.random_weights
+        else Engine.load(asked.model, device=asked.device, settings=settings)
+    )
+    with made as engine, serving(engine) as served:
         total = asked.clients * asked.tokens
         ask_directly(engine, asked.clients, asked.tokens)
         ask_over_http(served.port, asked.clients, asked.tokens)

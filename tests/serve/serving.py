@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import openai
+from typing import TYPE_CHECKING, Any
 
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server, bind, listen, url_of
+
+if TYPE_CHECKING:
+    import openai
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Serving:
         return int(self.root.rpartition(":")[2])
 
     def client(self, key: str = "none") -> openai.OpenAI:
+        import openai  # here, because the GPU machine's measurement does without
+
         return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
 
 

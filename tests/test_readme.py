@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.infer.engine import Engine
+from finetune.infer.request import Request, Sampling
 from finetune.recipe import load_recipe
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
+from tests.serve.serving import serving
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -24,12 +27,25 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_runs(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    (code,) = (block for block in blocks("python") if "Moe4bitConfig" in block)
     code = code.replace("outputs/tiny-mixtral-4bit", str(tmp_path / "saved"))
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "moe_4bit"
+
+
+def test_the_client_streams() -> None:
+    (code,) = (block for block in blocks("python") if "OpenAI" in block)
+    with Engine.load(str(REPOSITORY / "recipes" / "tiny-mixtral" / "model"), name="run", device="cpu") as engine:
+        ids = engine.encode_chat([{"role": "user", "content": "Who are you?"}])
+        expected = "".join(event.text for event in engine.stream(Request(ids, Sampling(max_new_tokens=24))))
+        with serving(engine) as served:
+            code = code.replace("http://127.0.0.1:8000/v1", served.url)
+            code = code.replace("stream=True", "stream=True, temperature=0, max_tokens=24")
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
 
 
 def test_the_recipe_is_one(tmp_path: Path) -> None:
@@ -104,3 +120,21 @@ def test_the_numbers_of_the_data_path_are_the_recorded_ones() -> None:
     assert f"packs to {line['bundled_packing_efficiency']:.1%} real tokens" in text
     large = json.loads((REPOSITORY / "bench" / "results" / "cpu" / "data-5gb.json").read_text(encoding="utf-8"))
     assert f"file of {large['file_bytes'] / 1e9:.1f} GB takes {large['ours']['peak_bytes'] / 2**30:.2f} GiB" in text
+
+
+def test_the_speed_of_answers_is_the_recorded_one() -> None:
+    line = json.loads((RECORDED / "decode.json").read_text(encoding="utf-8"))
+    text = " ".join(TEXT.split())
+    for context in (128, 4096):
+        cells = [
+            f"{row['tokens_per_second']:,.0f} ({row['share_of_limit']:.0%})"
+            for row in line["rows"]
+            if row["context"] == context
+        ]
+        assert f"| {context:,} | {' | '.join(cells)} |" in text
+    assert f"read at {line['prefill_tokens_per_second']:,.0f} tokens/s" in text
+    assert f"after {line['first_token_prompt']} comes in {line['first_token_seconds'] * 1e3:.0f} ms" in text
+    assert f"bitsandbytes-parametrized model: {line['peer']['tokens_per_second']:.1f} tokens/s" in text
+    server = json.loads((RECORDED / "server.json").read_text(encoding="utf-8"))
+    assert server["clients"] == 16
+    assert server["ratio"] > 0.95

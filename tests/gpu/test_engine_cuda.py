@@ -1,4 +1,4 @@
-"""The engine on the device: as near to a float32 forward on the CPU as the model's own bfloat16 forward is."""
+"""The engine on the device: as near to a float32 forward as the model's own bfloat16 forward is."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def require_near(found: list[torch.Tensor]) -> None:
 
 @torch.inference_mode()
 def test_tokens_are_as_good_as_the_forwards() -> None:
-    # First: on a GPU, liger-kernel exchanges classes that a model on the CPU needs as they were.
-    truth = load(str(MODEL), dtype="float32", device="cpu")
+    truth = load(str(MODEL), dtype="float32", device="cuda")
     with Engine.load(str(MODEL), device="cuda", settings=EngineSettings(max_batch=8, max_length=512)) as engine:
         texts = ["The capital of France is", "Once", "def f(x):", "1 2 3 4 5", "Hello " * 40, "Why", "A B", "x", "y z"]
         requests = [
@@ -90,8 +89,8 @@ def test_adapters_beside_their_base(saved_adapter: Path, tmp_path: Path) -> None
             tensors[name] = torch.randn(tensors[name].shape, generator=generator)
     save_file(tensors, file)
     truths = {
-        "tuned": load(str(folder), dtype="float32", device="cpu"),
-        "base": load_base_of(folder, dtype="float32", device="cpu"),
+        "tuned": load(str(folder), dtype="float32", device="cuda"),
+        "base": load_base_of(folder, dtype="float32", device="cuda"),
     }
     with Engine.load(str(folder), device="cuda", settings=EngineSettings(max_batch=4)) as engine:
         sampling = Sampling(max_new_tokens=12, logprobs=0, ignore_eos=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from finetune.datacheck.report import document, require_sound
 from finetune.errors import DataError
 from finetune.model import load_tokenizer
 from tests.datacheck.conftest import MODEL, turns, write_rows
+from tests.running import Ran, run_finetune
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -187,22 +186,21 @@ def test_the_command_shows_writes_and_refuses(tmp_path, make_recipe):
     write_rows(tmp_path / "rows.jsonl", rows)
     make_recipe(tmp_path / "rows.jsonl")
 
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "finetune", "data", "check", str(tmp_path / "recipe.yaml"), *args]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    def run(*args: object) -> Ran:
+        return run_finetune("data", "check", tmp_path / "recipe.yaml", *args)
 
     page, fixed = tmp_path / "page.html", tmp_path / "fixed"
-    done = run("--json", "--show", "1", "--html", str(page), "--fix", str(fixed))
-    assert done.returncode == 1, done.stderr
-    made = json.loads(done.stdout)
+    done = run("--json", "--show", "1", "--html", page, "--fix", fixed)
+    assert done.status == 1, done.stderr
+    made = done.document
     assert made["parts"][0]["used"] == 2
     assert len(made["examples"]) == 1
     assert "".join(piece["text"] for piece in made["examples"][0]["pieces"]).startswith("<s> [INST] q")
     assert "<script>alert(1)" not in page.read_text(encoding="utf-8")
     assert sorted(path.name for path in fixed.iterdir()) == ["fixes.json", "refused.jsonl", "rows-0.jsonl"]
-    again = run("--fix", str(fixed))
-    assert again.returncode == 2
+    again = run("--fix", fixed)
+    assert again.status == 2
     assert "the output folder is not empty" in again.stderr
     passed = run("--set", "data.max_refused=1")
-    assert passed.returncode == 0
+    assert passed.status == 0
     assert "no assistant turn" in passed.stdout

@@ -121,7 +121,14 @@ def main() -> None:
             http.append(total / ask_over_http(served.port, asked.clients, asked.tokens))
             print(f"turn {turn}: {direct[-1]:8.1f} tokens/s directly, {http[-1]:8.1f} over HTTP", flush=True)
         ratio = statistics.median(http) / statistics.median(direct)
-        shown = {"clients": asked.clients, "tokens": asked.tokens, "direct": direct, "http": http, "ratio": ratio}
+        shown = {
+            "bench": "server",
+            "clients": asked.clients,
+            "tokens": asked.tokens,
+            "direct": direct,
+            "http": http,
+            "ratio": ratio,
+        }
         print(json.dumps(shown))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels import nf4, rows, swiglu  # noqa: F401  # registers the operators
+from finetune.kernels import decode, few_rows, nf4, paged, rows, swiglu  # noqa: F401  # registers the operators
+from finetune.kernels.few_rows import half_like
 from finetune.kernels.nf4 import quantize_stack
 from finetune.kernels.rows import sort_by_expert
 
@@ -18,7 +19,30 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     x, y, h, v = (torch.randn(n, 64 * m, generator=generator) for n, m in ((5, 1), (10, 1), (10, 4), (10, 2)))
     weight, sorted_rows = torch.rand(5, 2, generator=generator), sort_by_expert(index, 4)
     stack = quantize_stack(torch.randn(3, 64, 128, generator=generator))
+    half = half_like(x)
+    gate_up = quantize_stack(torch.randn(4, 128, 64, generator=generator))
+    down = quantize_stack(torch.randn(4, 64, 64, generator=generator))
+    matrix = quantize_stack(torch.randn(1, 32, 64, generator=generator))
+    which = torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32)
+    position = torch.arange(5, dtype=torch.int32)
+    pages, pool = torch.arange(1, 6, dtype=torch.int32)[:, None], torch.randn(6, 8, 1, 16, generator=generator)
+    qkv, table = torch.randn(1, 5, 64, generator=generator), torch.rand(8, 16, generator=generator)
     return {
+        "add_norm": (x, torch.randn(2, 10, 64, generator=generator), weight, torch.ones(64), 1e-5),
+        "route": (x, torch.randn(2, 4, 64, generator=generator), which, 2, True),
+        "lora_rows": (
+            torch.randn(2, 5, 32, generator=generator),
+            x,
+            torch.randn(1, 4, 64, generator=generator),
+            torch.randn(1, 32, 4, generator=generator),
+            torch.ones(1, 32),
+            torch.zeros(32, dtype=torch.int32),
+            which,
+        ),
+        "nf4_rows": (x, half, list(matrix)),
+        "few_experts": (x, half, index, list(gate_up), list(down)),
+        "rope_write": (qkv, table, table, position, pages, pool, pool.clone(), 2),
+        "paged_attention": (torch.randn(5, 2, 16, generator=generator), pool, pool, pages, position, 0.25, 2**30),
         "dequantize_nf4": (*stack, torch.empty(3, 64, 128)),
         "sort_by_expert": (index, 4),
         "gather_rows": (x, sorted_rows.token_S),

@@ -35,11 +35,10 @@ ensure_venv() {
   rm -f "$stamp"
   if ! "$root/.venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
     echo "installing torch (the largest part; only the first time)"
-    "$root/.venv/bin/python" -m pip install --no-compile "$(grep '^torch==' "$root/constraints.txt")" \
+    "$root/.venv/bin/python" -m pip install "$(grep '^torch==' "$root/constraints.txt")" \
       -c "$root/constraints.txt" || return
   fi
   echo "installing moe-qlora and what it needs, as pinned in constraints.txt"
-  # Not compiled ahead: of some 20,000 files most are never imported, and an import compiles what it needs.
-  "$root/.venv/bin/python" -m pip install --quiet --no-compile -e "$root[test]" -c "$root/constraints.txt" || return
+  "$root/.venv/bin/python" -m pip install --quiet -e "$root[test]" -c "$root/constraints.txt" || return
   echo "$wanted" >"$stamp"
 }

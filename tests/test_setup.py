@@ -61,8 +61,8 @@ def test_the_first_start_installs_and_the_second_does_nothing(checkout: Checkout
     ]
     constraints = f"-c {checkout.root}/constraints.txt"
     assert checkout.pip_calls() == [
-        f"install --no-compile torch==2.13.0 {constraints}",
-        f"install --quiet --no-compile -e {checkout.root}[test] {constraints}",
+        f"install torch==2.13.0 {constraints}",
+        f"install --quiet -e {checkout.root}[test] {constraints}",
     ]
     second = checkout.start()
     assert second.stdout.splitlines() == ["using .venv (installed, nothing changed)", "done"]

@@ -132,6 +132,7 @@ TINY = sorted((REPOSITORY / "recipes" / "tiny-mixtral").glob("*.yaml"))
 COLLAPSING = REPOSITORY / "recipes" / "tiny-mixtral" / "collapsing-router.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [path for path in TINY if path != COLLAPSING], ids=lambda p: p.stem)
 def test_tiny_recipes_train(recipe: Path, tmp_path: Path) -> None:
     """Each for a few steps on the bundled model and data; held-out loss falls already."""
@@ -200,6 +201,7 @@ def test_auxiliary_loss_stands_apart(write_recipe: Write, tmp_path: Path) -> Non
     assert with_aux["loss"] == pytest.approx(without["loss"], abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["attention_lora", "non_moe"])
 def test_the_plan_is_shown_applied_and_changes_no_loss(write_recipe: Write, tmp_path: Path, method: str) -> None:
     sections: dict[str, Any] = {"trainable": {"method": method}}

@@ -67,6 +67,7 @@ def test_json_is_the_only_output(write_recipe: Write) -> None:
     assert ran.document["overrides"] == ["trainable.lora.r=4"]
 
 
+@pytest.mark.slow
 def test_peers_on_a_cpu(small_mixtral: Path) -> None:
     ran = run_finetune(
         *("bench", "peers", "--shape", small_mixtral, "--json"),

@@ -30,6 +30,7 @@ def test_kernels_under_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_plain_path_without_triton() -> None:
     """The operators' own tests pass where triton cannot be imported."""
     program = (

@@ -115,6 +115,9 @@ def child(checkpoint: str, quantized: str) -> None:
     print(json.dumps({"size": size, "quantizing": peak, "reading": again_peak}))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     folder = tmp_path_factory.mktemp("memory")

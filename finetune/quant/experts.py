@@ -68,34 +68,16 @@ class Nf4Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H] in hidden_states' dtype."""
-        x, device = hidden_states, hidden_states.device
-        if torch.is_autocast_enabled(device.type):
-            x = x.to(torch.get_autocast_dtype(device.type))
         gate_up, down = (self.stack(projection) for projection in EXPERT_PROJECTIONS)
-        few = top_k_index.numel() <= FEW_CHOICES and self.backend == "auto" and not torch.is_grad_enabled()
-        if few and runs_on_kernels(x):
-            parts_PSH = few_experts(to_halves(x), top_k_index, gate_up, down)
-            y_TKH = parts_PSH.sum(0).view(*top_k_index.shape, -1)
-            return (y_TKH * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
-        source = None
-        if not self.keep_gate_up and torch.is_grad_enabled():
-            x, source = remember(x)
-        # The routing and the gate_up output are kept whatever checkpoint surrounds this: a routing that is recomputed
-        # can differ in a token, and the gate_up output is `keep_gate_up`'s business.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            y = frozen_experts(
-                x,
-                top_k_index,
-                top_k_weights,
-                gate_up,
-                down,
-                backend=choose_backend(
-                    self.backend, device, x.dtype, rows=top_k_index.numel(), experts=self.num_experts
-                ),
-                keep_gate_up=self.keep_gate_up,
-                source=source,
-            )
-        return y.to(hidden_states.dtype)
+        return run_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            gate_up,
+            down,
+            backend=self.backend,
+            keep_gate_up=self.keep_gate_up,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves devices but keeps dtypes: `model.to(torch.bfloat16)` must not round the float32 scales."""
@@ -108,6 +90,45 @@ class Nf4Experts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, nf4"
+
+
+def run_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Nf4Stack,
+    down: Nf4Stack,
+    *,
+    backend: BackendChoice = "auto",
+    keep_gate_up: bool = True,
+) -> Tensor:
+    """What an experts module computes, with the weights that it is given; arguments as `Nf4Experts.forward`."""
+    x, device = hidden_states, hidden_states.device
+    if torch.is_autocast_enabled(device.type):
+        x = x.to(torch.get_autocast_dtype(device.type))
+    few = top_k_index.numel() <= FEW_CHOICES and backend == "auto" and not torch.is_grad_enabled()
+    if few and runs_on_kernels(x):
+        parts_PSH = few_experts(to_halves(x), top_k_index, gate_up, down)
+        y_TKH = parts_PSH.sum(0).view(*top_k_index.shape, -1)
+        return (y_TKH * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+    source = None
+    if not keep_gate_up and torch.is_grad_enabled():
+        x, source = remember(x)
+    chosen = choose_backend(backend, device, x.dtype, rows=top_k_index.numel(), experts=gate_up.packed.shape[0])
+    # The routing and the gate_up output are kept whatever checkpoint surrounds this: a routing that is recomputed
+    # can differ in a token, and the gate_up output is `keep_gate_up`'s business.
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        y = frozen_experts(
+            x,
+            top_k_index,
+            top_k_weights,
+            gate_up,
+            down,
+            backend=chosen,
+            keep_gate_up=keep_gate_up,
+            source=source,
+        )
+    return y.to(hidden_states.dtype)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

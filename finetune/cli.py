@@ -32,6 +32,8 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(no_args_is_help=True, help="Look at data.")
 app.add_typer(data_app, name="data")
+adapter_app = typer.Typer(no_args_is_help=True, help="Look at adapters.")
+app.add_typer(adapter_app, name="adapter")
 router_app = typer.Typer(no_args_is_help=True, help="Look at routers.")
 app.add_typer(router_app, name="router")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: training, what others would do, kernels.")
@@ -44,6 +46,16 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, logs elsewhere.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ResidencyOption = Annotated[
+    str, typer.Option("--residency", help="Where the experts live: resident, offload (host memory), or auto.")
+]
+DeviceGib = Annotated[
+    float | None, typer.Option("--device-gib", min=0.1, help="How much of the GPU to use; what is free by default.")
+]
+RoutingFile = Annotated[
+    Path | None,
+    typer.Option("--routing", help="RUN/router/base.json: offloaded, its hottest experts stay.", show_default=False),
+]
 Batch = Annotated[int | None, typer.Option(min=1, help="Rows of a micro-batch; the recipe's by default.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the recipe's by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Measured steps, after three of warm-up.")]
@@ -138,32 +150,47 @@ def quantize(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run saved.", show_default=False)],
     output: Output,
+    format: Annotated[str, typer.Option(help="nf4 (experts keep their bytes), bf16, fp16 or gguf.")] = "nf4",
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="PATH=FACTOR", help="Add FACTOR of another adapter's update; several times."),
+    ] = None,
+    factor: Annotated[float | None, typer.Option(help="Of ADAPTER's own update; 1 by default.")] = None,
+    onto: Annotated[str, typer.Option(help="trained: the 4-bit values; original: the base's 16 bits.")] = "trained",
+    original: Annotated[
+        str | None, typer.Option(help="The 16-bit checkpoint, where the trained base is a quantized folder.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    data: Annotated[str | None, typer.Option(help="Held-out conversations to compare on.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
+    data: Annotated[str | None, typer.Option(help="nf4: held-out conversations to compare on.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="nf4: how many of them.")] = 64,
+    shard_size: Annotated[str | None, typer.Option(help="bf16, fp16: of a file; 4GB by default.")] = None,
+    gguf_type: Annotated[str | None, typer.Option(help="gguf: f16, q8_0 (default), q6_k, q4_k_m, ...")] = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Merge an adapter into a 16-bit attention; the experts keep their 4-bit bytes."""
+    """Merge an adapter: exactly in 4-bit experts and 16-bit attention, or as a checkpoint for other engines."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.export.merge import merge_adapter
+        from finetune.export.command import run_merge
 
-        fidelity = merge_adapter(adapter, output, base_path=base, data=data, max_rows=rows, device=device)
-        if fidelity is None:
-            report.line(f"Merged model in {output} (no held-out text: not compared with the live adapter)")
-        else:
-            table = [
-                ("tokens compared", f"{fidelity.tokens:,}"),
-                ("completion loss, live adapter", f"{fidelity.reference_loss:.4f} nats"),
-                ("completion loss, merged", f"{fidelity.candidate_loss:.4f} nats"),
-                ("KL(live || merged)", f"{fidelity.kl:.2e} nats"),
-                ("greedy agreement", f"{fidelity.greedy_agreement:.2%}"),
-                ("top-k expert overlap", f"{fidelity.top_k_overlap:.2%}"),
-            ]
-            report.table(f"Merged model in {output}", ("against the live adapter", "value"), table)
-        report.finish({"output": str(output), "fidelity": None if fidelity is None else fidelity.to_dict()})
+        document = run_merge(
+            adapter,
+            report,
+            output=output,
+            format=format,
+            others=others or (),
+            factor=factor,
+            onto=onto,
+            original=original,
+            base=base,
+            data=data,
+            rows=rows,
+            shard_size=shard_size,
+            gguf_type=gguf_type,
+            device=device,
+        )
+        report.finish(document)
 
 
 @app.command()
@@ -177,6 +204,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
     seed: int = 0,
     raw: Annotated[bool, typer.Option(help="Continue the text as it stands, without the chat template.")] = False,
+    residency: ResidencyOption = "auto",
+    device_gib: DeviceGib = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -187,10 +216,15 @@ def generate(
         from finetune.infer.engine import Engine
         from finetune.infer.generate import generate as answer
         from finetune.infer.request import Sampling
-        from finetune.infer.runner import EngineSettings
+        from finetune.infer.settings import EngineSettings
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
-        stdout, one_row = report.stdout, EngineSettings(max_batch=1)
+        stdout = report.stdout
+        one_row = EngineSettings(
+            max_batch=1,
+            residency=residency,  # type: ignore[arg-type]  # checked by the engine
+            device_gib=device_gib,
+        )
 
         def stream(text: str) -> None:
             stdout.write(text)
@@ -239,6 +273,9 @@ def chat(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a conversation; the model's by default.")
     ] = None,
+    residency: ResidencyOption = "auto",
+    device_gib: DeviceGib = None,
+    routing: RoutingFile = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -252,8 +289,15 @@ def chat(
             require_gradio()
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
         from finetune.chat.command import Asked, talk, talk_on_page
+        from finetune.infer.settings import EngineSettings
 
-        asked = Asked(model, adapter or (), base, device, sampling, system, max_length)
+        settings = EngineSettings(
+            max_length=max_length,
+            residency=residency,  # type: ignore[arg-type]  # checked by the engine
+            device_gib=device_gib,
+            routing=routing,
+        )
+        asked = Asked(model, adapter or (), base, device, sampling, system, settings)
         if ui:
             talk_on_page(asked, report, host=host, port=port)
         else:
@@ -276,6 +320,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,
     max_body_mib: Annotated[float, typer.Option(min=0.001, help="Size of a request.")] = 8.0,
     kv_gib: Annotated[float | None, typer.Option(help="Memory for keys and values; what is free by default.")] = None,
+    residency: ResidencyOption = "auto",
+    device_gib: DeviceGib = None,
+    routing: RoutingFile = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="Holds the key that clients must show; else FINETUNE_API_KEY.", show_default=False),
@@ -289,7 +336,7 @@ def serve(
         from finetune.serve.requirements import require_packages
 
         require_packages()
-        from finetune.infer.engine import EngineSettings
+        from finetune.infer.settings import EngineSettings
         from finetune.serve.command import serve as run
 
         run(
@@ -301,11 +348,79 @@ def serve(
             name=name,
             base=base,
             device=device,
-            settings=EngineSettings(max_batch=max_batch, max_length=max_length, kv_gib=kv_gib),
+            settings=EngineSettings(
+                max_batch=max_batch,
+                max_length=max_length,
+                kv_gib=kv_gib,
+                residency=residency,  # type: ignore[arg-type]  # checked by the engine
+                device_gib=device_gib,
+                routing=routing,
+            ),
             max_waiting=max_waiting,
             max_body_mib=max_body_mib,
             key_file=api_key_file,
         )
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its output.dir).", show_default=False)],
+    repo_id: Annotated[str, typer.Option(help="Where to: name, or owner/name.", show_default=False)],
+    merged: Annotated[
+        Path | None, typer.Option(help="Push this merged model of the run instead of its adapter.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to write to; made where there is none.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put a run's adapter or merged model on the Hugging Face Hub, with a card."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug, hub_progress=True)
+        from finetune.export.hub import Destination
+        from finetune.export.push import push as send
+
+        to = Destination(repo_id, private=private, branch=branch)
+        report.finish(send(run, to, report, merged=merged, dry_run=dry_run))
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="Adapter or model on the hub: owner/name.", show_default=False)],
+    output: Output,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the default branch otherwise.")] = None,
+    allow_unsafe: Annotated[
+        bool, typer.Option("--allow-unsafe", help="Take pickle files and code too: they can do anything.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch an adapter or a model from the Hugging Face Hub: one commit, verified by hash, safetensors only."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug, hub_progress=True)
+        from finetune.export.pull import pull as fetch
+
+        pulled = fetch(repo_id, output, report, revision=revision, allow_unsafe=allow_unsafe)
+        report.line(f"{pulled.repo_id} at {pulled.commit}, every hash as the commit names it, in {output}")
+        report.finish({"output": str(output), **pulled.to_dict()})
+
+
+@adapter_app.command("inspect")
+def adapter_inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter or non-MoE tuning.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Its base, if it has moved since training.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an adapter is: kind, rank, targets, base, recipe, data, and its norms layer by layer."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.export.inspect import inspect_adapter, show_adapter
+
+        document = inspect_adapter(adapter, base_path=base)
+        show_adapter(document, report)
+        report.finish(document)
 
 
 @data_app.command("check")
@@ -488,6 +603,10 @@ def bench_decode(
     tokens: Annotated[int, typer.Option(min=8, help="Generated by each request.")] = 64,
     random_weights: Annotated[bool, typer.Option(help="Only the shape of the model, without a checkpoint.")] = False,
     peer: Annotated[bool, typer.Option(help="Also transformers' generate on the bitsandbytes model.")] = False,
+    device_gib: Annotated[
+        list[float] | None,
+        typer.Option(min=0.1, help="Instead: experts in host memory, in so much of the device; several times."),
+    ] = None,
     device: Device = "auto",
     out: Out = None,
     as_json: Json = False,
@@ -510,6 +629,7 @@ def bench_decode(
             random_weights=random_weights,
             device=device,
             peer=peer,
+            device_gib=device_gib or (),
         )
         hand_over(document, report, out)
 
@@ -600,8 +720,12 @@ def fail(error: FinetuneError, debug: bool) -> NoReturn:
     raise typer.Exit(2)
 
 
-def quiet_libraries(debug: bool) -> None:
-    """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported."""
+def quiet_libraries(debug: bool, *, hub_progress: bool = False) -> None:
+    """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported.
+
+    Args:
+        hub_progress: the hub's client shows its bars.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The allocator's segments grow instead of being split. The memory margin counts on it: 0.3 GiB is reserved beyond
     # the tensors with it (8 x 1024 tokens in 34 GiB, H100).
@@ -609,6 +733,7 @@ def quiet_libraries(debug: bool) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not hub_progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers 5.2x renames arguments that 5.17 knows only by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

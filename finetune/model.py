@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,12 +24,13 @@ from finetune.attention import read_packing, resolve_attention
 from finetune.checkpoint import check_model_folder, incomplete, read_json, require_every_expert
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
 from finetune.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
-from finetune.quant import Moe4bitConfig
+from finetune.quant import Moe4bitConfig, Nf4Experts
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
 from finetune.trainable import check_tuned, load_adapter, load_non_moe, read_adapter_kind
 
 BASE_FILE = "base.json"
+ExpertsOn = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,13 @@ def load_base(
     attn_implementation: str = "auto",
     fused_layers: FusedLayers = "auto",
     random_weights_seed: int | None = None,
+    experts_on: ExpertsOn = "device",
 ) -> LoadedModel:
     """Loads a base model with its experts in NF4.
 
     Args:
+        experts_on: "host" leaves the experts in the host's memory, everything else on the device. A checkpoint in 16
+            bits is then quantized by the CPU.
         fused_layers: see `fused_layers.wants_fused_layers`.
         random_weights_seed: builds the shape of `base.path`'s config.json from random weights instead.
 
@@ -210,20 +215,18 @@ def load_base(
             device=where,
             attn_implementation=attn_implementation,
             seed=random_weights_seed,
+            experts_device=torch.device("cpu") if experts_on == "host" else None,
         )
+    elif experts_on == "host":
+        model = _from_pretrained(base, config, torch_dtype, torch.device("cpu"), attn_implementation)
+        _move_all_but_experts(model, where)
     else:
         model = _from_pretrained(base, config, torch_dtype, where, attn_implementation)
     read_packing(model)
     if wants_fused_layers(fused_layers, where, arch.model_type):
         fuse_layers(model)
     fingerprint = router_fingerprint(model, arch)
-    if base.fingerprint and base.fingerprint != fingerprint:
-        raise AdapterError(
-            "the adapter was trained on another base: the routers differ",
-            where=base.path,
-            allowed=f"a base with router fingerprint {base.fingerprint[:12]} (this one has {fingerprint[:12]})",
-            fix="load the base that the adapter's base.json names",
-        )
+    require_fingerprint(base, fingerprint)
     spec = BaseSpec(base.path, base.revision, base.attention, fingerprint)
     return LoadedModel(model, tokenizer, arch, spec, where)
 
@@ -236,12 +239,14 @@ def load(
     device: str = "auto",
     attn_implementation: str = "auto",
     attention: AttentionStorage | None = None,
+    experts_on: ExpertsOn = "device",
 ) -> LoadedModel:
     """Loads whatever `path` is: a base or merged model, or an adapter (LoRA or non-MoE) with its base.
 
     Args:
         base_path: overrides the base that the adapter names.
         attention: storage for a base that is not quantized yet; a saved folder knows its own.
+        experts_on: as `load_base`.
 
     Raises:
         FinetuneError: as `load_base`; `AdapterError` if adapter and base do not fit.
@@ -249,9 +254,16 @@ def load(
     if not _is_local(path) or read_adapter_kind(Path(path)) is None:
         saved = _saved_quantization(read_config(path)).get("attention")
         spec = BaseSpec(path, attention=saved or attention or "nf4")
-        return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return load_base(
+            spec, dtype=dtype, device=device, attn_implementation=attn_implementation, experts_on=experts_on
+        )
     loaded = load_base_of(
-        Path(path), base_path=base_path, dtype=dtype, device=device, attn_implementation=attn_implementation
+        Path(path),
+        base_path=base_path,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        experts_on=experts_on,
     )
     return put_on(loaded, Path(path))
 
@@ -263,6 +275,7 @@ def load_base_of(
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str = "auto",
+    experts_on: ExpertsOn = "device",
 ) -> LoadedModel:
     """Loads the base of an adapter folder as it was trained on, with nothing put on it yet; arguments as `load`.
 
@@ -270,7 +283,7 @@ def load_base_of(
         FinetuneError: as `load_base` and `require_base`; `AdapterError` if it was trained on another base.
     """
     spec = require_base(adapter, base_path)
-    return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation, experts_on=experts_on)
 
 
 def require_base(adapter: Path, base_path: str | None = None) -> BaseSpec:
@@ -309,11 +322,32 @@ def put_on(base: LoadedModel, adapter: Path) -> LoadedModel:
 
 def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:
     """SHA-256 over all router weights in bfloat16: they are never quantized, so every storage of a base agrees."""
+    return fingerprint_of(
+        model.get_submodule(router_path(layer)).get_parameter("weight") for layer in range(arch.layers)
+    )
+
+
+def fingerprint_of(routers: Iterable[torch.Tensor]) -> str:
+    """`router_fingerprint` of weights [E, H], in order of the layers."""
     digest = hashlib.sha256()
-    for layer in range(arch.layers):
-        weight = model.get_submodule(router_path(layer)).get_parameter("weight")
+    for weight in routers:
         digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def require_fingerprint(base: BaseSpec, found: str) -> None:
+    """Refuses a base whose routers are not those that an adapter was trained on.
+
+    Raises:
+        AdapterError: says both fingerprints.
+    """
+    if base.fingerprint and base.fingerprint != found:
+        raise AdapterError(
+            "the adapter was trained on another base: the routers differ",
+            where=base.path,
+            allowed=f"a base with router fingerprint {base.fingerprint[:12]} (this one has {found[:12]})",
+            fix="load the base that the adapter's base.json names",
+        )
 
 
 def _from_pretrained(
@@ -344,6 +378,12 @@ def _from_pretrained(
     if missing:
         raise incomplete(missing)
     return model
+
+
+def _move_all_but_experts(model: torch.nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        if not isinstance(module, Nf4Experts):
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 def _saved_quantization(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from finetune.checkpoint import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
 from finetune.kernels.experts_matmul import choose_backend
-from finetune.kernels.nf4 import Nf4Stack, dequantize_stack
+from finetune.kernels.nf4 import Nf4Stack
+from finetune.kernels.stacks import dequantize_stack
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 from finetune.quant import Nf4Experts

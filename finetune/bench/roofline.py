@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from finetune.arch import GATE_UP_PROJ, MoeArch
-from finetune.kernels.nf4 import Nf4Stack, dequantize_stack
+from finetune.kernels.nf4 import Nf4Stack
+from finetune.kernels.stacks import dequantize_stack
 from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
 
 COPY_BYTES = 2 * 2**30  # of each buffer: far beyond any cache

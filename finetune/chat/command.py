@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.chat.screen import Screen
 from finetune.chat.session import Session
 from finetune.chat.terminal import chat_in_terminal
 from finetune.console import Report
 from finetune.errors import FinetuneError
-from finetune.infer.engine import Engine, EngineSettings
+from finetune.infer.engine import Engine
 from finetune.infer.request import Sampling
+from finetune.infer.settings import EngineSettings
 
 _PAGE_BATCH = 8  # answers at once: four tabs with two models
 
@@ -27,7 +28,7 @@ class Asked:
         adapters: `NAME=PATH`, each a further model.
         base: of an adapter, where it has moved since training.
         system: what the model is told before the conversation.
-        max_length: tokens of a conversation with its answer; the model's by default.
+        settings: the engine's; each face sets its own batch.
     """
 
     path: str
@@ -36,13 +37,16 @@ class Asked:
     device: str
     sampling: Sampling
     system: str | None
-    max_length: int | None
+    settings: EngineSettings
 
     def load(self, *, max_batch: int) -> Engine:
         """Raises a FinetuneError for an adapter or model that cannot be used."""
-        settings = EngineSettings(max_batch=max_batch, max_length=self.max_length)
         return Engine.load(
-            self.path, adapters=named(self.adapters), base=self.base, device=self.device, settings=settings
+            self.path,
+            adapters=named(self.adapters),
+            base=self.base,
+            device=self.device,
+            settings=replace(self.settings, max_batch=max_batch),
         )
 
 

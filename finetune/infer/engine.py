@@ -27,12 +27,13 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError
 from finetune.infer.encode import encode_messages, encode_text
-from finetune.infer.loading import ServedModels, load_models
+from finetune.infer.loading import ServedModels, chooses_offload, load_models
 from finetune.infer.request import Event, FinishedEvent, FinishReason, Request, TokenEvent
-from finetune.infer.runner import EngineSettings, Runner
+from finetune.infer.runner import Runner
 from finetune.infer.sampler import Chosen, RowSampling
+from finetune.infer.settings import EngineSettings
 from finetune.infer.text import AnswerText
-from finetune.model import LoadedModel
+from finetune.model import ExpertsOn, LoadedModel
 
 T = TypeVar("T")
 Listener = Callable[[Event], None]
@@ -53,6 +54,7 @@ class EngineStats:
     kv_page_tokens: int
     expert_hits: int | None = None
     expert_misses: int | None = None
+    expert_fetched_bytes: int | None = None
 
 
 class Ticket:
@@ -135,10 +137,14 @@ class Engine:
         """Loads a base, merged, adapter or non-MoE folder, or a hub id, and further adapters by name.
 
         Raises:
-            FinetuneError: as `model.load`; `AdapterError` for adapters that do not go together.
+            FinetuneError: as `model.load`; `AdapterError` for adapters that do not go together; `DeviceError` for a
+                device with too little room.
         """
-        served = load_models(path, adapters or {}, name=name, base=base, device=device)
-        return cls(served, path, settings or EngineSettings())
+        settings = settings or EngineSettings()
+        offload = chooses_offload(path, base, device, settings)
+        experts_on: ExpertsOn = "host" if offload else "device"
+        served = load_models(path, adapters or {}, name=name, base=base, device=device, experts_on=experts_on)
+        return cls(served, path, settings)
 
     def __enter__(self) -> Engine:
         return self
@@ -218,12 +224,16 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._lock:
             pool = self._runner.pool
+            cache = self._runner.cache_stats()
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
                 kv_pages_used=pool.used,
                 kv_pages=pool.pages,
                 kv_page_tokens=self._runner.page_tokens,
+                expert_hits=None if cache is None else cache.hits,
+                expert_misses=None if cache is None else cache.misses,
+                expert_fetched_bytes=None if cache is None else cache.misses * cache.expert_bytes,
                 **self._counters,
             )
 

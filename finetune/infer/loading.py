@@ -11,8 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.arch import MoeArch
 from finetune.errors import AdapterError
-from finetune.model import BaseSpec, LoadedModel, load, load_base_of
+from finetune.infer.residency import needs_offload, require_residency
+from finetune.infer.settings import EngineSettings
+from finetune.model import (
+    BaseSpec,
+    ExpertsOn,
+    LoadedModel,
+    load,
+    load_base_of,
+    read_config,
+    require_base,
+    resolve_device,
+    resolve_dtype,
+)
+from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
 from finetune.trainable import add_adapters, read_adapter_kind
 
 BASE_NAME = "base"
@@ -24,15 +38,23 @@ class ServedModels:
 
     Attributes:
         adapters: the adapters' names in PEFT, which are the names asked for.
+        experts_on: where the experts were left; "host" asks for slots on the device.
     """
 
     loaded: LoadedModel
     adapters: tuple[str, ...]
     selectors: Mapping[str, int]
+    experts_on: ExpertsOn = "device"
 
 
 def load_models(
-    path: str, adapters: Mapping[str, str], *, name: str | None, base: str | None, device: str
+    path: str,
+    adapters: Mapping[str, str],
+    *,
+    name: str | None,
+    base: str | None,
+    device: str,
+    experts_on: ExpertsOn = "device",
 ) -> ServedModels:
     """Loads `path`, whatever it is, and the named adapters beside it.
 
@@ -58,10 +80,11 @@ def load_models(
             fix="serve the base with --adapter, or this folder without",
         )
     if kind != "lora":
-        loaded = load(path, base_path=base, device=device) if kind else load(path, device=device)
+        own_base = base if kind else None
+        loaded = load(path, base_path=own_base, device=device, experts_on=experts_on)
         names = [own]
     else:
-        loaded = load_base_of(Path(path), base_path=base, device=device)
+        loaded = load_base_of(Path(path), base_path=base, device=device, experts_on=experts_on)
         wanted = {own: path, **wanted}
         names = [BASE_NAME]
     for other, folder in wanted.items():
@@ -72,7 +95,34 @@ def load_models(
     selectors = {names[0]: 0} | {other: number for number, other in enumerate(wanted, start=1)}
     if kind == "lora":
         selectors = {own: 1} | selectors
-    return ServedModels(loaded, tuple(wanted), selectors)
+    return ServedModels(loaded, tuple(wanted), selectors, experts_on)
+
+
+def chooses_offload(path: str, base: str | None, device: str, settings: EngineSettings) -> bool:
+    """Whether the experts of what `load_models` would load go to the host's memory; reads no more than its config.
+
+    Raises:
+        FinetuneError: a model, adapter or device that cannot be used, or a residency that does not exist.
+    """
+    require_residency(settings.residency)
+    if settings.residency != "auto":
+        return settings.residency == "offload"
+    kind = read_adapter_kind(Path(path)) if Path(path).is_dir() else None
+    spec = BaseSpec(path) if kind is None else require_base(Path(path), base)
+    config = read_config(spec.path, spec.revision)
+    arch = MoeArch.from_config(config, where=spec.path)
+    where = resolve_device(device)
+    dtype = resolve_dtype("auto", where)
+    storage = (config.get("quantization_config") or {}).get("attention", spec.attention)
+    attention_bits = 8 * NF4_BYTES_PER_WEIGHT if storage == "nf4" else 8.0 * dtype.itemsize
+    return needs_offload(
+        arch,
+        dtype,
+        where,
+        attention_bits=attention_bits,
+        device_gib=settings.device_gib,
+        longest=settings.longest(int(config["max_position_embeddings"])),
+    )
 
 
 def default_name(path: str) -> str:

@@ -15,38 +15,27 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from finetune.arch import MoeArch
+from finetune.arch import MoeArch, experts_path
 from finetune.errors import DeviceError
 from finetune.infer.loading import ServedModels
+from finetune.infer.offloaded import expert_bytes, offload_experts, plan_slots
 from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
 from finetune.infer.prefill import prefill
+from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, divide, read_load
 from finetune.infer.sampler import Chosen, RowSampling, choose
+from finetune.infer.settings import EngineSettings
 from finetune.infer.step import DecodeStep
-
-# Longer only when asked for: the pool and the rotary tables grow with it.
-DEFAULT_MAX_LENGTH = 32768
-# A forward pass of so many prompt tokens keeps an H100's GEMMs full; more would only hold up the running rows longer.
-PREFILL_TOKENS = 4096
-# Of a CPU's memory, where nobody says more.
-_CPU_POOL_BYTES = 2**29
-_MARGIN_BYTES = 2**30
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """Limits of an engine.
+class CacheStats:
+    """Of offloaded experts: needed ones that were found in a slot, and those fetched; bytes of one expert."""
 
-    Attributes:
-        max_batch: requests that decode at once.
-        max_length: tokens of a prompt and its answer; None: the model's positions, at most 32,768.
-        kv_gib: memory for keys and values; None: what all rows at full length need, or what is free.
-    """
-
-    max_batch: int = 16
-    max_length: int | None = None
-    kv_gib: float | None = None
+    hits: int
+    misses: int
+    expert_bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,9 +62,32 @@ class Runner:
         self.adapters = served.adapters
         dtype: torch.dtype = causal.dtype
         positions = int(causal.config.max_position_embeddings)
-        longest: int = min(settings.max_length or DEFAULT_MAX_LENGTH, positions)
-        count = _pool_pages(self.arch, dtype, self.device, settings, longest)
+        longest: int = settings.longest(positions)
+        if settings.device_gib is not None and self.device.type == "cuda":
+            most = settings.device_gib * 2**30 - CONTEXT_BYTES
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.device)
+        offload = served.experts_on == "host"
+        rooms = divide(
+            self.arch,
+            dtype,
+            self.device,
+            offload=offload,
+            device_gib=settings.device_gib,
+            kv_gib=settings.kv_gib,
+            wanted_kv=(settings.max_batch * pages_for(longest) + 1) * page_bytes(self.arch, dtype),
+            longest=longest,
+        )
+        count = _pool_pages(self.arch, dtype, self.device, settings, rooms.kv)
         self.max_length: int = min(longest, (count - 1) * PAGE)
+        self._cache_counts: Tensor | None = None
+        self._cache_counts_read: Tensor | None = None
+        if offload:
+            self._expert_bytes = expert_bytes(causal.get_submodule(experts_path(0)))
+            self._cache_counts = _offload(causal, self.arch, self.device, settings, rooms.slots)
+            self._cache_counts_read = torch.zeros(
+                self._cache_counts.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda"
+            )
         self.pool = PagePool(self.arch, count, dtype, self.device)
         with torch.inference_mode():
             self.decode = DecodeStep(self.causal, self.arch, served.adapters, self.max_length)
@@ -149,6 +161,8 @@ class Runner:
         """
         count = len(rows)
         bucket = min(1 << (count - 1).bit_length(), self._token_T.numel())
+        if self._cache_counts is not None:
+            bucket = count  # rows that pad a batch would have experts fetched
         if self._last_chosen is not None and list(rows) == self._last:
             self._token_T[:count].copy_(self._last_chosen)
             self._position_T[:count] += 1
@@ -157,7 +171,16 @@ class Runner:
         logits = self._logits(bucket)
         chosen = choose(logits[:count], samplings)
         self._last, self._last_chosen = list(rows), chosen.token_T
+        if self._cache_counts is not None and self._cache_counts_read is not None:
+            self._cache_counts_read.copy_(self._cache_counts, non_blocking=True)
         return chosen.token_T, _to_host(chosen)
+
+    def cache_stats(self) -> CacheStats | None:
+        """As of the newest finished step; None where all experts are resident."""
+        if self._cache_counts_read is None:
+            return None
+        _, hits, misses = self._cache_counts_read.sum(0).tolist()
+        return CacheStats(hits, misses, self._expert_bytes)
 
     def _arrange(
         self,
@@ -224,25 +247,30 @@ def _to_host(chosen: Chosen) -> Callable[[], Chosen]:
     return ready
 
 
-def _pool_pages(arch: MoeArch, dtype: torch.dtype, device: torch.device, settings: EngineSettings, longest: int) -> int:
+def _offload(causal: Any, arch: MoeArch, device: torch.device, settings: EngineSettings, room: int) -> Tensor:
+    load_LE = None if settings.routing is None else read_load(settings.routing, arch)
+    size = expert_bytes(causal.get_submodule(experts_path(0)))
+    plan = plan_slots(arch, max(0, room) // size, load_LE)
+    if plan is None:
+        least = arch.layers + arch.experts - 1
+        raise DeviceError(
+            f"the device has room for {max(0, room) // size} experts beside everything else",
+            where="--device-gib" if settings.device_gib is not None else str(device),
+            allowed=f"{least} or more, {size / 2**20:.0f} MiB each: one for every layer and all of one layer at once",
+            fix="give more of the device, a shorter --max-length, or a smaller --kv-gib",
+        )
+    return offload_experts(causal, arch, plan, device)
+
+
+def _pool_pages(arch: MoeArch, dtype: torch.dtype, device: torch.device, settings: EngineSettings, room: int) -> int:
     """Pages of the pool, with the one for padding."""
     size = page_bytes(arch, dtype)
-    wanted = settings.max_batch * pages_for(longest)
-    if settings.kv_gib is not None:
-        room = int(settings.kv_gib * 2**30)
-    elif device.type == "cuda":
-        # A prompt's forward pass: the experts' rows (gate_up, its activation) and the dequantized matrices.
-        forward = max(PREFILL_TOKENS, longest) * arch.top_k * 4 * arch.intermediate * dtype.itemsize
-        matrices = 3 * arch.experts * arch.intermediate * arch.hidden * dtype.itemsize
-        room = torch.cuda.mem_get_info(device)[0] - forward - matrices - _MARGIN_BYTES
-    else:
-        room = _CPU_POOL_BYTES
-    count = min(wanted, room // size)
-    if count < 1:
+    count = room // size
+    if count < 2:
         raise DeviceError(
             f"there is no memory for keys and values: a page of {PAGE} tokens takes {size / 2**20:.1f} MiB",
             where="--kv-gib" if settings.kv_gib is not None else str(device),
-            allowed=f"{size / 2**30:.3f} GiB or more",
+            allowed=f"{2 * size / 2**30:.3f} GiB or more",
             fix="give more with --kv-gib, shorten --max-length, or free the device",
         )
-    return count + 1
+    return count

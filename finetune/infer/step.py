@@ -70,10 +70,16 @@ class DecodeStep:
             _add_lora(projected, attended.x, layer.o_adapters, adapter_T)
             x_TH, rows = add_norm(x_TH, projected, None, *_norm(layer.post_norm))
             which_T = adapter_T if layer.gates_NEH.shape[0] > 1 else base_T
-            index_TK, weight_TK = route(rows.x, layer.gates_NEH, which_T, layer.top_k, normalize=layer.normalize)
+            index_TK, weight_TK = self._route(layer, number, rows, which_T)
+            if layer.bring is not None:
+                index_TK = layer.bring(index_TK)
             delta_PSH = few_experts(rows, index_TK, layer.gate_up, layer.down)
         _, rows = add_norm(x_TH, delta_PSH, weight_TK, *_norm(self.decoder.norm))
         return self.head(rows.x).float()
+
+    def _route(self, layer: Layer, number: int, rows: Halves, which_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts and their weights; a bench replaces it by a trace of real routing."""
+        return route(rows.x, layer.gates_NEH, which_T, layer.top_k, normalize=layer.normalize)
 
     def _attention(
         self,

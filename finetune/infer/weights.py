@@ -9,7 +9,7 @@ Leaves out: non-MoE tunings, which are weights of the model itself by now.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch
+from finetune.infer.offloaded import OffloadedExperts
 from finetune.kernels.nf4 import Nf4Stack, dequantize_linear
 from finetune.quant.experts import Nf4Experts
 
@@ -35,7 +36,10 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. Projections are the model's own linear layers, 4-bit or plain."""
+    """One decoder layer. Projections are the model's own linear layers, 4-bit or plain.
+
+    `bring` is there where experts are offloaded: from chosen experts [T, K] to where they lie in the stacks.
+    """
 
     input_norm: nn.Module
     qkv: tuple[nn.Module, nn.Module, nn.Module]
@@ -49,6 +53,7 @@ class Layer:
     normalize: bool
     gate_up: Nf4Stack
     down: Nf4Stack
+    bring: Callable[[Tensor], Tensor] | None
 
 
 def read_layers(decoder: Any, arch: MoeArch, adapters: Sequence[str]) -> list[Layer]:
@@ -64,8 +69,9 @@ def _read_layer(layer: Any, arch: MoeArch, adapters: Sequence[str]) -> Layer:
     attention = layer.self_attn
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     gate, experts = layer.mlp.gate, layer.mlp.experts
-    assert isinstance(experts, Nf4Experts), type(experts)
-    stacks = [experts.stack(projection) for projection in EXPERT_PROJECTIONS]
+    offloaded = isinstance(experts, OffloadedExperts)
+    assert offloaded or isinstance(experts, Nf4Experts), type(experts)
+    stacks = [experts.gate_up, experts.down] if offloaded else [experts.stack(name) for name in EXPERT_PROJECTIONS]
     router: Any = gate.original_module if isinstance(gate, ModulesToSaveWrapper) else gate
     return Layer(
         input_norm=layer.input_layernorm,
@@ -81,6 +87,7 @@ def _read_layer(layer: Any, arch: MoeArch, adapters: Sequence[str]) -> Layer:
         normalize=arch.model_type == "mixtral" or bool(router.norm_topk_prob),
         gate_up=stacks[0],
         down=stacks[1],
+        bring=experts.bring if offloaded else None,
     )
 
 

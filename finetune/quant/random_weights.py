@@ -24,8 +24,13 @@ def build_random_model(
     device: torch.device,
     attn_implementation: str,
     seed: int,
+    experts_device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The model that `from_pretrained` would give for a checkpoint of normal(0, initializer_range) weights."""
+    """The model that `from_pretrained` would give for a checkpoint of normal(0, initializer_range) weights.
+
+    Args:
+        experts_device: where the experts go, if elsewhere, each layer's as soon as it is quantized.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -41,6 +46,7 @@ def build_random_model(
         if isinstance(module, Nf4Experts):
             for projection in EXPERT_PROJECTIONS:
                 module.quantize(projection, draw(module.get_parameter(projection).shape, dtype))
+            module.to(experts_device or device)
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             full = f"{name}.{key}"

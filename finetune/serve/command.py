@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from finetune.console import Report
 from finetune.errors import FinetuneError
-from finetune.infer.engine import Engine, EngineSettings
+from finetune.infer.engine import Engine
+from finetune.infer.settings import EngineSettings
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
 from finetune.serve.metrics import Metrics

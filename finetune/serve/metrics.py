@@ -77,3 +77,5 @@ class _EngineCollector(Collector):
         if stats.expert_hits is not None and stats.expert_misses is not None:
             yield CounterMetricFamily("finetune_expert_cache_hits", "Experts found resident.", stats.expert_hits)
             yield CounterMetricFamily("finetune_expert_cache_misses", "Experts fetched.", stats.expert_misses)
+        if stats.expert_fetched_bytes is not None:
+            yield CounterMetricFamily("finetune_expert_fetched_bytes", "Bytes fetched.", stats.expert_fetched_bytes)

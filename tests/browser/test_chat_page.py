@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.infer.engine import Engine, EngineSettings
+from finetune.infer.engine import Engine
 from finetune.infer.request import Event, Request, Sampling
+from finetune.infer.settings import EngineSettings
 from finetune.model import BaseSpec, load_base
 from finetune.trainable import add_attention_lora, save_adapter
 from tests.conftest import REPOSITORY

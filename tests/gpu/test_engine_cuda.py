@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.runner import EngineSettings
+from finetune.infer.settings import EngineSettings
 from finetune.model import LoadedModel, load, load_base_of
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from finetune.kernels.experts_matmul import Backend
 from finetune.kernels.frozen_experts import frozen_experts
-from finetune.kernels.nf4 import Nf4Stack, dequantize_expert, dequantize_reference, dequantize_stack, quantize_stack
+from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
+from finetune.kernels.stacks import dequantize_expert, dequantize_stack
 
 DEVICE = torch.device("cuda")
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 4096, 14336, 2

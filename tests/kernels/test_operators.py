@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels import decode, few_rows, nf4, paged, rows, swiglu  # noqa: F401  # registers the operators
+from finetune.kernels import decode, expert_cache, few_rows, nf4, paged, rows, swiglu  # noqa: F401  # registers the operators
 from finetune.kernels.few_rows import half_like
 from finetune.kernels.nf4 import quantize_stack
 from finetune.kernels.rows import sort_by_expert
@@ -39,6 +39,16 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             torch.zeros(32, dtype=torch.int32),
             which,
         ),
+        "assign_slots": (
+            index,
+            torch.tensor([0, 2, -1], dtype=torch.int32),
+            torch.zeros(3, dtype=torch.int64),
+            torch.zeros(3, dtype=torch.int64),
+            4,
+            0,
+            3,
+        ),
+        "fetch_experts": (torch.tensor([-1, 0, 2], dtype=torch.int32), list(stack), [t.clone() for t in stack]),
         "nf4_rows": (x, half, list(matrix)),
         "few_experts": (x, half, index, list(gate_up), list(down)),
         "rope_write": (qkv, table, table, position, pages, pool, pool.clone(), 2),

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_under_the_interpreter() -> None:
     folder = REPOSITORY / "tests" / "kernels" / "interpreted"
-    cases = [str(folder / "cases.py"), str(folder / "decode_cases.py")]
+    cases = [str(folder / "cases.py"), str(folder / "decode_cases.py"), str(folder / "expert_cache_cases.py")]
     command = [sys.executable, "-m", "pytest", *cases, "-q", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run(
         command,

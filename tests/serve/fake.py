@@ -138,3 +138,4 @@ class _Stats:
     kv_page_tokens: int = 16
     expert_hits: int | None = None
     expert_misses: int | None = None
+    expert_fetched_bytes: int | None = None

@@ -103,7 +103,8 @@ def main() -> None:
     if asked.client is not None:
         print(json.dumps(asyncio.run(stream_all(asked.client, asked.clients, asked.tokens))))
         return
-    from finetune.infer.engine import Engine, EngineSettings
+    from finetune.infer.engine import Engine
+    from finetune.infer.settings import EngineSettings
 
     settings = EngineSettings(max_batch=asked.clients, max_length=4096 if asked.random_weights else None)
     made = (

@@ -17,8 +17,9 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from finetune.infer.engine import Engine, EngineSettings
+from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
+from finetune.infer.settings import EngineSettings
 from finetune.model import BaseSpec, load_base
 from finetune.trainable import add_attention_lora, save_adapter
 from tests.serve.serving import Serving, eventually, serving

@@ -1,0 +1,159 @@
+"""`finetune bench decode --device-gib`: decoding with the experts in host memory, in so much of the device.
+
+For each budget an engine of its own decodes by the model's own routing and by a trace with the locality of trained
+routers (`trace.py`): random weights alone would say how a cache does without any.
+Beside it stand what its two ways of getting at a missing expert could reach: the link, read by the kernel that fetches,
+and the CPU, by bitsandbytes' NF4 product.
+
+The allocator is held to the budget less half a GiB for CUDA's own context, so what would not fit fails here too.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+
+from finetune.arch import EXPERT_PROJECTIONS, experts_path
+from finetune.bench.requests import steady_step
+from finetune.bench.result import rounded
+from finetune.bench.trace import TracedStep, make_trace
+from finetune.console import Report, gib
+from finetune.infer.engine import Engine
+from finetune.infer.loading import ServedModels
+from finetune.infer.offloaded import OffloadedExperts, bring_back
+from finetune.infer.pages import PAGE, page_bytes, pages_for
+from finetune.infer.settings import EngineSettings
+from finetune.kernels.expert_cache import fetch_experts
+from finetune.kernels.nf4 import BLOCK
+from finetune.model import LoadedModel
+
+_TRACE_STEPS = 512
+
+
+def bench_offload(
+    loaded: LoadedModel, budgets: Sequence[float], *, batches: Sequence[int], contexts: Sequence[int], tokens: int
+) -> dict[str, Any]:
+    """Rows and rates; `loaded` has its experts on the host, and is left so."""
+    rows: list[dict[str, Any]] = []
+    rates: dict[str, Any] = {}
+    routings = ("own", "trace") if (loaded.arch.experts, loaded.arch.top_k) == (8, 2) else ("own",)
+    for budget, context, batch, routing in product(budgets, contexts, batches, routings):
+        # Keys and values for just these requests; the slots get the rest.
+        length = context + tokens + PAGE
+        kv = (batch * pages_for(length) + 1) * page_bytes(loaded.arch, loaded.model.dtype)
+        settings = EngineSettings(batch, length, kv / 2**30, "offload", budget)
+        with Engine(ServedModels(loaded, (), {"model": 0}, "host"), "model", settings) as engine:
+            if routing == "trace":
+                engine.run(partial(_follow_trace, engine, batch))
+            rows.append({"device_gib": budget, "routing": routing} | _row(engine, batch, context, tokens))
+            rates = rates or engine.run(_rates)
+        del engine
+        bring_back(loaded.model, loaded.arch)
+        gc.collect()
+        if loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if loaded.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, loaded.device)
+    return {"offload": rows, **rates}
+
+
+def _follow_trace(engine: Engine, batch: int, loaded: LoadedModel) -> None:
+    runner = engine._runner
+    step = TracedStep(runner.causal, loaded.arch, (), runner.max_length)
+    step.follow(make_trace(_TRACE_STEPS, batch, loaded.arch.layers, seed=0).to(loaded.device))
+    runner.decode = step
+
+
+def _row(engine: Engine, batch: int, context: int, tokens: int) -> dict[str, Any]:
+    device = engine.loaded.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steady_step(engine, batch, min(context, 16), 8, seed=1)  # captures the graph, and fills the slots
+    steady = steady_step(engine, batch, context, tokens, seed=2)
+    hits, misses, moved = (
+        getattr(steady.after, name) - getattr(steady.before, name)
+        for name in ("expert_hits", "expert_misses", "expert_fetched_bytes")
+    )
+    slots = engine.loaded.model.get_submodule(experts_path(0))
+    assert isinstance(slots, OffloadedExperts)
+    used = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+    return {
+        "batch": batch,
+        "context": context,
+        "slots": slots.gate_up.packed.shape[0],
+        "step_seconds": rounded(steady.seconds),
+        "tokens_per_second": rounded(batch / steady.seconds),
+        "hit_rate": rounded(hits / max(1, hits + misses)),
+        "moved_bytes_per_step": rounded(moved / (tokens - 2)),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if used else None,
+        "device_used_bytes": used[1] - used[0] if used else None,
+    }
+
+
+def _rates(loaded: LoadedModel) -> dict[str, Any]:
+    """Bytes of experts a second: fetched by the kernel, and multiplied by bitsandbytes on the CPU."""
+    layer: Any = loaded.model.get_submodule(experts_path(0))
+    assert isinstance(layer, OffloadedExperts)
+    link = None
+    if loaded.device.type == "cuda":
+        fetch = torch.full((loaded.arch.experts,), -1, dtype=torch.int32, device=loaded.device)
+        fetch[0] = layer.overflow if layer.overflow < layer.gate_up.packed.shape[0] else 0
+        size = sum(tensor[0].nbytes for tensor in layer._hosts)
+        link = size / _seconds(lambda: fetch_experts(fetch, layer._hosts, layer._slots), loaded.device)
+    stack = layer.experts.stack(EXPERT_PROJECTIONS[0])
+    out, in_ = stack.matrix_shape
+    weight = torch.randn(out, in_)
+    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    x = torch.randn(1, in_)
+    seconds = _seconds(lambda: bnb.gemv_4bit(x, packed, state=state), torch.device("cpu"))
+    return {
+        "link_bytes_per_second": rounded(link),
+        "cpu_product_bytes_per_second": rounded(packed.nbytes / seconds),
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The fastest of four."""
+    found = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return min(found[1:])
+
+
+def print_offload(document: dict[str, Any], report: Report) -> None:
+    report.table(
+        f"Decoding with experts in host memory, {document['device']}, attention in {document['attention']}",
+        ("device", "routing", "batch", "context", "slots", "tokens/s", "hits", "GB/step", "used"),
+        [
+            (
+                f"{row['device_gib']:g} GiB",
+                row["routing"],
+                str(row["batch"]),
+                str(row["context"]),
+                str(row["slots"]),
+                f"{row['tokens_per_second']:,.1f}",
+                f"{row['hit_rate']:.1%}",
+                f"{row['moved_bytes_per_step'] / 1e9:.2f}",
+                "" if row["device_used_bytes"] is None else gib(row["device_used_bytes"]),
+            )
+            for row in document["offload"]
+        ],
+    )
+    link, cpu = document["link_bytes_per_second"], document["cpu_product_bytes_per_second"]
+    threads = document["cpu_threads"]
+    lines = [(f"bitsandbytes' product on the CPU, {threads} threads", f"{cpu / 1e9:.2f} GB/s of weights")]
+    if link is not None:
+        lines.insert(0, ("fetched over the link", f"{link / 1e9:.1f} GB/s"))
+    report.table("A missing expert", ("how", "rate"), lines)

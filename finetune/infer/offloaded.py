@@ -1,0 +1,225 @@
+"""Experts that stay in the host's memory and come to the device when a router asks for them.
+
+The device keeps S slots, each as large as one expert: some for every layer, in which its experts stay by last use
+(LRU) or for good (the hot ones, where routing statistics name them), and a few that all layers share for what finds no
+room. A layer's call finds out on the device which experts are missing and fetches them there
+(`kernels/expert_cache.py`); then the same kernels run on the slots as run on resident experts, by slot number, so the
+answers are the same bits.
+
+No prefetch: while a step waits for the link, the link is what everything waits for. On an H100 a layer leaves it idle
+for 0.13 ms and an expert takes 1.9 ms, so a guess of the next layer's experts gains 0.13 ms when it is right and loses
+up to 1.7 ms when it is wrong: it pays from 93% of right guesses on. Nor does the CPU compute what is missing:
+bitsandbytes' NF4 product reads 0.2 GB/s of weights on 16 cores of that machine (`finetune bench decode` measures it
+beside the link).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.errors import DeviceError
+from finetune.kernels.expert_cache import PINNED, assign_slots, fetch_experts
+from finetune.kernels.nf4 import Nf4Stack
+from finetune.quant.experts import FEW_CHOICES, Nf4Experts, run_experts
+
+# Prompts go through the experts in pieces of so many tokens: their rows then take 0.4 GB of Mixtral's, not 1.6.
+PIECE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """How the slots are dealt out.
+
+    Attributes:
+        counts: of each layer; at least one.
+        hot: per layer, experts that keep a slot for good; fewer than its slots.
+        overflow: shared by all layers.
+    """
+
+    counts: tuple[int, ...]
+    hot: tuple[tuple[int, ...], ...]
+    overflow: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts) + self.overflow
+
+
+def plan_slots(arch: MoeArch, slots: int, load_LE: Sequence[Sequence[float]] | None = None) -> SlotPlan | None:
+    """Deals out so many slots, as evenly as they go; None if they are too few for a prompt.
+
+    Half of a layer's slots keep its hottest experts where their load is known. A step needs up to E experts of one
+    layer at once, so the overflow makes up what the smallest layer lacks.
+
+    Args:
+        load_LE: any measure of how often each expert is chosen.
+    """
+    own = min(arch.experts, max(0, slots - arch.experts) // arch.layers)
+    while own < arch.experts and arch.layers * (own + 1) + arch.experts - (own + 1) <= slots:
+        own += 1
+    if own < 1:
+        return None
+    overflow = arch.experts - own
+    more = min(arch.layers, slots - overflow - arch.layers * own) if own < arch.experts else 0
+    counts = tuple(own + (layer < more) for layer in range(arch.layers))
+    hot: list[tuple[int, ...]] = [() for _ in counts]
+    if load_LE is not None:
+        for layer, load in enumerate(load_LE):
+            ranked = sorted(range(arch.experts), key=lambda expert, load=load: -load[expert])  # type: ignore[misc]
+            hot[layer] = tuple(ranked[: counts[layer] // 2])
+    return SlotPlan(counts, tuple(hot), overflow)
+
+
+class OffloadedExperts(nn.Module):
+    """Stands where an experts module stood; inference only.
+
+    Args:
+        experts: the module with all its weights in host memory.
+        slots: both projections' stacks [S, ...] on the device, which all layers share.
+        first, count: the layer's own slots among them; `overflow` is the first shared one.
+        hot: experts that keep the first slots for good.
+    """
+
+    def __init__(
+        self,
+        experts: Nf4Experts,
+        slots: Sequence[Nf4Stack],
+        *,
+        first: int,
+        count: int,
+        overflow: int,
+        hot: Sequence[int],
+        counts: Tensor,
+    ):
+        super().__init__()
+        device = slots[0].packed.device
+        self.num_experts, self.first, self.overflow, self.counts = experts.num_experts, first, overflow, counts
+        self.gate_up, self.down = slots
+        for projection in EXPERT_PROJECTIONS:
+            stack = experts.stack(projection)
+            experts.set_stack(projection, type(stack)(*(_device_readable(tensor.detach(), device) for tensor in stack)))
+        # In a list, not as a submodule: `model.to` must not take the host's weights along.
+        self._experts = [experts]
+        self._hosts = [tensor.detach() for projection in EXPERT_PROJECTIONS for tensor in experts.stack(projection)]
+        self._slots = [tensor for stack in slots for tensor in stack]
+        self._owner_C = torch.full((count,), -1, dtype=torch.int32, device=device)
+        self._used_C = torch.zeros(count, dtype=torch.int64, device=device)
+        # Filled from the start, so that the first tokens find something: the hot ones, then the others in turn.
+        first_ones = [*hot, *(expert for expert in range(self.num_experts) if expert not in hot)][:count]
+        self.bring(torch.tensor([first_ones], device=device))
+        held = self._owner_C[:, None] == torch.tensor([*hot], dtype=torch.int32, device=device)
+        self._used_C[held.any(1)] = PINNED
+
+    def bring(self, index_TK: Tensor) -> Tensor:
+        """The slots, int64 [T, K], in which the chosen experts lie from now until the layer's next call."""
+        slot_E, fetch_E = assign_slots(
+            index_TK,
+            self._owner_C,
+            self._used_C,
+            self.counts,
+            experts=self.num_experts,
+            first=self.first,
+            overflow=self.overflow,
+        )
+        fetch_experts(fetch_E, self._hosts, self._slots)
+        return slot_E[index_TK]
+
+    @property
+    def experts(self) -> Nf4Experts:
+        """The module whose place this took, its weights still in host memory."""
+        return self._experts[0]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `Nf4Experts.forward`."""
+        slots = self.bring(top_k_index)
+        if top_k_index.numel() <= FEW_CHOICES:
+            return run_experts(hidden_states, slots, top_k_weights, self.gate_up, self.down)
+        pieces = [tensor.split(PIECE_TOKENS) for tensor in (hidden_states, slots, top_k_weights)]
+        # The loop touches only slots that have rows; grouped would dequantize all of them.
+        return torch.cat(
+            [
+                run_experts(x, slot, weight, self.gate_up, self.down, backend="loop")
+                for x, slot, weight in zip(*pieces, strict=True)
+            ]
+        )
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, slots={self._owner_C.numel()}"
+
+
+def expert_bytes(experts: Nf4Experts) -> int:
+    """Of one expert, all its tensors: what a slot takes."""
+    stacks = [experts.stack(projection) for projection in EXPERT_PROJECTIONS]
+    return sum(tensor.nbytes for stack in stacks for tensor in stack) // experts.num_experts
+
+
+def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.device) -> Tensor:
+    """Replaces every experts module of a causal LM, whose experts lie in host memory, in place.
+
+    Returns:
+        int64 [L, 3] on the device: steps, and from now on experts found in a slot and experts fetched.
+
+    Raises:
+        DeviceError: the host's memory cannot be page-locked.
+    """
+    some = model.get_submodule(experts_path(0))
+    slots = [_empty_slots(some.stack(projection), plan.total, device) for projection in EXPERT_PROJECTIONS]
+    counts_L3 = torch.zeros(arch.layers, 3, dtype=torch.int64, device=device)
+    first = 0
+    for layer, count in enumerate(plan.counts):
+        path = experts_path(layer)
+        offloaded = OffloadedExperts(
+            model.get_submodule(path),
+            slots,
+            first=first,
+            count=count,
+            overflow=plan.total - plan.overflow,
+            hot=plan.hot[layer],
+            counts=counts_L3[layer],
+        )
+        model.set_submodule(path, offloaded)
+        first += count
+    counts_L3[:, 1:] = 0  # not the steps, which are the clock of last use
+    return counts_L3
+
+
+def bring_back(model: Any, arch: MoeArch) -> None:
+    """Undoes `offload_experts`: the modules, with their weights in host memory, are in their places again."""
+    for layer in range(arch.layers):
+        offloaded = model.get_submodule(experts_path(layer))
+        assert isinstance(offloaded, OffloadedExperts)
+        model.set_submodule(experts_path(layer), offloaded.experts)
+
+
+def _empty_slots(stack: Nf4Stack, slots: int, device: torch.device) -> Nf4Stack:
+    # Zeros, not whatever was there: a product over an expert without rows may read a slot that was never filled.
+    empty = [torch.zeros(slots, *t.shape[1:], dtype=t.dtype, device=device) for t in stack]
+    return type(stack)(*empty)
+
+
+def _device_readable(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in host memory that a kernel can read in place; the tensor itself for a CPU.
+
+    Not `pin_memory`: its allocator rounds up to a power of two, 14% more for Mixtral's experts.
+    """
+    if device.type != "cuda" or tensor.is_pinned():
+        return tensor
+    copy = torch.empty_like(tensor, device="cpu").copy_(tensor)
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)):
+        raise DeviceError(
+            f"{copy.nbytes / 2**20:.0f} MiB of host memory could not be page-locked for the GPU",
+            where="--residency offload",
+            allowed="a limit of locked memory above the experts' size (ulimit -l), and as much free memory",
+            fix="raise the limit, free memory, or use experts of fewer bits",
+        )
+    release = weakref.finalize(copy, runtime.cudaHostUnregister, copy.data_ptr())
+    release.atexit = False  # the process's end frees it, and CUDA may be gone by then
+    return copy

@@ -1,0 +1,144 @@
+"""Where the experts live while a model answers: all on the device, or in the host's memory with slots on the device.
+
+`auto` takes the device where everything fits: weights, keys and values for one request, and room for a prompt's
+forward pass. Under `offload` what those leave goes to slots (`offloaded.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from finetune.arch import MoeArch
+from finetune.errors import DataError, DeviceError
+from finetune.infer.offloaded import PIECE_TOKENS
+from finetune.infer.pages import page_bytes, pages_for
+from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
+
+Residency = Literal["auto", "resident", "offload"]
+# A forward pass of so many prompt tokens keeps an H100's GEMMs full; more would only hold up the running rows longer.
+PREFILL_TOKENS = 4096
+# What a request needs at least before `auto` calls a model resident.
+_ROW_TOKENS = 4096
+# CUDA's own context and libraries, which a device's budget must hold but torch does not count: 0.52 GiB on an H100.
+CONTEXT_BYTES = 2**29
+# Graphs, cuBLAS's workspace and what the allocator cannot use.
+_MARGIN_BYTES = {"resident": 2**30, "offload": 2**28}
+# Under offload: a slot more is worth more than a longer conversation, which --kv-gib gives.
+_KV_SHARE = 1 / 32
+_CPU_BYTES = 2**32
+_CPU_KV_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """Bytes of the device for keys and values, and for experts' slots (0: all experts are resident)."""
+
+    kv: int
+    slots: int
+
+
+def require_residency(residency: str) -> None:
+    """Raises a DeviceError for a word that is none."""
+    if residency not in get_args(Residency):
+        raise DeviceError(
+            f"there is no residency {residency!r}",
+            where="--residency",
+            allowed=", ".join(get_args(Residency)),
+            fix="auto keeps the experts on the device where they fit",
+        )
+
+
+def free_bytes(device: torch.device, device_gib: float | None) -> int:
+    """What may still be allocated on the device, within the budget where one is given."""
+    if device.type != "cuda":
+        return int(device_gib * 2**30) if device_gib is not None else _CPU_BYTES
+    allocated = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    return free if device_gib is None else min(free, int(device_gib * 2**30) - CONTEXT_BYTES - allocated)
+
+
+def needs_offload(
+    arch: MoeArch,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attention_bits: float,
+    device_gib: float | None,
+    longest: int,
+) -> bool:
+    """Whether a model that is not loaded yet does not fit the device with its experts; a CPU's always does.
+
+    Args:
+        attention_bits: of an attention weight, 16 or what NF4 takes.
+        longest: tokens of the longest request.
+    """
+    if device.type != "cuda":
+        return False
+    plain = arch.embedding_params + arch.router_params + arch.norm_params
+    weights = arch.expert_params * NF4_BYTES_PER_WEIGHT + arch.attention_params * attention_bits / 8
+    weights += plain * dtype.itemsize
+    row = pages_for(min(longest, _ROW_TOKENS)) * page_bytes(arch, dtype)
+    return weights + row + _workspace(arch, dtype, longest, "resident") > free_bytes(device, device_gib)
+
+
+def divide(
+    arch: MoeArch,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    offload: bool,
+    device_gib: float | None,
+    kv_gib: float | None,
+    wanted_kv: int,
+    longest: int,
+) -> Rooms:
+    """Divides what is free once the model is loaded, without its experts under `offload`.
+
+    Args:
+        wanted_kv: bytes of keys and values if all rows had their full length.
+    """
+    free = free_bytes(device, device_gib)
+    if offload:
+        kv = int(kv_gib * 2**30) if kv_gib is not None else int((device_gib or free / 2**30) * 2**30 * _KV_SHARE)
+        kv = min(wanted_kv, kv)
+        return Rooms(kv, free - kv - _workspace(arch, dtype, longest, "offload"))
+    if kv_gib is not None:
+        return Rooms(min(wanted_kv, int(kv_gib * 2**30)), 0)
+    if device.type != "cuda":
+        return Rooms(min(wanted_kv, _CPU_KV_BYTES), 0)
+    return Rooms(min(wanted_kv, free - _workspace(arch, dtype, longest, "resident")), 0)
+
+
+def _workspace(arch: MoeArch, dtype: torch.dtype, longest: int, residency: Literal["resident", "offload"]) -> int:
+    """Of a prompt's forward pass: its rows in the experts, the dequantized matrices, and the residual stream."""
+    tokens = max(PREFILL_TOKENS, longest)
+    in_experts = tokens if residency == "resident" else min(tokens, PIECE_TOKENS)
+    rows = in_experts * arch.top_k * 4 * arch.intermediate
+    matrices = (3 * arch.experts if residency == "resident" else 2) * arch.intermediate * arch.hidden
+    stream = 8 * tokens * arch.hidden if residency == "offload" else 0
+    return (rows + matrices + stream) * dtype.itemsize + _MARGIN_BYTES[residency]
+
+
+def read_load(file: Path, arch: MoeArch) -> Sequence[Sequence[float]]:
+    """How often each expert of each layer was chosen, [L, E], from a run's routing as `finetune train` recorded it.
+
+    Raises:
+        DataError: not such a file, or of another model.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        load = [list(map(float, layer["load"])) for layer in json.loads(file.read_text(encoding="utf-8"))["layers"]]
+        if [len(row) for row in load] == [arch.experts] * arch.layers:
+            return load
+    raise DataError(
+        "there is no load of this model's experts in the file",
+        where=f"--routing {file}",
+        allowed=f"the routing of a run with {arch.layers} layers of {arch.experts} experts",
+        fix="name RUN/router/base.json of a run with router.watch, or leave --routing out",
+    )

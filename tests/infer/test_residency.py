@@ -1,0 +1,221 @@
+"""Experts in the host's memory: the tokens of resident ones, the hits that a count by hand gives, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.errors import DataError, DeviceError
+from finetune.infer.engine import Engine
+from finetune.infer.loading import chooses_offload
+from finetune.infer.offloaded import OffloadedExperts, bring_back, expert_bytes, offload_experts, plan_slots
+from finetune.infer.pages import page_bytes, pages_for
+from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
+from finetune.infer.residency import divide, needs_offload
+from finetune.infer.settings import EngineSettings
+from finetune.kernels.expert_cache import PINNED
+from finetune.model import load, read_config
+from finetune.quant.experts import Nf4Experts
+
+MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
+CPU = torch.device("cpu")
+ARCH = MoeArch.from_config(read_config(str(MODEL)))
+KV_GIB = 0.02
+
+
+def settings_with(
+    slots: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32, **more: Any
+) -> EngineSettings:
+    """A budget that leaves room for so many slots."""
+    size = expert_bytes(Nf4Experts(ARCH.experts, ARCH.hidden, ARCH.intermediate))
+    settings = EngineSettings(residency="offload", **more)
+    longest = settings.longest(10**9)
+    wanted = (settings.max_batch * pages_for(longest) + 1) * page_bytes(ARCH, dtype)
+    rooms = divide(ARCH, dtype, device, offload=True, device_gib=2.0, kv_gib=KV_GIB, wanted_kv=wanted, longest=longest)
+    gib = 2.0 - (rooms.slots - (slots + 0.5) * size) / 2**30
+    return replace(settings, kv_gib=KV_GIB, device_gib=gib)
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    """All at once, so that rows join and leave."""
+    found: list[list[int]] = [[] for _ in requests]
+    ends = [threading.Event() for _ in requests]
+    for number, request in enumerate(requests):
+
+        def listen(event: Any, number: int = number) -> None:
+            if isinstance(event, TokenEvent):
+                found[number].append(event.token)
+            elif isinstance(event, FinishedEvent):
+                ends[number].set()
+
+        engine.submit(request, listen)
+    assert all(end.wait(120) for end in ends)
+    return found
+
+
+@pytest.fixture(scope="module")
+def routing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("routing") / "base.json"
+    load = [[1.0 + (expert + layer) % ARCH.experts for expert in range(ARCH.experts)] for layer in range(ARCH.layers)]
+    file.write_text(json.dumps({"layers": [{"load": row} for row in load]}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def resident() -> Iterator[Engine]:
+    with Engine.load(str(MODEL), device="cpu", settings=EngineSettings(max_batch=4, max_length=512)) as made:
+        yield made
+
+
+@pytest.mark.parametrize("slots", [ARCH.layers + ARCH.experts - 1, ARCH.layers * 5 + 4, ARCH.layers * ARCH.experts])
+def test_tokens_are_those_of_resident_experts(resident: Engine, routing: Path, slots: int) -> None:
+    texts = ["The capital of France is", "Once", "def f(x):", "Hello " * 60, "Why", "x"]
+    requests = [
+        Request(resident.encode_text(text), Sampling(max_new_tokens=4 + number, ignore_eos=True, logprobs=0))
+        for number, text in enumerate(texts)
+    ]
+    expected = answers(resident, requests)
+    settings = settings_with(slots, max_batch=4, max_length=512, routing=routing)
+    with Engine.load(str(MODEL), device="cpu", settings=settings) as engine:
+        assert answers(engine, requests) == expected
+        stats = engine.stats()
+        assert stats.expert_hits is not None
+        assert stats.expert_misses is not None
+        assert (stats.expert_misses == 0) == (slots == ARCH.layers * ARCH.experts)
+        assert stats.expert_hits > 0
+
+        def generated(loaded: Any) -> list[int]:
+            assert isinstance(loaded.model.get_submodule(experts_path(0)), OffloadedExperts)
+            out = loaded.model.generate(input_ids=torch.tensor([requests[0].ids]), max_new_tokens=4, do_sample=False)
+            return out[0, len(requests[0].ids) :].tolist()
+
+        assert engine.run(generated) == expected[0]
+
+
+def test_an_adapters_tokens_are_those_of_resident_experts(saved_adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tuned" / "adapter"
+    shutil.copytree(saved_adapter, folder)
+    requests = [Request(tuple(range(3, 20)), Sampling(max_new_tokens=6, ignore_eos=True), name)
+                for name in ("tuned", "base")]  # fmt: skip
+    with Engine.load(str(folder), device="cpu", settings=EngineSettings(max_batch=2, max_length=128)) as engine:
+        expected = answers(engine, requests)
+    spare = settings_with(ARCH.layers * 3 + 5, max_batch=2, max_length=128)
+    with Engine.load(str(folder), device="cpu", settings=spare) as engine:
+        assert answers(engine, requests) == expected
+
+
+def test_hits_are_those_of_a_cache_counted_by_hand() -> None:
+    """Four slots of one layer, one of them pinned, against a list in order of last use."""
+    model: Any = load(str(MODEL), device="cpu", experts_on="host").model
+    load_LE = [[float(expert == 6) for expert in range(ARCH.experts)] for _ in range(ARCH.layers)]
+    plan = plan_slots(ARCH, ARCH.layers * 4 + 4, load_LE)
+    assert plan is not None
+    assert plan.counts == (4,) * ARCH.layers
+    assert [row[0] for row in plan.hot] == [6] * ARCH.layers
+    stacks = [model.get_submodule(experts_path(1)).stack(name) for name in EXPERT_PROJECTIONS]
+    counts = offload_experts(model, ARCH, plan, CPU)
+    layer = model.get_submodule(experts_path(1))
+    assert isinstance(layer, OffloadedExperts)
+    pinned = [int(e) for e, used in zip(layer._owner_C, layer._used_C, strict=True) if used == PINNED]
+    assert pinned == sorted(plan.hot[1])
+    recent = [int(e) for e in layer._owner_C if int(e) not in pinned]
+    hits = misses = 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        # One expert a step: the order of last use has no ties.
+        index = torch.randint(ARCH.experts, (1, 1), generator=generator)
+        slots = layer.bring(index)
+        needed = sorted(set(index.flatten().tolist()))
+        for expert in needed:
+            hits += expert in pinned or expert in recent
+        missing = [expert for expert in needed if expert not in pinned + recent]
+        misses += len(missing)
+        for expert in [expert for expert in recent if expert in needed]:
+            recent.remove(expert)
+            recent.append(expert)
+        for expert in missing:
+            recent.pop(0)
+            recent.append(expert)
+        kept = {int(e) for e in layer._owner_C}
+        assert kept == {*pinned, *recent}
+        for expert, slot in zip(index.flatten().tolist(), slots.flatten().tolist(), strict=True):
+            assert torch.equal(layer.gate_up.packed[slot], stacks[0].packed[expert])
+            assert torch.equal(layer.down.absmax[slot], stacks[1].absmax[expert])
+    assert counts[1].tolist() == [201, hits, misses]  # it was filled in one
+    assert counts[0].tolist() == [1, 0, 0]
+    bring_back(model, ARCH)
+    again = model.get_submodule(experts_path(1))
+    assert all(
+        torch.equal(a, b)
+        for name, stack in zip(EXPERT_PROJECTIONS, stacks, strict=True)
+        for a, b in zip(again.stack(name), stack, strict=True)
+    )
+
+
+def test_slots_are_dealt_out_evenly_and_all_used() -> None:
+    for slots in range(ARCH.layers * ARCH.experts + 3):
+        plan = plan_slots(ARCH, slots)
+        if slots < ARCH.layers + ARCH.experts - 1:
+            assert plan is None
+            continue
+        assert plan is not None
+        assert len(plan.counts) == ARCH.layers
+        assert max(plan.counts) - min(plan.counts) <= 1
+        assert plan.overflow == ARCH.experts - min(plan.counts)
+        # One more would not have gone anywhere.
+        everything = max(plan.counts) == min(plan.counts) == ARCH.experts
+        assert plan.total == min(slots, ARCH.layers * ARCH.experts) or not everything
+        assert slots - plan.total <= ARCH.layers or everything
+
+
+def test_too_little_room_is_refused_with_what_is_needed() -> None:
+    settings = settings_with(ARCH.layers + ARCH.experts - 2, max_batch=1, max_length=128)
+    with pytest.raises(DeviceError, match="the device has room for") as caught:
+        Engine.load(str(MODEL), device="cpu", settings=settings)
+    message = str(caught.value)
+    assert "where: --device-gib" in message
+    assert f"{ARCH.layers + ARCH.experts - 1} or more" in message
+    assert "shorter --max-length" in message
+
+
+def test_a_residency_that_does_not_exist_is_refused() -> None:
+    settings = EngineSettings(residency="disk")  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match="there is no residency 'disk'") as caught:
+        Engine.load(str(MODEL), device="cpu", settings=settings)
+    assert "auto, resident, offload" in str(caught.value)
+
+
+def test_routing_of_another_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "base.json"
+    for content in ('{"layers": [{"load": [0.5, 0.5]}]}', "{}", "not json", '{"layers": 3}'):
+        file.write_text(content)
+        with pytest.raises(DataError, match="no load of this model's experts") as caught:
+            Engine.load(str(MODEL), device="cpu", settings=settings_with(30, max_batch=1, max_length=128, routing=file))
+        assert f"{ARCH.layers} layers of {ARCH.experts} experts" in str(caught.value)
+        assert "router/base.json" in str(caught.value)
+
+
+def test_auto_is_resident_where_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not chooses_offload(str(MODEL), None, "cpu", EngineSettings())
+    shape = Path(__file__).parents[2] / "recipes" / "mixtral-8x7b" / "shape"
+    mixtral = MoeArch.from_config(read_config(str(shape)))
+    cuda = torch.device("cuda", 0)
+
+    def offloads(gib: float) -> bool:
+        monkeypatch.setattr("finetune.infer.residency.free_bytes", lambda device, budget: int(gib * 2**30))
+        return needs_offload(mixtral, torch.bfloat16, cuda, attention_bits=4.127, device_gib=None, longest=4096)
+
+    weights = 0.5159 * mixtral.expert_params + 2 * mixtral.embedding_params
+    assert offloads(weights / 2**30)
+    assert not offloads(80)
+    assert not offloads(32)
+    assert page_bytes(mixtral, torch.bfloat16) == 64 * 32 * 2 * 8 * 128 * 2

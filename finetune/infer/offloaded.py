@@ -104,7 +104,8 @@ class OffloadedExperts(nn.Module):
         self.gate_up, self.down = slots
         for projection in EXPERT_PROJECTIONS:
             stack = experts.stack(projection)
-            experts.set_stack(projection, type(stack)(*(_device_readable(tensor.detach(), device) for tensor in stack)))
+            locked = [_device_readable(tensor.detach(), device, experts) for tensor in stack]
+            experts.set_stack(projection, type(stack)(*locked))
         # In a list, not as a submodule: `model.to` must not take the host's weights along.
         self._experts = [experts]
         self._hosts = [tensor.detach() for projection in EXPERT_PROJECTIONS for tensor in experts.stack(projection)]
@@ -204,8 +205,8 @@ def _empty_slots(stack: Nf4Stack, slots: int, device: torch.device) -> Nf4Stack:
     return type(stack)(*empty)
 
 
-def _device_readable(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy in host memory that a kernel can read in place; the tensor itself for a CPU.
+def _device_readable(tensor: Tensor, device: torch.device, owner: Nf4Experts) -> Tensor:
+    """A copy in host memory that a kernel can read in place, as long as `owner` lives; the tensor itself for a CPU.
 
     Not `pin_memory`: its allocator rounds up to a power of two, 14% more for Mixtral's experts.
     """
@@ -220,6 +221,6 @@ def _device_readable(tensor: Tensor, device: torch.device) -> Tensor:
             allowed="a limit of locked memory above the experts' size (ulimit -l), and as much free memory",
             fix="raise the limit, free memory, or use experts of fewer bits",
         )
-    release = weakref.finalize(copy, runtime.cudaHostUnregister, copy.data_ptr())
+    release = weakref.finalize(owner, runtime.cudaHostUnregister, copy.data_ptr())
     release.atexit = False  # the process's end frees it, and CUDA may be gone by then
     return copy

@@ -26,6 +26,13 @@ _KEYS = {
     "olmoe": ("num_experts", "intermediate_size"),
 }
 SUPPORTED_MODEL_TYPES = tuple(_KEYS)
+# model_type -> what the hub's checkpoints, which keep one matrix an expert, call a layer's MoE, and an expert's gate,
+# up and down.
+_HUB_NAMES = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
 _COMMON_KEYS = (
     "hidden_size",
     "num_hidden_layers",
@@ -195,6 +202,18 @@ def experts_path(layer: int) -> str:
 def router_path(layer: int) -> str:
     """Module path of a layer's router inside a transformers causal LM."""
     return f"{layer_path(layer)}.{ROUTER}"
+
+
+def hub_name(model_type: str, name: str) -> str:
+    """What the hub's checkpoints call a parameter that is no expert's."""
+    return name.replace(".mlp.", f".{_HUB_NAMES[model_type][0]}.")
+
+
+def hub_expert_names(model_type: str, layer: int, expert: int, projection: str) -> tuple[str, ...]:
+    """What the hub's checkpoints call the matrices of one expert that make up a fused projection, in order of rows."""
+    moe, gate, up, down = _HUB_NAMES[model_type]
+    matrices = (gate, up) if projection == GATE_UP_PROJ else (down,)
+    return tuple(f"{layer_path(layer)}.{moe}.experts.{expert}.{matrix}.weight" for matrix in matrices)
 
 
 def is_router(name: str) -> bool:

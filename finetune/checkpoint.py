@@ -25,12 +25,13 @@ _EXPERT_WEIGHT = re.compile(r"(?P<layer>.+\.experts\.)(?P<expert>\d+)(?P<project
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file, as its header states it."""
+    """One tensor of a safetensors file, as its header states it; `start` is where in the file its bytes begin."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    start: int
 
 
 def read_json(path: Path, *, kind: type[FinetuneError] = ModelError) -> dict[str, Any]:
@@ -176,7 +177,10 @@ def read_tensor_infos(file: Path, *, kind: type[FinetuneError] = ModelError) -> 
     tensors = {name: info for name, info in header.items() if name != "__metadata__"}
     try:
         expected = 8 + length + max((info["data_offsets"][1] for info in tensors.values()), default=0)
-        infos = [TensorInfo(name, info["dtype"], tuple(info["shape"]), file) for name, info in tensors.items()]
+        infos = [
+            TensorInfo(name, info["dtype"], tuple(info["shape"]), file, 8 + length + info["data_offsets"][0])
+            for name, info in tensors.items()
+        ]
     except (KeyError, TypeError, IndexError):
         raise broken("corrupt: its header does not place its tensors") from None
     if size != expected:

@@ -64,3 +64,7 @@ class OutputError(FinetuneError):
 
 class DeviceError(FinetuneError):
     """A device that the recipe asks for and the machine does not have."""
+
+
+class HubError(FinetuneError):
+    """A repository on the hub that cannot be reached, read or written."""

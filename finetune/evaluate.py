@@ -98,6 +98,19 @@ def fidelity(
     )
 
 
+@contextlib.contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts other modules in place while it lasts."""
+    originals = {name: model.get_submodule(name) for name in replacements}
+    for name, module in replacements.items():
+        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            model.set_submodule(name, original)
+
+
 def _sequences(rows: Iterable[Row], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for row in rows:
         yield (

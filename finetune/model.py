@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +24,12 @@ from finetune.attention import read_packing, resolve_attention
 from finetune.checkpoint import check_model_folder, incomplete, read_json, require_every_expert
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
 from finetune.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
-from finetune.quant import Moe4bitConfig, Nf4Experts
+from finetune.kernels.stacks import ExpertStorage
+from finetune.quant import Moe4bitConfig, QuantizedExperts
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
 from finetune.trainable import check_tuned, load_adapter, load_non_moe, read_adapter_kind
+from finetune.trainable.files import LORA_CONFIG
 
 BASE_FILE = "base.json"
 ExpertsOn = Literal["device", "host"]
@@ -37,19 +39,27 @@ ExpertsOn = Literal["device", "host"]
 class BaseSpec:
     """Which base, and how it is stored in memory; saved beside every adapter.
 
-    `path` is a folder or hub id, `fingerprint` the hash of the base's routers (empty until loaded).
+    `path` is a folder or hub id, `fingerprint` the hash of the base's routers (empty until loaded). A saved folder
+    knows how its experts are stored, whatever `experts` says.
     """
 
     path: str
     revision: str | None = None
     attention: AttentionStorage = "nf4"
     fingerprint: str = ""
+    experts: ExpertStorage = "nf4"
 
     def save(self, folder: Path) -> None:
         (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> BaseSpec:
+        if (folder / LORA_CONFIG).is_file() and not (folder / BASE_FILE).is_file():
+            raise AdapterError(
+                f"there is no {BASE_FILE}: the adapter does not say which base it was trained on",
+                where=str(folder),
+                fix="name the base with --base, or give a folder that `finetune train` saved",
+            )
         content = read_json(folder / BASE_FILE, kind=AdapterError)
         try:
             return cls(**content)
@@ -57,7 +67,7 @@ class BaseSpec:
             raise AdapterError(
                 f"{BASE_FILE} has the keys {sorted(content)}",
                 where=str(folder),
-                allowed="path, revision, attention, fingerprint",
+                allowed="path, revision, attention, fingerprint, experts",
                 fix="use the adapter folder as `finetune train` wrote it",
             ) from None
 
@@ -184,7 +194,7 @@ def load_base(
     random_weights_seed: int | None = None,
     experts_on: ExpertsOn = "device",
 ) -> LoadedModel:
-    """Loads a base model with its experts in NF4.
+    """Loads a base model with its experts quantized.
 
     Args:
         experts_on: "host" leaves the experts in the host's memory, everything else on the device. A checkpoint in 16
@@ -210,7 +220,7 @@ def load_base(
     if random_weights_seed is not None:
         model = build_random_model(
             AutoConfig.from_pretrained(base.path, revision=base.revision),
-            Moe4bitConfig(attention=base.attention),
+            Moe4bitConfig(attention=base.attention, experts=base.experts),
             dtype=torch_dtype,
             device=where,
             attn_implementation=attn_implementation,
@@ -227,7 +237,8 @@ def load_base(
         fuse_layers(model)
     fingerprint = router_fingerprint(model, arch)
     require_fingerprint(base, fingerprint)
-    spec = BaseSpec(base.path, base.revision, base.attention, fingerprint)
+    quantization: Any = model.config.quantization_config
+    spec = replace(base, fingerprint=fingerprint, experts=quantization.experts)
     return LoadedModel(model, tokenizer, arch, spec, where)
 
 
@@ -252,7 +263,7 @@ def load(
         FinetuneError: as `load_base`; `AdapterError` if adapter and base do not fit.
     """
     if not _is_local(path) or read_adapter_kind(Path(path)) is None:
-        saved = _saved_quantization(read_config(path)).get("attention")
+        saved = saved_quantization(read_config(path)).get("attention")
         spec = BaseSpec(path, attention=saved or attention or "nf4")
         return load_base(
             spec, dtype=dtype, device=device, attn_implementation=attn_implementation, experts_on=experts_on
@@ -292,10 +303,12 @@ def require_base(adapter: Path, base_path: str | None = None) -> BaseSpec:
     Raises:
         AdapterError: the adapter is damaged, or its base has moved and `base_path` does not say where to.
     """
-    spec = BaseSpec.read(adapter)
+    # An adapter that another toolkit trained says no more of its base than --base does.
+    foreign = base_path is not None and not (adapter / BASE_FILE).is_file()
+    spec = BaseSpec(str(base_path)) if foreign else BaseSpec.read(adapter)
     check_tuned(adapter)
     if base_path is not None:
-        return BaseSpec(base_path, None, spec.attention, spec.fingerprint)
+        return BaseSpec(base_path, None, spec.attention, spec.fingerprint, spec.experts)
     if _is_local(spec.path) and not Path(spec.path).is_dir():
         raise AdapterError(
             f"the base of the adapter is not where it was: {spec.path}",
@@ -317,7 +330,8 @@ def put_on(base: LoadedModel, adapter: Path) -> LoadedModel:
     else:
         model = base.model
         load_non_moe(model, adapter, dtype=model.dtype)
-    return LoadedModel(model, load_tokenizer(str(adapter)), base.arch, base.base, base.device)
+    tokenizer = load_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else base.tokenizer
+    return LoadedModel(model, tokenizer, base.arch, base.base, base.device)
 
 
 def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:
@@ -354,7 +368,8 @@ def _from_pretrained(
     base: BaseSpec, config: dict[str, Any], dtype: torch.dtype, device: torch.device, attn_implementation: str
 ) -> PreTrainedModel:
     # A saved folder brings its own; transformers takes even a None in its place.
-    quantization = {} if _saved_quantization(config) else {"quantization_config": Moe4bitConfig(base.attention)}
+    wanted = {"quantization_config": Moe4bitConfig(base.attention, base.experts)}
+    quantization = {} if saved_quantization(config) else wanted
     loader: Any = AutoModelForCausalLM  # its stub hides that output_loading_info returns a pair
     try:
         model, info = loader.from_pretrained(
@@ -382,16 +397,17 @@ def _from_pretrained(
 
 def _move_all_but_experts(model: torch.nn.Module, device: torch.device) -> None:
     for module in model.modules():
-        if not isinstance(module, Nf4Experts):
+        if not isinstance(module, QuantizedExperts):
             module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
-def _saved_quantization(config: dict[str, Any]) -> dict[str, Any]:
+def saved_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """How a config.json says that its weights are quantized; empty where they are not."""
     return config.get("quantization_config") or {}
 
 
 def _require_same_storage(config: dict[str, Any], base: BaseSpec) -> None:
-    saved = _saved_quantization(config)
+    saved = saved_quantization(config)
     if not saved:
         return
     method = saved.get("quant_method")

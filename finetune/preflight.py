@@ -22,7 +22,7 @@ from finetune.fused_layers import wants_fused_layers
 from finetune.kernels.experts_matmul import choose_backend
 from finetune.memory import CUDA_CONTEXT, GIB, MemoryEstimate, Run, estimate, recompute_seconds, total
 from finetune.memory.run import Dtype
-from finetune.model import load_tokenizer, read_config, resolve_dtype
+from finetune.model import load_tokenizer, read_config, resolve_dtype, saved_quantization
 from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -53,13 +53,16 @@ def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None 
         ModelError: the model's config cannot be read or is no supported mixture of experts.
         DeviceError: the experts' backend does not run on this GPU.
     """
-    arch = MoeArch.from_config(read_config(recipe.model.path, recipe.model.revision), where=recipe.model.path)
+    config = read_config(recipe.model.path, recipe.model.revision)
+    arch = MoeArch.from_config(config, where=recipe.model.path)
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = _usable_bytes(device)
     budget, usable = recipe.memory.budget_gib, device_bytes
     if budget is not None:
         usable = min(int(budget * GIB), usable or int(budget * GIB))
-    run = _run(recipe, arch, device)
+    # A folder that is quantized already knows how.
+    experts = saved_quantization(config).get("experts", recipe.quantization.experts)
+    run = replace(_run(recipe, arch, device), experts_storage=experts)
     if recipe.model.experts_backend == "auto" and usable is not None and total(run) > usable:
         run = replace(run, backend="loop")  # needs less
     checkpointing = recipe.training["gradient_checkpointing"]

@@ -1,4 +1,5 @@
-"""The story of a run, top to bottom: recipe, preflight, data, model, census, what trains, trainer, what is saved.
+"""The story of a run, top to bottom: recipe, preflight, data, model, census, what trains, trainer, what is saved and
+pushed.
 
 Three parts: `prepare` up to the first step, `run_steps`, and what `train` saves; the bench shares the first two.
 Everything that can be refused is refused before the weights are read; nothing is written before the output folder is
@@ -29,6 +30,8 @@ from finetune.datacheck.report import document as describe_data
 from finetune.datacheck.report import require_sound
 from finetune.datacheck.short import show_short
 from finetune.errors import DeviceError, FinetuneError, RecipeError
+from finetune.export.hub import Hub, require_writable
+from finetune.export.push import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
 from finetune.loggers import logger_callbacks, loggers_in_use, require_loggers
 from finetune.memory import MemoryEstimate
@@ -43,7 +46,7 @@ from finetune.model import (
 )
 from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
 from finetune.progress import ProgressCallback
-from finetune.quant import Census, Nf4Experts, require_quantized_experts, take_census
+from finetune.quant import Census, QuantizedExperts, require_quantized_experts, take_census
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.routerwatch import watch_router
 from finetune.routing import RouterCallback
@@ -117,6 +120,13 @@ def train(
         show_summary(summary, report)
         write_json(run.root / "summary.json", summary)
     PartialState().wait_for_everyone()
+
+    # Push: from the main process, when the others have nothing to wait for.
+    if summary and recipe.output.push_to_hub is not None and not random_weights:
+        if ready.router.stopped_by is None:
+            summary |= {"pushed": push_after_training(recipe, report)}
+        else:
+            report.line(f"Not pushed, because an alarm stopped the run; to push it anyway: finetune push {run.root}")
     return summary
 
 
@@ -152,6 +162,8 @@ def prepare(
     main = PartialState().is_main_process
     settings = recipe.model_dump(mode="json")
     run = require_claimable(Path(recipe.output.dir), settings, resume=resume, overwrite=overwrite)
+    if main and recipe.output.push_to_hub is not None and not random_weights:
+        require_writable(Hub(report), destination_of(recipe))
 
     # Preflight: from the config alone.
     base = BaseSpec(recipe.model.path, recipe.model.revision, recipe.quantization.attention)
@@ -207,7 +219,7 @@ def prepare(
     # What a step keeps for its backward pass, and how it multiplies the experts.
     apply_plan(model, arch, plan := plan_of(memory))
     for module in model.modules():
-        if isinstance(module, Nf4Experts):
+        if isinstance(module, QuantizedExperts):
             module.backend = memory.backend
         if memory.resident_attention and isinstance(module, FusedLoraLinear4bit):
             module.keep_dequantized(loaded.model.dtype)

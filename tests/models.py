@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference
-from finetune.quant.experts import Nf4Experts
+from finetune.kernels.stacks import dequantize_stack
+from finetune.quant.experts import QuantizedExperts
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 2, 4, 128, 192, 160
@@ -99,10 +100,11 @@ def dequantized_twin(model: PreTrainedModel, dtype: torch.dtype = torch.float32)
     wanted = twin.state_dict()
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Nf4Experts):
+        if isinstance(module, QuantizedExperts):
             for projection in ("gate_up_proj", "down_proj"):
-                stack = Nf4Stack(*(getattr(module, f"{projection}_{field}") for field in Nf4Stack._fields))
-                found[f"{name}.{projection}"] = dequantize_reference(stack, dtype)
+                stack = module.stack(projection)
+                reference = dequantize_reference if isinstance(stack, Nf4Stack) else dequantize_stack
+                found[f"{name}.{projection}"] = reference(stack, dtype)
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, Params4bit):

@@ -60,10 +60,12 @@ def message(check: Callable[[], object], kind: type[FinetuneError] = ModelError)
 def test_a_whole_folder_passes(folder: Path) -> None:
     assert check_model_folder(folder) == {"model_type": "mixtral"}
     assert shard_files(folder) == [folder / SHARDS[0], folder / SHARDS[1]]
-    assert list(read_tensor_infos(folder / SHARDS[1])) == [
-        TensorInfo("c", "F32", (1,), folder / SHARDS[1]),
-        TensorInfo("b", "BF16", (4,), folder / SHARDS[1]),
-    ]
+    file = folder / SHARDS[1]
+    c, b = read_tensor_infos(file)
+    assert (c, b) == (TensorInfo("c", "F32", (1,), file, c.start), TensorInfo("b", "BF16", (4,), file, b.start))
+    # bfloat16's one is 0x3f80.
+    assert file.read_bytes()[c.start :] == bytes(4) + b"\x80\x3f" * 4
+    assert b.start == c.start + 4
 
 
 def test_a_missing_folder_names_its_neighbours(folder: Path) -> None:

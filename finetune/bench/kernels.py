@@ -15,14 +15,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from finetune.arch import GATE_UP_PROJ, MoeArch
+from finetune.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
 from finetune.bench.peers import SHAPE
 from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import copy_rate, sustained_seconds
@@ -30,13 +31,15 @@ from finetune.checkpoint import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
 from finetune.kernels.experts_matmul import choose_backend
-from finetune.kernels.nf4 import Nf4Stack
-from finetune.kernels.stacks import dequantize_stack
+from finetune.kernels.few_rows import few_experts, to_halves
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_stack
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
-from finetune.quant import Nf4Experts
+from finetune.quant import QuantizedExperts
 
 TOKENS = (1024, 2048, 8192)
+FEW_TOKENS = (1, 2, 4, 16, 64)
+STORAGES: tuple[ExpertStorage, ...] = get_args(ExpertStorage)
 _SUSTAINED_SECONDS = 0.3
 
 
@@ -59,10 +62,12 @@ def bench_kernels(report: Report, *, shape: Path | None = None, tokens: Sequence
     layer = _random_layer(arch, device, dtype)
     kernels = [
         *_dequantization(arch, layer.stack(GATE_UP_PROJ), device, dtype),
+        *_dequantization_low_bit(arch, device, dtype),
         *_row_kernels(arch, max(tokens), device, dtype),
     ]
     for kernel in kernels:
         kernel["share_of_copy"] = None if copied is None else rounded(kernel["bytes_per_second"] / copied)
+    decoding = [_few(arch, storage, count, device, dtype, copied) for storage in STORAGES for count in FEW_TOKENS]
     experts = [
         _experts(arch, layer, backend, count, routing, device, dtype)
         for count in tokens
@@ -75,6 +80,7 @@ def bench_kernels(report: Report, *, shape: Path | None = None, tokens: Sequence
         "dtype": str(dtype).removeprefix("torch."),
         "copy_bytes_per_second": rounded(copied),
         "kernels": kernels,
+        "decoding": decoding,
         "experts": experts,
         **conditions(device),
     }
@@ -82,8 +88,10 @@ def bench_kernels(report: Report, *, shape: Path | None = None, tokens: Sequence
     return document
 
 
-def _random_layer(arch: MoeArch, device: torch.device, dtype: torch.dtype) -> Nf4Experts:
-    layer = Nf4Experts(arch.experts, arch.hidden, arch.intermediate)
+def _random_layer(
+    arch: MoeArch, device: torch.device, dtype: torch.dtype, storage: ExpertStorage = "nf4"
+) -> QuantizedExperts:
+    layer = QuantizedExperts(arch.experts, arch.hidden, arch.intermediate, storage=storage)
     for projection, (out, in_) in arch.expert_shapes().items():
         layer.quantize(projection, torch.randn(arch.experts, out, in_, device=device, dtype=dtype) * 0.02)
     return layer
@@ -109,7 +117,9 @@ def _timed(name: str, bytes_moved: int, work: Callable[[], object], device: torc
     }
 
 
-def _dequantization(arch: MoeArch, stack: Nf4Stack, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _dequantization(
+    arch: MoeArch, stack: ExpertStack, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     weights = arch.experts * stack.matrix_shape[0] * stack.matrix_shape[1]
     moved = stack.nbytes + weights * dtype.itemsize
     fused = torch.randn(arch.experts, *stack.matrix_shape, device=device, dtype=dtype)
@@ -119,6 +129,34 @@ def _dequantization(arch: MoeArch, stack: Nf4Stack, device: torch.device, dtype:
         _timed("dequantize NF4", moved, lambda: dequantize_stack(stack, dtype), device),
         _timed("dequantize NF4, bitsandbytes", moved, lambda: bnb.dequantize_4bit(packed, state), device),
     ]
+
+
+def _dequantization_low_bit(arch: MoeArch, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    rows = []
+    for storage in STORAGES[1:]:
+        stack = _random_layer(arch, device, dtype, storage).stack(GATE_UP_PROJ)
+        moved = stack.nbytes + arch.experts * stack.matrix_shape[0] * stack.matrix_shape[1] * dtype.itemsize
+        rows.append(_timed(f"dequantize {storage}", moved, partial(dequantize_stack, stack, dtype), device))
+    return rows
+
+
+def _few(
+    arch: MoeArch, storage: ExpertStorage, tokens: int, device: torch.device, dtype: torch.dtype, copied: float | None
+) -> dict[str, Any]:
+    """One layer's experts in a decoding step of so many rows, each with its own choices."""
+    layer = _random_layer(arch, device, dtype, storage)
+    gate_up, down = (layer.stack(projection) for projection in EXPERT_PROJECTIONS)
+    rows = to_halves(torch.randn(tokens, arch.hidden, device=device, dtype=dtype))
+    index = _routing(arch, tokens, "even", device)
+    seconds = _seconds(lambda: few_experts(rows, index, gate_up, down), device)
+    read = (gate_up.nbytes + down.nbytes) * index.unique().numel() / arch.experts
+    return {
+        "storage": storage,
+        "tokens": tokens,
+        "microseconds": rounded(seconds * 1e6),
+        "bytes_per_second": rounded(read / seconds),
+        "share_of_copy": None if copied is None else rounded(read / seconds / copied),
+    }
 
 
 def _row_kernels(arch: MoeArch, tokens: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -154,7 +192,13 @@ def _routing(arch: MoeArch, tokens: int, routing: str, device: torch.device) -> 
 
 
 def _experts(
-    arch: MoeArch, layer: Nf4Experts, backend: Any, tokens: int, routing: str, device: torch.device, dtype: torch.dtype
+    arch: MoeArch,
+    layer: QuantizedExperts,
+    backend: Any,
+    tokens: int,
+    routing: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """One layer's experts, forward and backward."""
     case = {"backend": backend, "tokens": tokens, "routing": routing}
@@ -200,6 +244,17 @@ def _show(document: dict[str, Any], report: Report) -> None:
     if document["copy_bytes_per_second"] is not None:
         rows.append(("copy", "", f"{document['copy_bytes_per_second'] / 1e9:,.0f}", "100%"))
     report.table(f"Kernels, {document['dtype']}, {document['device']}", ("kernel", "ms", "GB/s", "of copy"), rows)
+    few = [
+        (
+            case["storage"],
+            str(case["tokens"]),
+            f"{case['microseconds']:,.0f}",
+            f"{case['bytes_per_second'] / 1e9:,.0f}",
+            "" if case["share_of_copy"] is None else f"{case['share_of_copy']:.0%}",
+        )
+        for case in document["decoding"]
+    ]
+    report.table("Experts of one layer, decoding", ("experts", "rows", "us", "GB/s", "of copy"), few)
     cases = [
         (
             f"{case['tokens']} {case['routing']}",

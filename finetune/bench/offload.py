@@ -104,9 +104,15 @@ def _rates(loaded: LoadedModel) -> dict[str, Any]:
     link = None
     if loaded.device.type == "cuda":
         fetch = torch.full((loaded.arch.experts,), -1, dtype=torch.int32, device=loaded.device)
-        fetch[0] = layer.overflow if layer.overflow < layer.gate_up.packed.shape[0] else 0
-        size = sum(tensor[0].nbytes for tensor in layer._hosts)
-        link = size / _seconds(lambda: fetch_experts(fetch, layer._hosts, layer._slots), loaded.device)
+        # Into the slots that all layers share, whose content no one relies on.
+        shared = torch.arange(layer.overflow, layer.gate_up.packed.shape[0], device=loaded.device)
+        fetch[: len(shared)] = shared.int()
+        size = sum(tensor[0].nbytes for tensor in layer._hosts) * len(shared)
+        link = (
+            None
+            if not size
+            else size / _seconds(lambda: fetch_experts(fetch, layer._hosts, layer._slots), loaded.device)
+        )
     stack = layer.experts.stack(EXPERT_PROJECTIONS[0])
     out, in_ = stack.matrix_shape
     weight = torch.randn(out, in_)
@@ -134,7 +140,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def print_offload(document: dict[str, Any], report: Report) -> None:
     report.table(
-        f"Decoding with experts in host memory, {document['device']}, attention in {document['attention']}",
+        f"Decoding with experts ({document['experts']}) in host memory, {document['device']}",
         ("device", "routing", "batch", "context", "slots", "tokens/s", "hits", "GB/step", "used"),
         [
             (

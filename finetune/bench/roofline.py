@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from finetune.arch import GATE_UP_PROJ, MoeArch
-from finetune.kernels.nf4 import Nf4Stack
-from finetune.kernels.stacks import dequantize_stack
+from finetune.kernels.stacks import ExpertStack, dequantize_stack
 from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
 
 COPY_BYTES = 2 * 2**30  # of each buffer: far beyond any cache
@@ -43,7 +42,7 @@ class Rates:
         return asdict(self)
 
 
-def measure_rates(arch: MoeArch, tokens: int, stack: Nf4Stack, dtype: torch.dtype) -> Rates:
+def measure_rates(arch: MoeArch, tokens: int, stack: ExpertStack, dtype: torch.dtype) -> Rates:
     """Rates on the stack's GPU, for a micro-batch of `tokens`.
 
     Args:

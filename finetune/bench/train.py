@@ -26,7 +26,7 @@ from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_se
 from finetune.bench.workload import WARM_UP, Workload, make_workload
 from finetune.console import Report, gib
 from finetune.memory import MemoryEstimate
-from finetune.quant import Nf4Experts
+from finetune.quant import QuantizedExperts
 from finetune.train import Prepared, prepare, run_steps
 
 _PROFILED_STEPS = 2
@@ -149,7 +149,7 @@ def _rates(ready: Prepared, tokens: int) -> Rates:
     """The device's rates in the dtype in which the run multiplies."""
     trainer = ready.trainer
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    experts = next(module for module in model.modules() if isinstance(module, Nf4Experts))
+    experts = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
     torch.cuda.empty_cache()
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else model.dtype
     return measure_rates(ready.arch, tokens, experts.stack(GATE_UP_PROJ), dtype)

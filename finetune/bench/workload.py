@@ -105,6 +105,7 @@ def make_workload(
         "training.max_length": length,
         "router.probe_tokens": 0,  # read at evaluations
         "output.dir": scratch / "run",
+        "output.push_to_hub": "null",
     }
     every = recipe.training.get("logging_steps", 10)
     # So that the window holds a log, as often as the recipe's training does or more.

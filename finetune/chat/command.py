@@ -11,8 +11,8 @@ from finetune.chat.screen import Screen
 from finetune.chat.session import Session
 from finetune.chat.terminal import chat_in_terminal
 from finetune.console import Report
-from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
+from finetune.infer.loading import parse_adapters
 from finetune.infer.request import Sampling
 from finetune.infer.settings import EngineSettings
 
@@ -43,7 +43,7 @@ class Asked:
         """Raises a FinetuneError for an adapter or model that cannot be used."""
         return Engine.load(
             self.path,
-            adapters=named(self.adapters),
+            adapters=parse_adapters(self.adapters),
             base=self.base,
             device=self.device,
             settings=replace(self.settings, max_batch=max_batch),
@@ -85,27 +85,3 @@ def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
             report.line(f"chat with {', '.join(engine.names)} on {server.url} (Ctrl-C ends)")
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_page()
-
-
-def named(adapters: Sequence[str]) -> dict[str, str]:
-    """Names and folders of `NAME=PATH` texts.
-
-    Raises:
-        FinetuneError: another form, or a name given twice.
-    """
-    found: dict[str, str] = {}
-    for text in adapters:
-        name, equals, path = text.partition("=")
-        if not (name.strip() and equals and path.strip()):
-            raise FinetuneError(
-                f"--adapter {text!r} does not name an adapter",
-                where="--adapter",
-                allowed="NAME=PATH, such as support=runs/support/adapter",
-                fix="put a name of your choice before the folder",
-            )
-        if name in found:
-            raise FinetuneError(
-                f"the name {name} is given to two adapters", where="--adapter", fix="name each adapter once"
-            )
-        found[name] = path
-    return found

@@ -8,6 +8,7 @@ this path, so the report counts the very rows that train. The trainer is told to
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -75,6 +76,13 @@ class Part:
         return sum(
             len(np.unique(source.dataset.data.column("position").to_numpy()[chosen])) for source, chosen in self.pairs()
         )
+
+    def fingerprint(self) -> str:
+        """A digest of the chosen conversations in order, wherever they lie and however they are tokenized."""
+        made = hashlib.blake2b(digest_size=16)
+        for keys in self.row_keys():
+            made.update(b"".join(keys))
+        return made.hexdigest()
 
     def row_keys(self) -> list[list[bytes]]:
         return [_keys(source, chosen) for source, chosen in zip(self.sources, self.chosen, strict=True)]

@@ -196,6 +196,7 @@ def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
             }
             for ledger, weight in zip(ledgers, part.weights, strict=False)
         ],
+        "fingerprint": part.fingerprint(),
         "rows": conversations or sum(ledger.rows for ledger in ledgers),
         "used": conversations or sum(ledger.used for ledger in ledgers),
         "refused": _refused(ledgers),

@@ -1,4 +1,4 @@
-"""Merges what was trained into the attention and leaves the experts' NF4 bytes as they are.
+"""Merges what was trained into the attention and leaves the experts' bytes as they are.
 
 The live model computes dequant(W) x + s B A x. Merged, attention is W' = dequant(W) + s B A, summed in float32 and
 rounded once to bfloat16, in a 16-bit linear layer; experts, norms and embeddings are untouched, and routers too unless
@@ -13,9 +13,8 @@ A non-MoE tuning has nothing to add up: its float32 masters are rounded once. Th
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,14 @@ from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.data.readers import open_source
 from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
 from finetune.errors import AdapterError
-from finetune.evaluate import Fidelity, Row, fidelity
+from finetune.evaluate import Fidelity, Row, fidelity, swapped
+from finetune.export.serving import write_serving
+from finetune.export.source import require_adapter
 from finetune.kernels.nf4 import dequantize_linear
 from finetune.model import LoadedModel, load
-from finetune.quant import Moe4bitConfig, Nf4Experts, take_census
+from finetune.quant import Moe4bitConfig, QuantizedExperts, take_census
 from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder, require_fresh, require_space, staged, write_json
-from finetune.trainable import read_adapter_kind
 
 MERGED_DTYPE = torch.bfloat16
 _ADAPTER = "default"
@@ -62,13 +62,7 @@ def merge_adapter(
         FinetuneError: as `load`, `encode_source` and `merge`.
     """
     require_fresh(output)
-    if read_adapter_kind(adapter) is None:
-        raise AdapterError(
-            "there is no adapter to merge",
-            where=str(adapter),
-            allowed="a folder that `finetune train` saved as <output.dir>/adapter",
-            fix="check the path",
-        )
+    require_adapter(adapter)
     recipe = _recipe_of(adapter) if data is None else None
     held_out = data if recipe is None else held_out_name(recipe)
     # Whatever is wrong with it is said before the model loads.
@@ -87,13 +81,15 @@ def merge_adapter(
 
     def describe(folder: Path, report: Fidelity | None) -> None:
         about = {
+            "format": "nf4",
             "merged_from": str(adapter),
             "base": loaded.base.path,
-            "dtype": "bfloat16 attention, NF4 experts as trained",
+            "dtype": f"bfloat16 attention, {loaded.base.experts} experts as they were",
             "held_out": held_out,
             "fidelity": None if report is None else report.to_dict(),
         }
         write_json(folder / "fidelity.json", about)
+        write_serving(folder, about, name=output.name, chat_template=None)
 
     return merge(loaded, output, probe=rows, extra_files=describe)
 
@@ -129,7 +125,7 @@ def merge(
         if probe:
             report = fidelity(
                 loaded.model,
-                lambda: _swapped(loaded.model, {**linears, **live}),
+                lambda: swapped(loaded.model, {**linears, **live}),
                 probe,
                 loaded.device,
                 layers=loaded.arch.layers,
@@ -189,19 +185,6 @@ def merged_weight(lora: LoraLayer) -> Tensor:
     return magnitude * weight / weight.norm(dim=1, keepdim=True)
 
 
-@contextlib.contextmanager
-def _swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Puts other modules in place while it lasts."""
-    originals = {name: model.get_submodule(name) for name in replacements}
-    for name, module in replacements.items():
-        model.set_submodule(name, module)
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            model.set_submodule(name, original)
-
-
 def _merged_model(model: PeftModel | PreTrainedModel, merged: Mapping[str, nn.Module]) -> PreTrainedModel:
     """The plain transformers model with merged layers in place of the adapter's, every float rounded to bfloat16."""
     base: Any = model
@@ -211,10 +194,11 @@ def _merged_model(model: PeftModel | PreTrainedModel, merged: Mapping[str, nn.Mo
         base = model.get_base_model()
         base._hf_peft_config_loaded = False
     for module in base.modules():
-        if not isinstance(module, Nf4Experts):  # whose float32 scales are part of their bits
+        if not isinstance(module, QuantizedExperts):  # whose scales are part of their bits
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(MERGED_DTYPE)
-    base.hf_quantizer.quantization_config = Moe4bitConfig(attention="16bit")
+    experts = base.hf_quantizer.quantization_config.experts
+    base.hf_quantizer.quantization_config = Moe4bitConfig(attention="16bit", experts=experts)
     base.config.quantization_config = base.hf_quantizer.quantization_config
     base.config.dtype = MERGED_DTYPE
     base.is_loaded_in_4bit = False

@@ -1,4 +1,4 @@
-"""Quantizes a checkpoint once, so that later runs read 4-bit tensors instead of quantizing again."""
+"""Quantizes a checkpoint once, so that later runs read quantized tensors instead of quantizing again."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import get_args
 
 from finetune.errors import ModelError
-from finetune.model import BaseSpec, load_base
+from finetune.kernels.stacks import ExpertStorage
+from finetune.model import BaseSpec, load_base, read_config, saved_quantization
 from finetune.quant import Census, require_quantized_experts, take_census
-from finetune.quant.config import AttentionStorage
+from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.runfolder import require_fresh, require_space, staged
 
 
 def write_quantized(
-    path: str, output: Path, *, attention: str = "nf4", revision: str | None = None, device: str = "auto"
+    path: str,
+    output: Path,
+    *,
+    attention: str = "nf4",
+    experts: str = "nf4",
+    revision: str | None = None,
+    device: str = "auto",
 ) -> Census:
-    """Loads `path` in 4-bit and saves it to `output`, whole or not at all; returns what was saved.
+    """Loads `path` quantized and saves it to `output`, whole or not at all; returns what was saved.
 
     Raises:
-        ModelError: the checkpoint cannot be loaded, or the storage does not exist.
+        ModelError: the checkpoint cannot be loaded or is quantized otherwise, or the storage does not exist.
         OutputError: the folder is not empty, or the disk has no room.
     """
     if attention not in get_args(AttentionStorage):
@@ -28,9 +35,26 @@ def write_quantized(
             allowed=" or ".join(get_args(AttentionStorage)),
             fix="use nf4 for the least memory",
         )
+    if experts not in get_args(ExpertStorage):
+        raise ModelError(
+            f"expert storage {experts!r} does not exist",
+            where="--experts",
+            allowed=", ".join(get_args(ExpertStorage)),
+            fix="use nf4 for quality, hqq3 or hqq2 where the experts would not fit",
+        )
     require_fresh(output)
+    spec = BaseSpec(path, revision, attention, experts=experts)  # type: ignore[arg-type]
+    saved = saved_quantization(read_config(path, revision))
+    kept = saved.get("experts", "nf4")
+    if saved.get("quant_method") == QUANT_METHOD and kept != experts:
+        raise ModelError(
+            f"the folder keeps its experts in {kept} already",
+            where=path,
+            allowed=f"--experts {kept}, or a checkpoint in 16 bits",
+            fix="start from the original checkpoint",
+        )
     # What is not quantized keeps the checkpoint's own 16 bits on every device.
-    loaded = load_base(BaseSpec(path, revision, attention), dtype="bfloat16", device=device)  # type: ignore[arg-type]
+    loaded = load_base(spec, dtype="bfloat16", device=device)
     census = take_census(loaded.model)
     require_quantized_experts(census)
     require_space(output, census.total_bytes, what="the quantized model")

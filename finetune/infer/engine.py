@@ -277,7 +277,7 @@ class Engine:
         if not 0 <= min(request.ids) <= max(request.ids) < vocab:
             raise DataError("the prompt has unknown token ids", where="prompt", allowed=f"0 to {vocab - 1}")
         sampling = RowSampling(request.sampling, request.ids)
-        text = AnswerText(self.tokenizer, request.sampling.stop)
+        text = AnswerText(self.tokenizer, request.sampling.stop, request.ids if request.continues else ())
         limit = min(request.sampling.max_new_tokens, room)
         return _Row(request, listen, Ticket(self), self._selector(request.model), limit, text, sampling)
 

@@ -48,7 +48,7 @@ def generate(
             fix="shorten the prompt",
         )
     pieces: list[str] = []
-    for event in engine.stream(Request(tuple(ids), sampling)):
+    for event in engine.stream(Request(tuple(ids), sampling, continues=raw)):
         pieces.append(event.text)
         if write is not None and event.text:
             write(event.text)

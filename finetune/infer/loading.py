@@ -6,13 +6,13 @@ tuning has changed the base's own weights, so it stands alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.arch import MoeArch
-from finetune.errors import AdapterError
+from finetune.errors import AdapterError, FinetuneError
 from finetune.infer.residency import needs_offload, require_residency
 from finetune.infer.settings import EngineSettings
 from finetune.model import (
@@ -25,6 +25,7 @@ from finetune.model import (
     require_base,
     resolve_device,
     resolve_dtype,
+    saved_quantization,
 )
 from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
 from finetune.trainable import add_adapters, read_adapter_kind
@@ -113,16 +114,43 @@ def chooses_offload(path: str, base: str | None, device: str, settings: EngineSe
     arch = MoeArch.from_config(config, where=spec.path)
     where = resolve_device(device)
     dtype = resolve_dtype("auto", where)
-    storage = (config.get("quantization_config") or {}).get("attention", spec.attention)
-    attention_bits = 8 * NF4_BYTES_PER_WEIGHT if storage == "nf4" else 8.0 * dtype.itemsize
+    saved = saved_quantization(config)
+    nf4 = saved.get("attention", spec.attention) == "nf4"
+    attention_bits = 8 * NF4_BYTES_PER_WEIGHT if nf4 else 8.0 * dtype.itemsize
     return needs_offload(
         arch,
         dtype,
         where,
+        experts=saved.get("experts", spec.experts),
         attention_bits=attention_bits,
         device_gib=settings.device_gib,
         longest=settings.longest(int(config["max_position_embeddings"])),
+        max_batch=settings.max_batch,
     )
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """Names and folders of `NAME=PATH` texts.
+
+    Raises:
+        FinetuneError: another form, or a name given twice.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name.strip() and equals and path.strip()):
+            raise FinetuneError(
+                f"--adapter {text!r} does not name an adapter",
+                where="--adapter",
+                allowed="NAME=PATH, such as support=runs/support/adapter",
+                fix="put a name of your choice before the folder",
+            )
+        if name in named:
+            raise FinetuneError(
+                f"the name {name} is given to two adapters", where="--adapter", fix="name each adapter once"
+            )
+        named[name] = path
+    return named
 
 
 def default_name(path: str) -> str:

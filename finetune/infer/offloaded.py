@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import DeviceError
 from finetune.kernels.expert_cache import PINNED, assign_slots, fetch_experts
-from finetune.kernels.nf4 import Nf4Stack
-from finetune.quant.experts import FEW_CHOICES, Nf4Experts, run_experts
+from finetune.kernels.stacks import ExpertStack
+from finetune.quant.experts import FEW_CHOICES, QuantizedExperts, run_experts
 
 # Prompts go through the experts in pieces of so many tokens: their rows then take 0.4 GB of Mixtral's, not 1.6.
 PIECE_TOKENS = 1024
@@ -89,8 +89,8 @@ class OffloadedExperts(nn.Module):
 
     def __init__(
         self,
-        experts: Nf4Experts,
-        slots: Sequence[Nf4Stack],
+        experts: QuantizedExperts,
+        slots: Sequence[ExpertStack],
         *,
         first: int,
         count: int,
@@ -133,12 +133,12 @@ class OffloadedExperts(nn.Module):
         return slot_E[index_TK]
 
     @property
-    def experts(self) -> Nf4Experts:
+    def experts(self) -> QuantizedExperts:
         """The module whose place this took, its weights still in host memory."""
         return self._experts[0]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As `Nf4Experts.forward`."""
+        """As `QuantizedExperts.forward`."""
         slots = self.bring(top_k_index)
         if top_k_index.numel() <= FEW_CHOICES:
             return run_experts(hidden_states, slots, top_k_weights, self.gate_up, self.down)
@@ -155,7 +155,7 @@ class OffloadedExperts(nn.Module):
         return f"experts={self.num_experts}, slots={self._owner_C.numel()}"
 
 
-def expert_bytes(experts: Nf4Experts) -> int:
+def expert_bytes(experts: QuantizedExperts) -> int:
     """Of one expert, all its tensors: what a slot takes."""
     stacks = [experts.stack(projection) for projection in EXPERT_PROJECTIONS]
     return sum(tensor.nbytes for stack in stacks for tensor in stack) // experts.num_experts
@@ -199,13 +199,13 @@ def bring_back(model: Any, arch: MoeArch) -> None:
         model.set_submodule(experts_path(layer), offloaded.experts)
 
 
-def _empty_slots(stack: Nf4Stack, slots: int, device: torch.device) -> Nf4Stack:
+def _empty_slots(stack: ExpertStack, slots: int, device: torch.device) -> ExpertStack:
     # Zeros, not whatever was there: a product over an expert without rows may read a slot that was never filled.
     empty = [torch.zeros(slots, *t.shape[1:], dtype=t.dtype, device=device) for t in stack]
     return type(stack)(*empty)
 
 
-def _device_readable(tensor: Tensor, device: torch.device, owner: Nf4Experts) -> Tensor:
+def _device_readable(tensor: Tensor, device: torch.device, owner: QuantizedExperts) -> Tensor:
     """A copy in host memory that a kernel can read in place, as long as `owner` lives; the tensor itself for a CPU.
 
     Not `pin_memory`: its allocator rounds up to a power of two, 14% more for Mixtral's experts.

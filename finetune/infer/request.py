@@ -59,11 +59,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to go on from (with the beginning-of-sequence token), and by which of the engine's models."""
+    """Token ids to go on from (with the beginning-of-sequence token), and by which of the engine's models.
+
+    Attributes:
+        continues: the text goes on in the prompt's, so a space that it begins with is shown; not so in an answer.
+    """
 
     ids: tuple[int, ...]
     sampling: Sampling = Sampling()
     model: str | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,16 @@ from finetune.arch import MoeArch
 from finetune.errors import DataError, DeviceError
 from finetune.infer.offloaded import PIECE_TOKENS
 from finetune.infer.pages import page_bytes, pages_for
-from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
+from finetune.kernels.stacks import ExpertStorage
+from finetune.memory.static import expert_bytes
 
 Residency = Literal["auto", "resident", "offload"]
 # A forward pass of so many prompt tokens keeps an H100's GEMMs full; more would only hold up the running rows longer.
 PREFILL_TOKENS = 4096
 # What a request needs at least before `auto` calls a model resident.
 _ROW_TOKENS = 4096
-# CUDA's own context and libraries, which a device's budget must hold but torch does not count: 0.52 GiB on an H100.
-CONTEXT_BYTES = 2**29
+# CUDA's context, modules and graphs, which a device's budget must hold but torch does not count: 0.84 GiB on an H100.
+CONTEXT_BYTES = int(0.85 * 2**30)
 # Graphs, cuBLAS's workspace and what the allocator cannot use.
 _MARGIN_BYTES = {"resident": 2**30, "offload": 2**28}
 # Under offload: a slot more is worth more than a longer conversation, which --kv-gib gives.
@@ -69,23 +70,28 @@ def needs_offload(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    experts: ExpertStorage,
     attention_bits: float,
     device_gib: float | None,
     longest: int,
+    max_batch: int,
 ) -> bool:
     """Whether a model that is not loaded yet does not fit the device with its experts; a CPU's always does.
 
     Args:
+        experts: how they are stored.
         attention_bits: of an attention weight, 16 or what NF4 takes.
         longest: tokens of the longest request.
     """
     if device.type != "cuda":
         return False
     plain = arch.embedding_params + arch.router_params + arch.norm_params
-    weights = arch.expert_params * NF4_BYTES_PER_WEIGHT + arch.attention_params * attention_bits / 8
+    matrices = arch.layers * arch.experts
+    weights: float = matrices * sum(expert_bytes(out * in_, experts) for out, in_ in arch.expert_shapes().values())
+    weights += arch.attention_params * attention_bits / 8
     weights += plain * dtype.itemsize
     row = pages_for(min(longest, _ROW_TOKENS)) * page_bytes(arch, dtype)
-    return weights + row + _workspace(arch, dtype, longest, "resident") > free_bytes(device, device_gib)
+    return weights + row + _workspace(arch, dtype, longest, max_batch, "resident") > free_bytes(device, device_gib)
 
 
 def divide(
@@ -98,6 +104,7 @@ def divide(
     kv_gib: float | None,
     wanted_kv: int,
     longest: int,
+    max_batch: int,
 ) -> Rooms:
     """Divides what is free once the model is loaded, without its experts under `offload`.
 
@@ -108,17 +115,19 @@ def divide(
     if offload:
         kv = int(kv_gib * 2**30) if kv_gib is not None else int((device_gib or free / 2**30) * 2**30 * _KV_SHARE)
         kv = min(wanted_kv, kv)
-        return Rooms(kv, free - kv - _workspace(arch, dtype, longest, "offload"))
+        return Rooms(kv, free - kv - _workspace(arch, dtype, longest, max_batch, "offload"))
     if kv_gib is not None:
         return Rooms(min(wanted_kv, int(kv_gib * 2**30)), 0)
     if device.type != "cuda":
         return Rooms(min(wanted_kv, _CPU_KV_BYTES), 0)
-    return Rooms(min(wanted_kv, free - _workspace(arch, dtype, longest, "resident")), 0)
+    return Rooms(min(wanted_kv, free - _workspace(arch, dtype, longest, max_batch, "resident")), 0)
 
 
-def _workspace(arch: MoeArch, dtype: torch.dtype, longest: int, residency: Literal["resident", "offload"]) -> int:
+def _workspace(
+    arch: MoeArch, dtype: torch.dtype, longest: int, max_batch: int, residency: Literal["resident", "offload"]
+) -> int:
     """Of a prompt's forward pass: its rows in the experts, the dequantized matrices, and the residual stream."""
-    tokens = max(PREFILL_TOKENS, longest)
+    tokens = min(max_batch * longest, max(PREFILL_TOKENS, longest))
     in_experts = tokens if residency == "resident" else min(tokens, PIECE_TOKENS)
     rows = in_experts * arch.top_k * 4 * arch.intermediate
     matrices = (3 * arch.experts if residency == "resident" else 2) * arch.intermediate * arch.hidden

@@ -77,6 +77,7 @@ class Runner:
             kv_gib=settings.kv_gib,
             wanted_kv=(settings.max_batch * pages_for(longest) + 1) * page_bytes(self.arch, dtype),
             longest=longest,
+            max_batch=settings.max_batch,
         )
         count = _pool_pages(self.arch, dtype, self.device, settings, rooms.kv)
         self.max_length: int = min(longest, (count - 1) * PAGE)

@@ -10,19 +10,26 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+# Enough of a prompt to know whether a word begins: a character takes at most four byte tokens.
+_CONTEXT = 8
+
 
 class AnswerText:
     """The text of one answer.
+
+    Args:
+        after: tokens that the text goes on from; without them, the space of a first word is not part of it, as in
+            the tokenizer's own decoding.
 
     Attributes:
         stop: the stop text that was met, if one was; nothing after it is given out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], after: Sequence[int] = ()):
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._decoded = 0
+        self._ids = list(after[-_CONTEXT:])
+        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
+        self._decoded = len(self._whole())
         self._held = ""
         self.stop: str | None = None
 
@@ -37,10 +44,12 @@ class AnswerText:
         """What was held back: the beginning of a stop text, or bytes that are no whole character."""
         if self.stop is not None:
             return ""
-        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        given = self._release(whole[self._decoded :])
+        given = self._release(self._whole()[self._decoded :])
         rest, self._held = self._held, ""
         return given if self.stop is not None else given + rest
+
+    def _whole(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _release(self, piece: str) -> str:
         if self.stop is not None:

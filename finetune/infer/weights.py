@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch
 from finetune.infer.offloaded import OffloadedExperts
-from finetune.kernels.nf4 import Nf4Stack, dequantize_linear
-from finetune.quant.experts import Nf4Experts
+from finetune.kernels.nf4 import dequantize_linear
+from finetune.kernels.stacks import ExpertStack
+from finetune.quant.experts import QuantizedExperts
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Layer:
     gates_NEH: Tensor
     top_k: int
     normalize: bool
-    gate_up: Nf4Stack
-    down: Nf4Stack
+    gate_up: ExpertStack
+    down: ExpertStack
     bring: Callable[[Tensor], Tensor] | None
 
 
@@ -70,7 +71,7 @@ def _read_layer(layer: Any, arch: MoeArch, adapters: Sequence[str]) -> Layer:
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     gate, experts = layer.mlp.gate, layer.mlp.experts
     offloaded = isinstance(experts, OffloadedExperts)
-    assert offloaded or isinstance(experts, Nf4Experts), type(experts)
+    assert offloaded or isinstance(experts, QuantizedExperts), type(experts)
     stacks = [experts.gate_up, experts.down] if offloaded else [experts.stack(name) for name in EXPERT_PROJECTIONS]
     router: Any = gate.original_module if isinstance(gate, ModulesToSaveWrapper) else gate
     return Layer(

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.errors import DeviceError
-from finetune.kernels.nf4 import Nf4Stack, dequantize_expert, dequantize_stack
+from finetune.kernels.stacks import ExpertStack, dequantize_expert, dequantize_stack
 
 Backend = Literal["grouped", "loop"]
 BackendChoice = Literal["auto", "grouped", "loop"]
@@ -69,10 +69,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 class ExpertsMatmul(Protocol):
     """Multiplies rows by their experts' matrices."""
 
-    def forward(self, x_SI: Tensor, stack: Nf4Stack) -> Tensor:
+    def forward(self, x_SI: Tensor, stack: ExpertStack) -> Tensor:
         """[S, O]: x W^T."""
 
-    def backward(self, grad_SO: Tensor, stack: Nf4Stack) -> Tensor:
+    def backward(self, grad_SO: Tensor, stack: ExpertStack) -> Tensor:
         """[S, I]: the input's gradient, grad W."""
 
 
@@ -82,10 +82,10 @@ class GroupedMatmul:
     def __init__(self, end_E: Tensor):
         self.end_E = end_E
 
-    def forward(self, x_SI: Tensor, stack: Nf4Stack) -> Tensor:
+    def forward(self, x_SI: Tensor, stack: ExpertStack) -> Tensor:
         return F.grouped_mm(x_SI, dequantize_stack(stack, x_SI.dtype).transpose(-2, -1), offs=self.end_E)
 
-    def backward(self, grad_SO: Tensor, stack: Nf4Stack) -> Tensor:
+    def backward(self, grad_SO: Tensor, stack: ExpertStack) -> Tensor:
         return F.grouped_mm(grad_SO, dequantize_stack(stack, grad_SO.dtype), offs=self.end_E)
 
 
@@ -100,19 +100,19 @@ class LoopMatmul:
             self._copied.record()
         self._ends: list[int] | None = None
 
-    def forward(self, x_SI: Tensor, stack: Nf4Stack) -> Tensor:
+    def forward(self, x_SI: Tensor, stack: ExpertStack) -> Tensor:
         out = x_SI.new_empty(x_SI.shape[0], stack.matrix_shape[0])
         for rows, weight in self._experts(stack, x_SI.dtype):
             torch.mm(x_SI[rows], weight.T, out=out[rows])
         return out
 
-    def backward(self, grad_SO: Tensor, stack: Nf4Stack) -> Tensor:
+    def backward(self, grad_SO: Tensor, stack: ExpertStack) -> Tensor:
         out = grad_SO.new_empty(grad_SO.shape[0], stack.matrix_shape[1])
         for rows, weight in self._experts(stack, grad_SO.dtype):
             torch.mm(grad_SO[rows], weight, out=out[rows])
         return out
 
-    def _experts(self, stack: Nf4Stack, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    def _experts(self, stack: ExpertStack, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(an expert's rows, its matrix) for every expert that has rows; the matrix is valid until the next one."""
         workspace = torch.empty(stack.matrix_shape, dtype=dtype, device=stack.packed.device)
         # Dequantized before the counts are asked for, so that the device works while the host waits for them.

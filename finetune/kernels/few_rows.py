@@ -1,4 +1,4 @@
-"""Products of few rows with NF4 matrices, without writing the dequantized matrices out: what decoding is made of.
+"""Products of few rows with quantized matrices, without writing the dequantized matrices out: what decoding is made of.
 
 The operators take rows as `Halves`: in the model's dtype for plain torch, and on CUDA beside it as fp16 with the even
 columns first, which the kernel before has written for nothing (`triton_few_rows.py` says why). The sums are float32,
@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, code_of, dequantize_expert, dynamic_map
+from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, code_of, dynamic_map
 from finetune.kernels.operators import HAS_TRITON, define
 from finetune.kernels.rows import sort_by_expert
+from finetune.kernels.stacks import ExpertStack, dequantize_expert, stack_of
 
 if HAS_TRITON:
-    from finetune.kernels import triton_few_rows
+    from finetune.kernels import triton_few_rows, triton_low_bit
 
 
 class Halves(NamedTuple):
@@ -100,7 +101,7 @@ def nf4_rows(rows: Halves, matrices: Sequence[Nf4Stack]) -> Tensor:
 
 
 def _experts_plain(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    stacks = Nf4Stack(*gate_up), Nf4Stack(*down)
+    stacks = stack_of(gate_up), stack_of(down)
     out_SH = torch.zeros(index.numel(), x.shape[1], dtype=torch.float32, device=x.device)
     flat = index.flatten()
     for expert in flat.unique().tolist():
@@ -114,20 +115,27 @@ def _experts_plain(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor]
 def _experts_cuda(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
     if not runs_on_kernels(x):
         return _experts_plain(x, half, index, gate_up, down)
-    gate_up_weights, down_weights = _weights(Nf4Stack(*gate_up)), _weights(Nf4Stack(*down))
+    gate_up_stack, down_stack = stack_of(gate_up), stack_of(down)
     order_S = end_E = None
     if index.numel() > triton_few_rows.VECTOR_CHOICES:
         rows = sort_by_expert(index, gate_up[0].shape[0])
         order_S, end_E = rows.order_S, rows.end_E
-    act_SF = x.new_empty(index.numel(), 2 * down[0].shape[2], dtype=torch.float16)
-    triton_few_rows.gate_up(gate_up_weights, NESTED_BLOCK, half, index, order_S, end_E, act_SF)
+    act_SF = x.new_empty(index.numel(), down_stack.matrix_shape[1], dtype=torch.float16)
+    if isinstance(gate_up_stack, Nf4Stack):
+        triton_few_rows.gate_up(_weights(gate_up_stack), NESTED_BLOCK, half, index, order_S, end_E, act_SF)
+    else:
+        triton_low_bit.gate_up(*gate_up_stack, half, index, order_S, end_E, act_SF)
     out_PSH = _empty_experts(x, half, index, gate_up, down)
-    triton_few_rows.down(down_weights, NESTED_BLOCK, act_SF, index, order_S, end_E, out_PSH)
+    if isinstance(down_stack, Nf4Stack):
+        triton_few_rows.down(_weights(down_stack), NESTED_BLOCK, act_SF, index, order_S, end_E, out_PSH)
+    else:
+        triton_low_bit.down(*down_stack, act_SF, index, order_S, end_E, out_PSH)
     return out_PSH
 
 
 def _empty_experts(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    splits = triton_few_rows.down_splits(index.numel(), 2 * down[0].shape[2]) if runs_on_kernels(x) else 1
+    in_ = stack_of(down).matrix_shape[1]
+    splits = triton_few_rows.down_splits(index.numel(), in_) if runs_on_kernels(x) else 1
     return x.new_empty(splits, index.numel(), x.shape[1], dtype=torch.float32)
 
 
@@ -139,7 +147,7 @@ _experts = define(
 )
 
 
-def few_experts(rows: Halves, index_TK: Tensor, gate_up: Nf4Stack, down: Nf4Stack) -> Tensor:
+def few_experts(rows: Halves, index_TK: Tensor, gate_up: ExpertStack, down: ExpertStack) -> Tensor:
     """float32 [P, T * K, H]: the partial products of each choice's expert, before the routing weights.
 
     Args:

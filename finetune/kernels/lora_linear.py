@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.kernels.nf4 import Nf4Stack, dequantize_stack
+from finetune.kernels.nf4 import Nf4Stack
+from finetune.kernels.stacks import dequantize_stack
 
 
 def lora_linear(x: Tensor, weight: Tensor | Nf4Stack, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:

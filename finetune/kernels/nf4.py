@@ -55,6 +55,10 @@ class Nf4Stack(NamedTuple):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)
 
+    def dequantize_into(self, out: Tensor) -> None:
+        """Writes [E, out, in] to `out` (float32, bfloat16 or float16)."""
+        _dequantize(*self, out)
+
 
 def empty_stack(experts: int, out: int, in_: int, device: torch.device | str) -> Nf4Stack:
     """An uninitialised stack with the right shapes and dtypes (the meta device serves for placeholders)."""
@@ -124,21 +128,6 @@ _dequantize = define(
     cuda=_dequantize_cuda if HAS_TRITON else None,
     fake=lambda packed, absmax, nested_absmax, offset, out: None,
 )
-
-
-def dequantize_stack(stack: Nf4Stack, dtype: torch.dtype) -> Tensor:
-    """[E, out, in] of all matrices in `dtype` (float32, bfloat16 or float16)."""
-    out = torch.empty(stack.packed.shape[0], *stack.matrix_shape, dtype=dtype, device=stack.packed.device)
-    _dequantize(*stack, out)
-    return out
-
-
-def dequantize_expert(stack: Nf4Stack, expert: int, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-    """[out, in] of one expert in `dtype` (float32, bfloat16 or float16), written to `out` where it is given."""
-    if out is None:
-        out = torch.empty(stack.matrix_shape, dtype=dtype, device=stack.packed.device)
-    _dequantize(*(tensor[expert : expert + 1] for tensor in stack), out.unsqueeze(0))
-    return out
 
 
 def stack_of_linear(layer: Linear4bit) -> Nf4Stack:

@@ -10,6 +10,7 @@ from finetune.arch import ATTENTION_PROJECTIONS, MoeArch
 GIB = 2**30
 Method = Literal["attention_lora", "non_moe"]
 AttentionStorage = Literal["nf4", "16bit"]
+ExpertStorage = Literal["nf4", "hqq3", "hqq2"]
 Backend = Literal["grouped", "loop"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Device = Literal["cuda", "cpu"]
@@ -58,6 +59,7 @@ class Run:
     router: bool = False
     auxiliary: bool = False
     attention_storage: AttentionStorage = "nf4"
+    experts_storage: ExpertStorage = "nf4"
     optimizer: str = "adamw_torch_fused"
     micro_batch: int = 1
     seq_len: int = 1024

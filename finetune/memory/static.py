@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from finetune.memory.run import MemoryItem, Run
+from finetune.memory.run import ExpertStorage, MemoryItem, Run
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
+HQQ_GROUP = 64
+EXPERT_FORMATS: dict[ExpertStorage, str] = {
+    "nf4": "NF4, double quantization",
+    "hqq3": "3 bits (HQQ)",
+    "hqq2": "2 bits (HQQ)",
+}
 # A bitsandbytes layer keeps its 16 NF4 values and the 256 values of its nested code, in float32, for itself.
 LAYER_CODE_TABLES = (16 + 256) * 4
 # Optimizer (transformers' name) -> states a parameter, bits a state. Others count as AdamW in 32 bits.
@@ -28,10 +34,17 @@ def nf4_bytes(elements: int) -> int:
     return -(-elements // 2) + scales + 4 * -(-scales // NESTED_BLOCK) + 4
 
 
+def expert_bytes(elements: int, storage: ExpertStorage) -> int:
+    """Bytes of one expert's matrix: NF4, or codes of 2 or 3 bits with a scale and a zero in fp16 for each group."""
+    if storage == "nf4":
+        return nf4_bytes(elements)
+    return elements * (3 if storage == "hqq3" else 2) // 8 + 4 * elements // HQQ_GROUP
+
+
 def weights(run: Run) -> list[MemoryItem]:
     arch = run.arch
     matrices = arch.layers * arch.experts
-    experts = matrices * sum(nf4_bytes(out * in_) for out, in_ in arch.expert_shapes().values())
+    experts = matrices * sum(expert_bytes(out * in_, run.experts_storage) for out, in_ in arch.expert_shapes().values())
     size = 4 if run.method == "non_moe" else run.size
     kept = "float32 masters" if run.method == "non_moe" else f"{8 * size} bit"
     if run.attention_storage == "nf4":
@@ -48,7 +61,10 @@ def weights(run: Run) -> list[MemoryItem]:
     tied = ", tied" if arch.tied else ""
     return [
         MemoryItem(
-            "experts", experts, "weights", f"NF4, double quantization: {arch.expert_params / 1e9:.2f} B weights"
+            "experts",
+            experts,
+            "weights",
+            f"{EXPERT_FORMATS[run.experts_storage]}: {arch.expert_params / 1e9:.2f} B weights",
         ),
         attention,
         *dequantized,

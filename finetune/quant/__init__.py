@@ -6,14 +6,14 @@ while loading, and folders saved from such a model load by themselves.
 
 from finetune.quant.census import Census, require_quantized_experts, take_census
 from finetune.quant.config import Moe4bitConfig
-from finetune.quant.experts import Nf4Experts
+from finetune.quant.experts import QuantizedExperts
 from finetune.quant.quantizer import Moe4bitQuantizer
 
 __all__ = [
     "Census",
     "Moe4bitConfig",
     "Moe4bitQuantizer",
-    "Nf4Experts",
+    "QuantizedExperts",
     "require_quantized_experts",
     "take_census",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.arch import role_of
 from finetune.errors import ModelError
-from finetune.quant.experts import Nf4Experts
+from finetune.quant.experts import QuantizedExperts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CensusRow:
 class Census:
     rows: tuple[CensusRow, ...]
     unquantized_experts: tuple[tuple[str, int], ...]
-    """(name, bytes) of every expert weight that is not in 4-bit."""
+    """(name, bytes) of every expert weight that is not quantized."""
 
     @property
     def total_bytes(self) -> int:
@@ -51,7 +51,7 @@ def take_census(model: nn.Module) -> Census:
 
     totals: dict[tuple[str, str], list[int]] = {}
     unquantized: list[tuple[str, int]] = []
-    nf4_modules = {name for name, module in model.named_modules() if isinstance(module, Nf4Experts)}
+    storages = {name: module.storage for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
     for name, tensor in _tensors(model):
         role, dtype = role_of(name), str(tensor.dtype).removeprefix("torch.")
         pieces = [tensor]
@@ -59,8 +59,8 @@ def take_census(model: nn.Module) -> Census:
             dtype = tensor.quant_state.quant_type
             state, nested = tensor.quant_state, tensor.quant_state.state2
             pieces += [state.absmax, state.code, state.offset, nested.absmax, nested.code]
-        elif role == "experts" and name.rpartition(".")[0] in nf4_modules and not tensor.is_meta:
-            dtype = "nf4"
+        elif role == "experts" and name.rpartition(".")[0] in storages and not tensor.is_meta:
+            dtype = storages[name.rpartition(".")[0]]
         elif role == "experts":
             unquantized.append((name, tensor.nbytes))
         entry = totals.setdefault((role, dtype), [0, 0])
@@ -71,7 +71,7 @@ def take_census(model: nn.Module) -> Census:
 
 
 def require_quantized_experts(census: Census) -> None:
-    """Refuses a model with an expert that is not in 4-bit.
+    """Refuses a model with an expert that is not quantized.
 
     Raises:
         ModelError: names the tensors, their bytes, and the way out.
@@ -88,9 +88,9 @@ def require_quantized_experts(census: Census) -> None:
     size = sum(size for _, size in left)
     names = ", ".join(name for name, _ in left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
     raise ModelError(
-        f"{len(left)} expert tensors ({size / 2**30:.2f} GiB) are not in 4-bit",
+        f"{len(left)} expert tensors ({size / 2**30:.2f} GiB) are not quantized",
         where=names,
-        allowed="NF4 experts only",
+        allowed="experts in nf4, hqq3 or hqq2",
         fix="load through `finetune` or with quantization_config=Moe4bitConfig(); "
         "transformers' load_in_4bit does not reach fused experts",
     )

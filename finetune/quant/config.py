@@ -1,4 +1,4 @@
-"""How a MoE is stored: always NF4 experts, and attention in NF4 or 16-bit.
+"""How a MoE is stored: experts in NF4 or fewer bits (HQQ), and attention in NF4 or 16-bit.
 
 Written into a saved model's config.json as `quantization_config`, so that the folder says what it is.
 """
@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetune.errors import ModelError
+from finetune.kernels.stacks import ExpertStorage
 
 QUANT_METHOD = "moe_4bit"
 AttentionStorage = Literal["nf4", "16bit"]
@@ -20,21 +21,32 @@ AttentionStorage = Literal["nf4", "16bit"]
 @register_quantization_config(QUANT_METHOD)
 @dataclass
 class Moe4bitConfig(QuantizationConfigMixin):
-    """Fused experts in NF4, blocks of 64, double quantization, each expert by itself; the rest 16-bit.
+    """Fused experts quantized each by itself, the rest 16-bit.
 
     Args:
         attention: "nf4" keeps q/k/v/o as bitsandbytes `Linear4bit`; "16bit" leaves them in the load dtype.
+        experts: "nf4" in blocks of 64 with double quantization, "hqq3" or "hqq2" with 3 or 2 bits in groups of 64.
 
     Raises:
-        ModelError: an attention storage that does not exist, or a saved config of another format version.
+        ModelError: a storage that does not exist, or a saved config of another format version.
     """
 
     attention: AttentionStorage
+    experts: ExpertStorage
 
-    def __init__(self, attention: AttentionStorage = "nf4", format_version: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        attention: AttentionStorage = "nf4",
+        experts: ExpertStorage = "nf4",
+        format_version: int | None = None,
+        **kwargs: Any,
+    ):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum upstream, a plain string for plugins
         self.attention = attention
-        self.format_version = format_version
+        self.experts = experts
+        # NF4 stays version 1, so that earlier releases of this toolkit read it.
+        own_version = 1 if experts == "nf4" else 2
+        self.format_version = own_version if format_version is None else format_version
         if attention not in get_args(AttentionStorage):
             raise ModelError(
                 f"attention storage {attention!r} does not exist",
@@ -42,11 +54,18 @@ class Moe4bitConfig(QuantizationConfigMixin):
                 allowed=" or ".join(get_args(AttentionStorage)),
                 fix='use "nf4" for the least memory or "16bit" to train or merge attention exactly',
             )
-        if format_version != 1:
+        if experts not in get_args(ExpertStorage):
+            raise ModelError(
+                f"expert storage {experts!r} does not exist",
+                where="Moe4bitConfig.experts",
+                allowed=", ".join(get_args(ExpertStorage)),
+                fix='use "nf4" for quality, "hqq3" or "hqq2" where the experts would not fit',
+            )
+        if self.format_version != own_version:
             raise ModelError(
                 f"this folder was saved in format {format_version} of {QUANT_METHOD}",
                 where="config.json: quantization_config.format_version",
-                allowed="1",
+                allowed=f"{own_version} for experts in {experts}",
                 fix="upgrade moe-qlora, or quantize the original checkpoint again with `finetune quantize`",
             )
         # `from_dict` of upstream passes whatever the folder holds; only the method's own name may be left.
@@ -55,6 +74,13 @@ class Moe4bitConfig(QuantizationConfigMixin):
             raise ModelError(
                 f"unknown keys {sorted(unknown)} in the quantization config",
                 where="Moe4bitConfig",
-                allowed="attention, format_version",
+                allowed="attention, experts, format_version",
                 fix="remove them",
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; NF4 experts go unsaid, as in version 1."""
+        content = super().to_dict()
+        if self.experts == "nf4":
+            del content["experts"]
+        return content

@@ -1,4 +1,4 @@
-"""The module that stands in for a transformers experts module, with its weights in NF4.
+"""The module that stands in for a transformers experts module, with its weights quantized.
 
 Same call as transformers >= 5 experts modules: (hidden_states, top_k_index, top_k_weights) -> hidden_states. The
 tensors are frozen parameters, not buffers, so that DDP does not broadcast 23 GB of them every step.
@@ -16,16 +16,16 @@ from finetune.arch import EXPERT_PROJECTIONS
 from finetune.kernels.experts_matmul import BackendChoice, choose_backend
 from finetune.kernels.few_rows import few_experts, runs_on_kernels, to_halves
 from finetune.kernels.frozen_experts import frozen_experts, remember
-from finetune.kernels.nf4 import Nf4Stack, empty_stack, quantize_stack
+from finetune.kernels.stacks import ExpertStack, ExpertStorage, empty_experts, quantize_experts, stack_type
 
 # Up to so many choices (tokens * top_k) without gradients, on a GPU, the matrices are read without being written out:
 # transformers' own `generate` decodes that way.
 FEW_CHOICES = 64
 
 
-class Nf4Experts(nn.Module):
-    """E SwiGLU experts: gate_up_proj [E, 2F, H] and down_proj [E, H, F], each as the four tensors of an `Nf4Stack`
-    named `<projection>_<field>`.
+class QuantizedExperts(nn.Module):
+    """E SwiGLU experts: gate_up_proj [E, 2F, H] and down_proj [E, H, F], each as the tensors of an `Nf4Stack`
+    or a `LowBitStack`, named `<projection>_<field>`.
 
     While a full-precision checkpoint is loading, `<projection>` itself is a meta parameter that tells transformers
     where the fused tensor belongs; `set_stack` removes it.
@@ -38,8 +38,19 @@ class Nf4Experts(nn.Module):
     backend: BackendChoice = "auto"
     keep_gate_up: bool = True
 
-    def __init__(self, experts: int, hidden: int, intermediate: int, *, awaits_fused: bool = False):
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        *,
+        storage: ExpertStorage = "nf4",
+        awaits_fused: bool = False,
+    ):
         super().__init__()
+        self.storage = storage
+        # Not asked of the type: a forward pass asks 256 times.
+        self._stack_type = stack_type(storage)
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, intermediate
         shapes = dict(zip(EXPERT_PROJECTIONS, ((2 * intermediate, hidden), (hidden, intermediate)), strict=True))
         for projection, (out, in_) in shapes.items():
@@ -47,10 +58,11 @@ class Nf4Experts(nn.Module):
                 fused = torch.empty(experts, out, in_, device="meta")
                 self.register_parameter(projection, nn.Parameter(fused, requires_grad=False))
             else:
-                self.set_stack(projection, empty_stack(experts, out, in_, "meta"))
+                self.set_stack(projection, empty_experts(storage, experts, out, in_, "meta"))
 
-    def set_stack(self, projection: str, stack: Nf4Stack) -> None:
-        """Takes the stack as this projection's weights."""
+    def set_stack(self, projection: str, stack: ExpertStack) -> None:
+        """Takes the stack, in this module's storage, as this projection's weights."""
+        assert isinstance(stack, self._stack_type), type(stack)
         self._parameters.pop(projection, None)
         for field, tensor in stack._asdict().items():
             parameter = nn.Parameter(tensor, requires_grad=False)
@@ -58,13 +70,13 @@ class Nf4Experts(nn.Module):
             self.register_parameter(f"{projection}_{field}", parameter)
 
     def quantize(self, projection: str, weight_EOI: Tensor) -> None:
-        """Quantizes a fused tensor [E, out, in] and keeps only its NF4 form."""
-        self.set_stack(projection, quantize_stack(weight_EOI))
+        """Quantizes a fused tensor [E, out, in] and keeps only its quantized form."""
+        self.set_stack(projection, quantize_experts(self.storage, weight_EOI))
 
-    def stack(self, projection: str) -> Nf4Stack:
+    def stack(self, projection: str) -> ExpertStack:
         # Not `get_parameter`, which walks a path: a forward pass asks 256 times.
         stored: Any = self._parameters
-        return Nf4Stack(*(stored[f"{projection}_{field}"] for field in Nf4Stack._fields))
+        return self._stack_type(*(stored[f"{projection}_{field}"] for field in self._stack_type._fields))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H] in hidden_states' dtype."""
@@ -80,7 +92,7 @@ class Nf4Experts(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves devices but keeps dtypes: `model.to(torch.bfloat16)` must not round the float32 scales."""
+        """Moves devices but keeps dtypes: `model.to(torch.bfloat16)` must not round the scales."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -89,20 +101,21 @@ class Nf4Experts(nn.Module):
         return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}, nf4"
+        sizes = f"hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+        return f"experts={self.num_experts}, {sizes}, {self.storage}"
 
 
 def run_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up: Nf4Stack,
-    down: Nf4Stack,
+    gate_up: ExpertStack,
+    down: ExpertStack,
     *,
     backend: BackendChoice = "auto",
     keep_gate_up: bool = True,
 ) -> Tensor:
-    """What an experts module computes, with the weights that it is given; arguments as `Nf4Experts.forward`."""
+    """What an experts module computes, with the weights that it is given; arguments as `QuantizedExperts.forward`."""
     x, device = hidden_states, hidden_states.device
     if torch.is_autocast_enabled(device.type):
         x = x.to(torch.get_autocast_dtype(device.type))

@@ -1,9 +1,9 @@
-"""The transformers quantizer: experts become `Nf4Experts`, attention optionally bitsandbytes' `Linear4bit`.
+"""The transformers quantizer: experts become quantized modules, attention optionally bitsandbytes' `Linear4bit`.
 
 transformers >= 5 merges a hub checkpoint's per-expert matrices into one fused tensor a layer and then runs the
 quantizer's operation on it, one tensor at a time (`core_model_loading.convert_and_load_state_dict_in_model`). Ours
 quantizes the fused tensor expert by expert and sets the result on the module itself, as upstream's MXFP4 quantizer
-does, so at most one layer's fused tensor is alive. A folder that holds NF4 tensors already matches the module's
+does, so at most one layer's fused tensor is alive. A folder that holds quantized tensors already matches the module's
 parameter names and is read as it is.
 
 A weight is cast to the load dtype before it is quantized, as upstream casts every tensor: a bf16 checkpoint gives the
@@ -29,11 +29,18 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import ModelError
 from finetune.kernels.nf4 import BLOCK
+from finetune.kernels.stacks import ExpertStorage
 from finetune.quant.config import QUANT_METHOD, Moe4bitConfig
-from finetune.quant.experts import Nf4Experts
+from finetune.quant.experts import QuantizedExperts
 
 # NF4 with double quantization: 0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales a weight.
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / BLOCK + 4 / (BLOCK * 256)
+# HQQ: the codes, and 4 B of scale and zero for 64 weights.
+EXPERT_BYTES_PER_WEIGHT: dict[ExpertStorage, float] = {
+    "nf4": NF4_BYTES_PER_WEIGHT,
+    "hqq3": 3 / 8 + 4 / BLOCK,
+    "hqq2": 2 / 8 + 4 / BLOCK,
+}
 
 # Every tensor of a bitsandbytes 4-bit weight in a saved folder; the bare weight last, since transformers < 5.2x
 # takes the first pattern that matches.
@@ -72,7 +79,13 @@ class Moe4bitQuantizer(HfQuantizer):
         _require_silu(model)
         _require_multiples_of_block(arch)
         for layer in range(arch.layers):
-            experts = Nf4Experts(arch.experts, arch.hidden, arch.intermediate, awaits_fused=not self.pre_quantized)
+            experts = QuantizedExperts(
+                arch.experts,
+                arch.hidden,
+                arch.intermediate,
+                storage=self.quantization_config.experts,
+                awaits_fused=not self.pre_quantized,
+            )
             model.set_submodule(experts_path(layer), experts)
         if self.quantization_config.attention == "nf4":
             # The head is the only other nn.Linear; the router is a module of its own.
@@ -88,14 +101,15 @@ class Moe4bitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        if isinstance(module, Nf4Experts):
+        if isinstance(module, QuantizedExperts):
             return name in EXPERT_PROJECTIONS
         return isinstance(module, Linear4bit) and name == "weight"
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes a weight will take; upstream reserves device memory by it before loading."""
         if self.param_needs_quantization(model, param_name):
-            return NF4_BYTES_PER_WEIGHT
+            module, _ = get_module_from_name(model, param_name)
+            return EXPERT_BYTES_PER_WEIGHT[module.storage if isinstance(module, QuantizedExperts) else "nf4"]
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -121,7 +135,7 @@ class Moe4bitQuantizer(HfQuantizer):
         # The hub's per-expert names cannot be written back from 4-bit: save the module's own names.
         model._weight_conversions = []  # type: ignore[assignment]
         for module in model.modules():
-            if isinstance(module, Nf4Experts):
+            if isinstance(module, QuantizedExperts):
                 module.requires_grad_(False)
             elif isinstance(module, Linear4bit):
                 # A plain parameter stands where the checkpoint had no weight; upstream reports it as missing.
@@ -174,7 +188,7 @@ class _Quantize(ConversionOps):
             # log: told when loading has ended.
             self.quantizer.misshapen[full_layer_name] = (tuple(value.shape), tuple(expected))
             return {}
-        if not isinstance(module, Nf4Experts):
+        if not isinstance(module, QuantizedExperts):
             return self.linear.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
         module.quantize(name, value)
         assert missing_keys is not None

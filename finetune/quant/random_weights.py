@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.arch import EXPERT_PROJECTIONS
 from finetune.quant.config import Moe4bitConfig
-from finetune.quant.experts import Nf4Experts
+from finetune.quant.experts import QuantizedExperts
 
 
 def build_random_model(
@@ -43,7 +43,7 @@ def build_random_model(
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": device})
     for name, module in model.named_modules():
-        if isinstance(module, Nf4Experts):
+        if isinstance(module, QuantizedExperts):
             for projection in EXPERT_PROJECTIONS:
                 module.quantize(projection, draw(module.get_parameter(projection).shape, dtype))
             module.to(experts_device or device)

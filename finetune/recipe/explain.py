@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from finetune.recipe.faults import Fault, KeyPath, dotted, nearest, shown
-from finetune.recipe.schema import SELF_MADE, DataSource, Recipe
+from finetune.recipe.schema import SELF_MADE, DataSource, PushSection, Recipe
 from finetune.recipe.training import open_fields
 
 
@@ -26,6 +26,8 @@ def _sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tu
 
 _SECTIONS: Mapping[KeyPath, type[BaseModel]] = dict(_sections(Recipe))
 _TRAINING: KeyPath = ("training",)
+# Sections that null leaves out.
+_OPTIONAL: Mapping[KeyPath, type[BaseModel]] = {("output", "push_to_hub"): PushSection}
 # Lists of sections.
 _ITEMS: Mapping[KeyPath, type[BaseModel]] = {("data", "more"): DataSource}
 _PLAIN = {
@@ -64,7 +66,7 @@ def explain(error: ValidationError) -> Iterator[Fault]:
 def _unknown_key(path: KeyPath) -> Fault:
     section, name = path[:-1], path[-1]
     item = bool(section) and isinstance(section[-1], int)
-    known = list((_ITEMS[section[:-1]] if item else _SECTIONS[section]).model_fields)
+    known = list((_ITEMS[section[:-1]] if item else (_OPTIONAL.get(section) or _SECTIONS[section])).model_fields)
     elsewhere = [dotted((*home, name)) for home, model in _SECTIONS.items() if name in model.model_fields]
     if name in open_fields():
         elsewhere.append(dotted((*_TRAINING, name)))
@@ -84,7 +86,7 @@ def _missing_key(path: KeyPath) -> Fault:
 
 
 def _wrong_value(path: KeyPath, value: object, message: str, context: Mapping[str, Any]) -> Fault:
-    if path in _SECTIONS or path == _TRAINING:
+    if path in _SECTIONS or path in _OPTIONAL or path == _TRAINING:
         what = f"`{dotted(path)}` is a section, and cannot be {shown(value)}"
         return Fault(path, what, "a mapping: one indented key a line", f"write keys under `{dotted(path)}:`")
     allowed = message.removeprefix("Input should be ")

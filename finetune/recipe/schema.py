@@ -247,11 +247,24 @@ class LoggingSection(Section):
     """Name of the run in both; they invent one otherwise. trackio continues an earlier run of the same name."""
 
 
+class PushSection(Section):
+    """A repository on the Hugging Face Hub; its token is that of `hf auth login`, or HF_TOKEN."""
+
+    repo_id: Text
+    """name or owner/name."""
+    private: bool = False
+    """A new repository is private, and an existing public one is refused."""
+    branch: Text | None = None
+    """Branch to write to, made where there is none; null: the default branch."""
+
+
 class OutputSection(Section):
     """What a run leaves behind."""
 
     dir: Text
     """Folder for adapter, checkpoints, metrics and figures; relative to the working directory."""
+    push_to_hub: PushSection | None = None
+    """Where the adapter goes at the end, with a model card; null: nowhere. `finetune push` does the same later."""
 
 
 class Recipe(Section):

@@ -163,4 +163,5 @@ def _understand(
     if longest >= desk.engine.max_length:
         message = f"the prompt has {longest} tokens; allowed: fewer than {desk.engine.max_length}"
         raise Refusal(400, message, param=where, code="context_length_exceeded")
-    return asked, [EngineRequest(ids, sampling, model) for ids in prompts for sampling in samplings]
+    continues = isinstance(asked, CompletionAsked)
+    return asked, [EngineRequest(ids, sampling, model, continues) for ids in prompts for sampling in samplings]

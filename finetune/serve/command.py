@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from finetune.console import Report
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
+from finetune.infer.loading import parse_adapters
 from finetune.infer.settings import EngineSettings
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
@@ -69,30 +70,6 @@ def serve(
             server.run(sockets=[bound])
         finally:
             engine.close(drain=not server.stopped_at_once)
-
-
-def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
-    """Names and folders of `NAME=PATH` texts.
-
-    Raises:
-        FinetuneError: another form, or a name given twice.
-    """
-    named: dict[str, str] = {}
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if not (name.strip() and equals and path.strip()):
-            raise FinetuneError(
-                f"--adapter {text!r} does not name an adapter",
-                where="--adapter",
-                allowed="NAME=PATH, such as support=runs/support/adapter",
-                fix="put the name that clients ask for before the folder",
-            )
-        if name in named:
-            raise FinetuneError(
-                f"the name {name} is given to two adapters", where="--adapter", fix="name each adapter once"
-            )
-        named[name] = path
-    return named
 
 
 def read_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:

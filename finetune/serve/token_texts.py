@@ -72,16 +72,11 @@ class TextOffset:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._characters = 0
-        self._first = True
 
     def before(self, data: bytes) -> int:
-        """Where the text of the next token begins, which has these bytes.
-
-        A text of Mistral's tokenizer does not show the space that its first token begins with.
-        """
+        """Where the text of the next token begins, which has these bytes."""
         begin = self._characters
-        self._characters += len(self._decoder.decode(data.removeprefix(b" ") if self._first else data))
-        self._first = False
+        self._characters += len(self._decoder.decode(data))
         return begin
 
 

@@ -10,7 +10,14 @@ Leaves out: merging (export/) and checkpoints of the optimizer (the trainer's).
 """
 
 from finetune.trainable.files import check_tuned, read_adapter_kind
-from finetune.trainable.lora import add_adapters, add_attention_lora, check_targets, load_adapter, save_adapter
+from finetune.trainable.lora import (
+    add_adapters,
+    add_attention_lora,
+    check_targets,
+    load_adapter,
+    read_saved,
+    save_adapter,
+)
 from finetune.trainable.lora_layers import FusedLoraLinear4bit
 from finetune.trainable.masters import keep_fp32_masters, trainable_count, trained_tensors
 from finetune.trainable.non_moe import load_non_moe, save_non_moe, unfreeze_non_moe
@@ -25,6 +32,7 @@ __all__ = [
     "load_adapter",
     "load_non_moe",
     "read_adapter_kind",
+    "read_saved",
     "save_adapter",
     "save_non_moe",
     "trainable_count",

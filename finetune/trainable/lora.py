@@ -140,7 +140,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
         AdapterError: a file is missing or corrupt, the adapter is no plain attention LoRA, or its tensors do not fit.
     """
     folder = Path(folder)
-    saved = _read_saved(model, folder)
+    saved = read_saved(model, folder)
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=saved.config)
     if is_trainable:
         with safe_open(folder / LORA_TENSORS, framework="pt") as file:
@@ -156,7 +156,7 @@ def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PeftMod
     Raises:
         AdapterError: as `load_adapter`, before anything of the model is touched.
     """
-    saved = {name: _read_saved(model, folder) for name, folder in folders.items()}
+    saved = {name: read_saved(model, folder) for name, folder in folders.items()}
     (first, folder), *others = folders.items()
     peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=first, config=saved[first].config)
     for name, folder in others:
@@ -165,7 +165,7 @@ def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PeftMod
 
 
 @dataclass(frozen=True)
-class _Saved:
+class SavedLora:
     """An adapter in a folder that fits the model: what PEFT is to build, its tensors, and how many numbers they are."""
 
     config: LoraConfig
@@ -173,7 +173,12 @@ class _Saved:
     count: int
 
 
-def _read_saved(model: PreTrainedModel, folder: Path) -> _Saved:
+def read_saved(model: PreTrainedModel, folder: Path) -> SavedLora:
+    """Checks a saved adapter against a base, which may be on the meta device; nothing of the model is touched.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
     arch = MoeArch.from_config(model.config.to_dict())
     require_file(folder / LORA_CONFIG)
     config = read_json(folder / LORA_CONFIG, kind=AdapterError)
@@ -190,7 +195,7 @@ def _read_saved(model: PreTrainedModel, folder: Path) -> _Saved:
         fix=f"load it onto the base it was trained on ({config.get('base_model_name_or_path')})",
     )
     count = arch.lora_params(r, targets, dora=dora, router=router)
-    return _Saved(register_lora_layers(LoraConfig.from_pretrained(str(folder))), expected, count)
+    return SavedLora(register_lora_layers(LoraConfig.from_pretrained(str(folder))), expected, count)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:

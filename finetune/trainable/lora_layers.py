@@ -17,7 +17,8 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
 from finetune.kernels.lora_linear import lora_linear
-from finetune.kernels.nf4 import Nf4Stack, dequantize_stack, stack_of_linear
+from finetune.kernels.nf4 import Nf4Stack, stack_of_linear
+from finetune.kernels.stacks import dequantize_stack
 
 
 def register_lora_layers(config: LoraConfig) -> LoraConfig:

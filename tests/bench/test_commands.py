@@ -118,3 +118,29 @@ def test_refusals(write_recipe: Write, tmp_path: Path) -> None:
     refused(tmp_path, *train, "--set", "training.learning_rat=1", says=("unknown key `learning_rat`",))
     refused(tmp_path, "bench", "peers", "--shape", tmp_path, says=("config.json",))
     refused(tmp_path, "bench", "kernels", "--shape", tmp_path / "nowhere", says=("config.json",))
+
+
+def test_experts(small_mixtral: Path, conversations: Path) -> None:
+    """Fewer bits, more error, by the numbers of the storage; a checkpoint that is quantized is refused."""
+    ran = run_finetune("bench", "experts", small_mixtral, "--data", conversations, "--rows", "3", "--device", "cpu")
+    assert ran.status == 0, ran.stderr
+    *table, line = ran.stdout.splitlines()
+    document = json.loads(line)
+    for words in ("16-bit", "nf4", "hqq3", "hqq2", "KL"):
+        assert words in "\n".join(table)
+    rows = document["storages"]
+    assert [row["storage"] for row in rows] == ["nf4", "hqq3", "hqq2"]
+    assert [row["bits_per_weight"] for row in rows[1:]] == [3.5, 2.5]
+    errors = [row["weight_error"] for row in rows]
+    assert errors == sorted(errors)
+    assert all(row["kl"] > 0 and 0 <= row["greedy_agreement"] <= 1 for row in rows)
+    assert document["rows"] == 3
+
+
+def test_experts_of_a_quantized_checkpoint(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
+    ran = run_finetune("quantize", small_mixtral, "--experts", "hqq2", "--attention", "16bit", "--output",
+                       tmp_path / "two", "--device", "cpu")  # fmt: skip
+    assert ran.status == 0, ran.stderr
+    assert "hqq2" in ran.stdout
+    says = ("there is nothing to compare with: the checkpoint is quantized", "allowed: a checkpoint in 16 bits")
+    refused(tmp_path, "bench", "experts", tmp_path / "two", "--data", conversations, says=says)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_counts_equal_a_count_by_hand(make_recipe, tokenizer):
     assert sorted(place for places in where.values() for place in places) == [
         f"train.jsonl line {line}" for line in range(31, 36)
     ]
+
+
+def test_the_fingerprint_is_of_the_conversations_alone(make_recipe, tokenizer, tmp_path):
+    rows = [turns(f"question {i}", f"answer {i}") for i in range(4)]
+
+    def fingerprint(given: list[Any] | Path) -> str:
+        return check(make_recipe(given), tokenizer)["parts"][0]["fingerprint"]
+
+    # By hand: roles and texts of each conversation, then the conversations in order.
+    keys = ("\x1f".join(text for m in row["messages"] for text in (m["role"], m["content"])) for row in rows)
+    hashed = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
+    assert fingerprint(rows) == hashlib.blake2b(hashed, digest_size=16).hexdigest()
+    moved = write_rows(tmp_path / "elsewhere.jsonl", [{"id": 1, **row} for row in rows])
+    assert fingerprint(moved) == fingerprint(rows)
+    assert len({fingerprint(rows), fingerprint(rows[::-1]), fingerprint(rows[:3])}) == 3
 
 
 def test_packing_and_steps(make_recipe, tokenizer):

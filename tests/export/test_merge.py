@@ -15,26 +15,10 @@ from transformers import AutoModelForCausalLM
 from finetune import Moe4bitConfig
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.export.merge import merge_adapter, merged_weight
-from finetune.model import BaseSpec, LoadedModel, load, load_base
-from finetune.trainable import add_attention_lora, save_adapter, save_non_moe, unfreeze_non_moe
+from finetune.export.quantized import write_quantized
+from finetune.model import load
+from tests.export.tunings import tuned, tuned_non_moe
 from tests.running import run_finetune
-
-
-def tuned(base: Path, folder: Path, *, attention: str = "nf4", scale: float = 0.02, **lora: bool) -> LoadedModel:
-    """An adapter with random weights, as a run would have saved it to `folder`."""
-    loaded = load_base(BaseSpec(str(base), attention=attention), device="cpu")  # type: ignore[arg-type]
-    torch.manual_seed(1)
-    model = add_attention_lora(loaded.model, loaded.arch, r=8, alpha=16, **lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, scale)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-    save_adapter(model, folder)
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.base.save(folder)
-    return LoadedModel(model, loaded.tokenizer, loaded.arch, loaded.base, loaded.device)
 
 
 @pytest.mark.parametrize("attention", ["nf4", "16bit"])
@@ -86,6 +70,7 @@ def test_merged_folder_computes_what_the_live_adapter_computes(
     assert report.candidate_loss == pytest.approx(report.reference_loss, abs=1e-3)
     saved = json.loads((tmp_path / "merged" / "fidelity.json").read_text())
     assert saved["fidelity"] == report.to_dict()
+    assert "`finetune serve ./merged`" in (tmp_path / "merged" / "SERVING.md").read_text()
 
 
 def test_everything_but_attention_keeps_its_bits(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
@@ -101,6 +86,18 @@ def test_everything_but_attention_keeps_its_bits(small_mixtral: Path, conversati
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype, name
         assert torch.equal(tensor, after[name]) == ("self_attn" not in name), name
+
+
+def test_experts_in_fewer_bits_keep_theirs(small_mixtral: Path, saved_adapter: Path, tmp_path: Path) -> None:
+    low = tmp_path / "low"
+    write_quantized(str(small_mixtral), low, experts="hqq2", device="cpu")
+    merge_adapter(saved_adapter, tmp_path / "merged", base_path=str(low), device="cpu")
+    before, after = (load_file(folder / "model.safetensors") for folder in (low, tmp_path / "merged"))
+    experts = [name for name in before if ".experts." in name]
+    assert len(experts) == 2 * 2 * 2
+    for name in experts:
+        assert torch.equal(after[name], before[name]), name
+    assert load(str(tmp_path / "merged"), device="cpu").model.config.quantization_config.experts == "hqq2"
 
 
 def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
@@ -132,16 +129,7 @@ def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, t
 
 
 def test_non_moe_tuning_merges_by_one_rounding(small_mixtral: Path, tmp_path: Path) -> None:
-    loaded = load_base(BaseSpec(str(small_mixtral), attention="16bit"), device="cpu")
-    unfreeze_non_moe(loaded.model, loaded.arch)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01 * torch.randn_like(parameter))
-    save_non_moe(loaded.model, tmp_path / "adapter", base={"path": loaded.base.path})
-    loaded.tokenizer.save_pretrained(tmp_path / "adapter")
-    loaded.base.save(tmp_path / "adapter")
+    loaded = tuned_non_moe(small_mixtral, tmp_path / "adapter")
     ran = run_finetune("merge", tmp_path / "adapter", "--output", tmp_path / "merged", "--device", "cpu", "--json")
     assert ran.status == 0, ran.stderr
     assert ran.document["fidelity"] is None

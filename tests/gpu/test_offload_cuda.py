@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from finetune.bench.offload import bench_offload
+from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
 from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import bring_back
@@ -29,16 +30,20 @@ def tokens(engine: Engine) -> list[list[int]]:
     ]  # fmt: skip
 
 
-def test_tokens_are_those_of_resident_experts() -> None:
-    with Engine.load(str(MODEL), device="cuda", settings=EngineSettings(4, 256)) as engine:
+def test_tokens_are_those_of_resident_experts(tmp_path: Path) -> None:
+    # Saved first: the CPU, which quantizes for the host's memory, takes its means in another order than the GPU.
+    write_quantized(str(MODEL), tmp_path / "nf4", device="cuda")
+    model = str(tmp_path / "nf4")
+    with Engine.load(model, device="cuda", settings=EngineSettings(4, 256)) as engine:
         expected = tokens(engine)
-    loaded = load(str(MODEL), device="cuda", experts_on="host")
+    loaded = load(model, device="cuda", experts_on="host")
     for slots in (ARCH.layers + 7, 4 * ARCH.layers + 4, 8 * ARCH.layers):
         settings = settings_with(slots, loaded.device, torch.bfloat16, max_batch=4, max_length=256)
-        with Engine(ServedModels(loaded, (), {"model": 0}, "host"), str(MODEL), settings) as engine:
+        with Engine(ServedModels(loaded, (), {"model": 0}, "host"), model, settings) as engine:
             assert tokens(engine) == expected
             stats = engine.stats()
             print(slots, stats.expert_hits, stats.expert_misses, stats.expert_fetched_bytes)
+            assert (stats.expert_misses == 0) == (slots == 8 * ARCH.layers)
         bring_back(loaded.model, loaded.arch)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -47,4 +52,4 @@ def test_the_bench_runs_with_and_without_a_trace() -> None:
     loaded = load(str(MODEL), device="cuda", experts_on="host")
     document = bench_offload(loaded, [2.0], batches=[1, 3], contexts=[16], tokens=12)
     assert [row["routing"] for row in document["offload"]] == ["own", "trace"] * 2
-    assert document["link_bytes_per_second"] > 1e9
+    assert document["cpu_product_bytes_per_second"] > 0

@@ -20,11 +20,12 @@ from finetune.infer.loading import chooses_offload
 from finetune.infer.offloaded import OffloadedExperts, bring_back, expert_bytes, offload_experts, plan_slots
 from finetune.infer.pages import page_bytes, pages_for
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.residency import divide, needs_offload
+from finetune.infer.residency import divide, needs_offload, read_load
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.expert_cache import PINNED
+from finetune.kernels.stacks import ExpertStorage
 from finetune.model import load, read_config
-from finetune.quant.experts import Nf4Experts
+from finetune.quant.experts import QuantizedExperts
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 CPU = torch.device("cpu")
@@ -36,11 +37,21 @@ def settings_with(
     slots: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32, **more: Any
 ) -> EngineSettings:
     """A budget that leaves room for so many slots."""
-    size = expert_bytes(Nf4Experts(ARCH.experts, ARCH.hidden, ARCH.intermediate))
+    size = expert_bytes(QuantizedExperts(ARCH.experts, ARCH.hidden, ARCH.intermediate))
     settings = EngineSettings(residency="offload", **more)
     longest = settings.longest(10**9)
     wanted = (settings.max_batch * pages_for(longest) + 1) * page_bytes(ARCH, dtype)
-    rooms = divide(ARCH, dtype, device, offload=True, device_gib=2.0, kv_gib=KV_GIB, wanted_kv=wanted, longest=longest)
+    rooms = divide(
+        ARCH,
+        dtype,
+        device,
+        offload=True,
+        device_gib=2.0,
+        kv_gib=KV_GIB,
+        wanted_kv=wanted,
+        longest=longest,
+        max_batch=settings.max_batch,
+    )
     gib = 2.0 - (rooms.slots - (slots + 0.5) * size) / 2**30
     return replace(settings, kv_gib=KV_GIB, device_gib=gib)
 
@@ -76,7 +87,7 @@ def resident() -> Iterator[Engine]:
         yield made
 
 
-@pytest.mark.parametrize("slots", [ARCH.layers + ARCH.experts - 1, ARCH.layers * 5 + 4, ARCH.layers * ARCH.experts])
+@pytest.mark.parametrize("slots", [ARCH.layers + ARCH.experts - 1, ARCH.layers * 5 + 4])
 def test_tokens_are_those_of_resident_experts(resident: Engine, routing: Path, slots: int) -> None:
     texts = ["The capital of France is", "Once", "def f(x):", "Hello " * 60, "Why", "x"]
     requests = [
@@ -90,7 +101,7 @@ def test_tokens_are_those_of_resident_experts(resident: Engine, routing: Path, s
         stats = engine.stats()
         assert stats.expert_hits is not None
         assert stats.expert_misses is not None
-        assert (stats.expert_misses == 0) == (slots == ARCH.layers * ARCH.experts)
+        assert stats.expert_misses > 0
         assert stats.expert_hits > 0
 
         def generated(loaded: Any) -> list[int]:
@@ -199,7 +210,7 @@ def test_routing_of_another_model_is_refused(tmp_path: Path) -> None:
     for content in ('{"layers": [{"load": [0.5, 0.5]}]}', "{}", "not json", '{"layers": 3}'):
         file.write_text(content)
         with pytest.raises(DataError, match="no load of this model's experts") as caught:
-            Engine.load(str(MODEL), device="cpu", settings=settings_with(30, max_batch=1, max_length=128, routing=file))
+            read_load(file, ARCH)
         assert f"{ARCH.layers} layers of {ARCH.experts} experts" in str(caught.value)
         assert "router/base.json" in str(caught.value)
 
@@ -210,12 +221,23 @@ def test_auto_is_resident_where_everything_fits(monkeypatch: pytest.MonkeyPatch)
     mixtral = MoeArch.from_config(read_config(str(shape)))
     cuda = torch.device("cuda", 0)
 
-    def offloads(gib: float) -> bool:
+    def offloads(gib: float, storage: ExpertStorage = "nf4") -> bool:
         monkeypatch.setattr("finetune.infer.residency.free_bytes", lambda device, budget: int(gib * 2**30))
-        return needs_offload(mixtral, torch.bfloat16, cuda, attention_bits=4.127, device_gib=None, longest=4096)
+        return needs_offload(
+            mixtral,
+            torch.bfloat16,
+            cuda,
+            experts=storage,
+            attention_bits=4.127,
+            device_gib=None,
+            longest=4096,
+            max_batch=16,
+        )
 
     weights = 0.5159 * mixtral.expert_params + 2 * mixtral.embedding_params
     assert offloads(weights / 2**30)
     assert not offloads(80)
     assert not offloads(32)
+    assert offloads(20)
+    assert not offloads(20, "hqq2")
     assert page_bytes(mixtral, torch.bfloat16) == 64 * 32 * 2 * 8 * 128 * 2

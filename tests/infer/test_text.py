@@ -35,6 +35,16 @@ def test_an_incomplete_character_comes_at_the_end_only() -> None:
     assert "�" in answer.end()
 
 
+@pytest.mark.parametrize("prompt", ["The capital of France is", "", "größer 北京", "a 🦜"])
+@pytest.mark.parametrize("text", [" Paris, 北京", "s and more", "\n\n x"])
+def test_what_goes_on_from_a_prompt_is_the_rest_of_the_whole(prompt: str, text: str) -> None:
+    begin = TOKENIZER(prompt)["input_ids"]
+    rest = TOKENIZER("x" + text, add_special_tokens=False)["input_ids"][1:]
+    answer = AnswerText(TOKENIZER, (), begin)
+    given = "".join(answer.add(token) for token in rest) + answer.end()
+    assert prompt + given == TOKENIZER.decode([*begin, *rest], skip_special_tokens=True)
+
+
 @pytest.mark.parametrize(
     ("stops", "shown", "met"),
     [

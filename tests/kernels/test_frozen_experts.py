@@ -20,7 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from finetune.kernels import frozen_experts as frozen_experts_module
 from finetune.kernels.frozen_experts import frozen_experts
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
-from finetune.quant.experts import Nf4Experts
+from finetune.quant.experts import QuantizedExperts
 
 EXPERTS, HIDDEN, INTERMEDIATE = 6, 128, 192
 
@@ -271,8 +271,8 @@ def test_a_checkpoint_recomputes_neither_routing_nor_experts(
     assert len(calls) == (1 if keep else 2)
 
 
-def make_module(stacks: tuple[Nf4Stack, Nf4Stack]) -> Nf4Experts:
-    experts = Nf4Experts(EXPERTS, HIDDEN, INTERMEDIATE)
+def make_module(stacks: tuple[Nf4Stack, Nf4Stack]) -> QuantizedExperts:
+    experts = QuantizedExperts(EXPERTS, HIDDEN, INTERMEDIATE)
     for projection, stack in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
         experts.set_stack(projection, stack)
     return experts

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from finetune.kernels.nf4 import (
     NF4_CODE,
     Nf4Stack,
-    dequantize_expert,
     dequantize_linear,
     dequantize_reference,
     dynamic_map,
     empty_stack,
     quantize_stack,
 )
+from finetune.kernels.stacks import dequantize_expert
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

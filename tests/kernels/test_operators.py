@@ -9,6 +9,7 @@ import torch
 
 from finetune.kernels import decode, expert_cache, few_rows, nf4, paged, rows, swiglu  # noqa: F401  # registers the operators
 from finetune.kernels.few_rows import half_like
+from finetune.kernels.low_bit import quantize_low_bit
 from finetune.kernels.nf4 import quantize_stack
 from finetune.kernels.rows import sort_by_expert
 
@@ -54,12 +55,23 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "rope_write": (qkv, table, table, position, pages, pool, pool.clone(), 2),
         "paged_attention": (torch.randn(5, 2, 16, generator=generator), pool, pool, pages, position, 0.25, 2**30),
         "dequantize_nf4": (*stack, torch.empty(3, 64, 128)),
+        "dequantize_low_bit": (*quantize_low_bit(torch.randn(2, 8, 64, generator=generator), 3), torch.empty(2, 8, 64)),
         "sort_by_expert": (index, 4),
         "gather_rows": (x, sorted_rows.token_S),
         "combine_rows": (y, sorted_rows.position_TK, weight),
         "swiglu_forward": (h,),
         "swiglu_backward_": (h, v, weight, sorted_rows.order_S),
     }
+
+
+def test_few_experts_of_two_bits() -> None:
+    """The same operator, told by the number of tensors that a stack has."""
+    x, half, index, *_ = arguments()["few_experts"]
+    gate_up = quantize_low_bit(torch.randn(4, 128, 64), 2)
+    down = quantize_low_bit(torch.randn(4, 64, 64), 2)
+    operator = torch.ops.moe_qlora.few_experts.default
+    given = (x, half, index, list(gate_up), list(down))
+    torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", arguments())

@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_under_the_interpreter() -> None:
     folder = REPOSITORY / "tests" / "kernels" / "interpreted"
-    cases = [str(folder / "cases.py"), str(folder / "decode_cases.py"), str(folder / "expert_cache_cases.py")]
+    files = ("cases.py", "decode_cases.py", "expert_cache_cases.py", "low_bit_cases.py")
+    cases = [str(folder / file) for file in files]
     command = [sys.executable, "-m", "pytest", *cases, "-q", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run(
         command,

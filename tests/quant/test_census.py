@@ -115,10 +115,10 @@ def test_full_size_mixtral_in_16_bit_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         require_quantized_experts(census)
     message = str(caught.value)
-    assert "64 expert tensors (84.00 GiB) are not in 4-bit" in message
+    assert "64 expert tensors (84.00 GiB) are not quantized" in message
     assert "where: model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj" in message
     assert "and 60 more" in message
-    assert "allowed: NF4 experts only" in message
+    assert "allowed: experts in nf4, hqq3 or hqq2" in message
     assert "fix: load through `finetune` or with quantization_config=Moe4bitConfig()" in message
 
 

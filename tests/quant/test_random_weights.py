@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.kernels.nf4 import dequantize_expert
+from finetune.kernels.stacks import dequantize_expert
 from finetune.quant import Moe4bitConfig, require_quantized_experts, take_census
 from finetune.quant.random_weights import build_random_model
 from tests.models import EXPERTS, FAMILIES, dequantized_twin, tiny_config, tiny_model, tokens

@@ -22,7 +22,7 @@ from transformers import (
 
 import finetune
 from finetune.errors import ModelError
-from finetune.quant import Moe4bitConfig, Nf4Experts
+from finetune.quant import Moe4bitConfig, QuantizedExperts
 from tests.models import (
     EXPERTS,
     HIDDEN,
@@ -166,7 +166,7 @@ def test_config_errors() -> None:
     with pytest.raises(ModelError) as caught:
         Moe4bitConfig(load_in_4bit=True, bits=4)
     assert "unknown keys ['bits', 'load_in_4bit']" in str(caught.value)
-    assert "allowed: attention, format_version" in str(caught.value)
+    assert "allowed: attention, experts, format_version" in str(caught.value)
 
 
 def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
@@ -181,4 +181,4 @@ def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_module_prints_its_sizes() -> None:
-    assert str(Nf4Experts(4, 128, 192)) == "Nf4Experts(experts=4, hidden=128, intermediate=192, nf4)"
+    assert str(QuantizedExperts(4, 128, 192)) == "QuantizedExperts(experts=4, hidden=128, intermediate=192, nf4)"

@@ -87,7 +87,7 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
             "project": "moe-qlora",
             "run_name": None,
         },
-        "output": {"dir": "out"},
+        "output": {"dir": "out", "push_to_hub": None},
     }
 
 

@@ -60,9 +60,11 @@ def served(engine: Engine) -> Iterator[Serving]:
         yield server
 
 
-def said(engine: Engine, ids: tuple[int, ...], sampling: Sampling, model: str = "tiny") -> tuple[str, FinishedEvent]:
+def said(
+    engine: Engine, ids: tuple[int, ...], sampling: Sampling, model: str = "tiny", *, chat: bool = False
+) -> tuple[str, FinishedEvent]:
     """The engine's own text and end."""
-    events = list(engine.stream(Request(ids, sampling, model)))
+    events = list(engine.stream(Request(ids, sampling, model, continues=not chat)))
     end = events[-1]
     assert isinstance(end, FinishedEvent)
     return "".join(event.text for event in events), end
@@ -77,7 +79,7 @@ def test_models(served: Serving) -> None:
 @pytest.mark.parametrize("model", ["tiny", "noise"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_chat_says_what_the_engine_says(engine: Engine, served: Serving, model: str, stream: bool) -> None:
-    text, end = said(engine, engine.encode_chat(TALK), Sampling(12), model)
+    text, end = said(engine, engine.encode_chat(TALK), Sampling(12), model, chat=True)
     fields: Any = {"model": model, "messages": TALK, "temperature": 0, "max_tokens": 12}
     if not stream:
         made = served.client().chat.completions.create(**fields)
@@ -207,7 +209,7 @@ def test_logprobs_of_a_completion(served: Serving, stream: bool) -> None:
     assert len(tokens) == len(offsets) == len(tops) == len(logprobs) == 8
     for token, offset in zip(tokens, offsets, strict=True):
         # The tokenizer drops the space before the first word.
-        assert text[offset:].startswith(token if offset else token.lstrip())
+        assert text[offset:].startswith(token)
     for token, logprob, top in zip(tokens, logprobs, tops, strict=True):
         assert list(top) == sorted(top, key=lambda shown: -top[shown])
         assert top[token] == logprob == max(top.values())

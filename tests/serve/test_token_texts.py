@@ -44,9 +44,9 @@ def test_offsets_count_characters() -> None:
     assert begins == [0, 1, 1, 2, 2, 2, 3]
 
 
-def test_the_space_before_the_first_word_is_not_in_the_text() -> None:
+def test_the_space_before_the_first_word_is_in_the_text() -> None:
     offset = TextOffset()
-    assert [offset.before(token) for token in (b" a", b" bc", b"d")] == [0, 1, 4]
+    assert [offset.before(token) for token in (b" a", b" bc", b"d")] == [0, 2, 5]
 
 
 @pytest.mark.parametrize(("logprob", "told"), [(-1.5, -1.5), (float("-inf"), -9999.0), (None, None)])

@@ -1,0 +1,216 @@
+"""What a merge reads: the base that was trained, or its 16-bit original, and the adapters on it, checked before
+anything is written and then read one weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.arch import MoeArch, router_path
+from finetune.checkpoint import read_json
+from finetune.errors import AdapterError, ModelError
+from finetune.export.trained_base import Onto, TrainedBase
+from finetune.export.tunings import Tuning, Weighted, open_tunings, tuned_weight
+from finetune.model import (
+    BaseSpec,
+    check_base,
+    fingerprint_of,
+    load_tokenizer,
+    require_base,
+    require_fingerprint,
+)
+from finetune.trainable import read_adapter_kind
+
+_BASE_FILES = ["*.json", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """A base folder and its adapters, checked against each other.
+
+    shapes: of every parameter, by transformers' names, tied ones once.
+    config: the base's config.json as it lies on the disk, without its quantization.
+    """
+
+    spec: BaseSpec
+    folder: Path
+    arch: MoeArch
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    weights: TrainedBase
+    tunings: list[Tuning]
+
+    def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A merged parameter that is no expert's, rounded once.
+
+        Raises:
+            AdapterError: an update makes it infinite or no number.
+            ModelError: the dtype cannot hold it.
+        """
+        weight = self.weights.weight(name)
+        if any(tuning.changes(name) for tuning in self.tunings):
+            weight = tuned_weight(self.tunings, name, weight)
+        return rounded(name, weight, dtype)
+
+    def expert(self, layer: int, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
+        """[out, in] of one expert's fused projection, rounded once.
+
+        Raises:
+            ModelError: the dtype cannot hold it.
+        """
+        matrix = self.weights.expert(layer, expert, projection, dtype)
+        _require_held(f"expert {expert} of layer {layer}: {projection}", matrix, dtype)
+        return matrix
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The first adapter's, or the base's where another toolkit saved an adapter without one."""
+        adapter = self.tunings[0].folder
+        return load_tokenizer(str(adapter if (adapter / "tokenizer_config.json").is_file() else self.folder))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Every file that is read, by size and time: what makes a started merge the same as this one."""
+        folders = (self.folder, *(tuning.folder for tuning in self.tunings))
+        files = (file for folder in folders for file in sorted(folder.iterdir()) if file.is_file())
+        stats = ((str(file.absolute()), file.stat()) for file in files)
+        return {
+            "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "factors": [tuning.factor for tuning in self.tunings],
+            "onto": self.weights.onto,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a written folder says of itself."""
+        return {
+            "onto": self.weights.onto,
+            "experts": self.weights.experts if self.weights.onto == "trained" else "original",
+            "base": str(self.folder),
+            "trained_on": self.spec.path,
+            "router_fingerprint": self.spec.fingerprint,
+            "adapters": [{"path": str(t.folder), "kind": t.kind, "factor": t.factor} for t in self.tunings],
+        }
+
+
+def open_source(
+    adapters: Sequence[Weighted], *, onto: Onto = "trained", base_path: str | None = None, original: str | None = None
+) -> MergeSource:
+    """Checks base and adapters and opens them; reads headers and routers only.
+
+    Args:
+        original: the 16-bit checkpoint for `onto="original"`, where the base that was trained is not one.
+
+    Raises:
+        AdapterError: an adapter is missing or damaged or does not fit, or there is no 16-bit original.
+        ModelError: the base is missing, damaged or incomplete.
+    """
+    first = adapters[0].folder
+    for adapter in adapters:
+        require_adapter(adapter.folder)
+    if original is not None and onto == "trained":
+        raise AdapterError(
+            "--original names a checkpoint that is not merged onto",
+            where="command line",
+            allowed="--onto original --original PATH",
+            fix="add --onto original, or leave --original out",
+        )
+    spec = require_base(first, base_path)
+    if original is not None:
+        spec = replace(spec, path=original, revision=None)
+    folder = local_folder(spec)
+    config = read_json(folder / "config.json")
+    if onto == "original" and config.get("quantization_config"):
+        raise AdapterError(
+            "there is no 16-bit original to merge onto: the base is a quantized folder",
+            where=str(folder),
+            allowed="--onto trained, or --onto original --original PATH with the checkpoint that was quantized",
+            fix="name the original with --original, or merge onto what was trained",
+        )
+    _, arch = check_base(replace(spec, path=str(folder)))
+    skeleton = _skeleton(folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    quantization = config.pop("quantization_config", None) or {}
+    weights = TrainedBase(
+        folder,
+        arch,
+        shapes,
+        attention=spec.attention,
+        experts=quantization.get("experts", "nf4"),
+        onto=onto,
+    )
+    routers = (weights.weight(f"{router_path(layer)}.weight") for layer in range(arch.layers))
+    require_fingerprint(spec, fingerprint_of(routers))
+    tunings = open_tunings(adapters, spec, skeleton)
+    return MergeSource(spec, folder, arch, config, shapes, weights, tunings)
+
+
+def require_adapter(folder: Path) -> None:
+    """Refuses a folder that holds nothing to merge.
+
+    Raises:
+        AdapterError: names the folder.
+    """
+    if read_adapter_kind(folder) is None:
+        raise AdapterError(
+            "there is no adapter to merge",
+            where=str(folder),
+            allowed="a folder that `finetune train` saved as <output.dir>/adapter",
+            fix="check the path",
+        )
+
+
+def local_folder(spec: BaseSpec) -> Path:
+    """Where the base's files lie; a hub id is fetched, or found in the cache.
+
+    Raises:
+        ModelError: it is neither a folder nor can be fetched.
+    """
+    if Path(spec.path).is_dir():
+        return Path(spec.path)
+    check_base(spec)  # says what is wrong with a path or a hub id
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_BASE_FILES))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the base could not be fetched: {error}",
+            where=spec.path,
+            fix="check the network and, for gated models, the HF_TOKEN; or name a local copy with --base",
+        ) from None
+
+
+def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in a dtype.
+
+    Raises:
+        ModelError: the dtype cannot hold a value.
+    """
+    result = weight.to(dtype)
+    _require_held(name, result, dtype)
+    return result
+
+
+def _require_held(name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    # bfloat16 has float32's range.
+    if dtype == torch.float16 and not torch.isfinite(weight).all():
+        raise ModelError(
+            "a weight is too large for float16",
+            where=name,
+            allowed=f"values up to {torch.finfo(torch.float16).max:.0f}",
+            fix="merge with --format bf16, whose range is float32's",
+        )
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The base on the meta device: names and shapes without a byte of weights."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,191 @@
+"""The base's weights one at a time, as training saw them or as the hub has them.
+
+Trained: the values that the experts and a 4-bit attention stand for. A folder of quantized experts is decoded; a 16-bit
+one is quantized and decoded expert by expert, which gives the bytes that training had, since every expert's matrix is
+quantized by itself (`kernels/nf4.py`). As on a GPU that has bfloat16, a checkpoint of another dtype counts as rounded
+to bfloat16 first. Original: what is stored, untouched.
+
+Both run in pieces that stay in the processor's cache: whole, one of Mixtral's matrices makes temporaries of half a
+gigabyte, and takes three to six times as long (2 cores). Of a weight's 37 ns in bitsandbytes' quantizer on a CPU 30 are
+a search for the level; here a table finds it, with the same result.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
+from finetune.export.tensors import Tensors
+from finetune.kernels.nf4 import BLOCK, NESTED_BLOCK, Nf4Stack, dynamic_map
+from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, stack_type
+from finetune.quant.config import AttentionStorage
+
+Onto = Literal["trained", "original"]
+Shapes = dict[str, tuple[int, ...]]
+# Weights of a piece: 4 MiB in float32.
+_PIECE = 2**20
+_CPU = torch.device("cpu")
+# What bitsandbytes saves beside a 4-bit weight.
+_LINEAR4BIT_PARTS = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+
+
+class TrainedBase:
+    """The weights of a checked base folder, by transformers' names.
+
+    Args:
+        shapes: of every parameter in transformers, as of a model on the meta device.
+        attention: how the attention was stored in training.
+        experts: how they are stored where the folder holds them quantized; else they are quantized to NF4.
+
+    Raises:
+        ModelError: a weight is missing or has another shape than the config's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        arch: MoeArch,
+        shapes: Shapes,
+        *,
+        attention: AttentionStorage,
+        experts: ExpertStorage,
+        onto: Onto,
+    ):
+        self.arch, self.attention, self.experts, self.onto = arch, attention, experts, onto
+        self._stack = stack_type(experts)
+        self.tensors = Tensors.of_model(folder)
+        first = f"{experts_path(0)}.{EXPERT_PROJECTIONS[0]}"
+        self._holds_stacks = f"{first}_{self._stack._fields[0]}" in self.tensors
+        self._holds_fused = first in self.tensors
+        self.tensors.require(self._stored_shapes(shapes))
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter that is no expert's: float32 [out, in] of an attention matrix, else in the dtype it has."""
+        stored = self._stored_name(name)
+        if self.onto == "original":
+            return self.tensors.read(stored)
+        if role_of(name) != "attention" or self.attention == "16bit":
+            return self._as_loaded(self.tensors.read(stored))
+        if self._holds_stacks:
+            parts = {f"weight.{part}": self.tensors.read(f"{stored}.{part}") for part in _LINEAR4BIT_PARTS}
+            state = copy.copy(bnb.QuantState.from_dict(parts, device=_CPU))
+            state.dtype = torch.float32  # else the values come in the dtype that was quantized
+            return bnb.dequantize_4bit(self.tensors.read(stored), state)
+        return decode(encode(self._as_loaded(self.tensors.read(stored))), torch.float32)
+
+    def expert(self, layer: int, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
+        """[out, in] of one expert's fused projection in a 16-bit dtype, rounded once."""
+        if self._holds_stacks or self.onto == "trained":
+            return decode(self.stack(layer, expert, projection), dtype)
+        return self._stored_expert(layer, expert, projection).to(dtype)
+
+    def stack(self, layer: int, expert: int, projection: str) -> ExpertStack:
+        """A stack of one expert: the bytes that training had."""
+        fused = f"{experts_path(layer)}.{projection}"
+        if self._holds_stacks:
+            fields = (self.tensors.read(f"{fused}_{field}", row=expert) for field in self._stack._fields)
+            return self._stack(*(field.unsqueeze(0) for field in fields))
+        return encode(self._as_loaded(self._stored_expert(layer, expert, projection)))
+
+    def _stored_expert(self, layer: int, expert: int, projection: str) -> Tensor:
+        if self._holds_fused:
+            return self.tensors.read(f"{experts_path(layer)}.{projection}", row=expert)
+        names = hub_expert_names(self.arch.model_type, layer, expert, projection)
+        return torch.cat([self.tensors.read(name) for name in names])
+
+    def _as_loaded(self, stored: Tensor) -> Tensor:
+        return stored.to(torch.bfloat16)
+
+    def _stored_name(self, name: str) -> str:
+        """Folders that transformers saved have its own names, hub folders the hub's."""
+        return name if name in self.tensors else hub_name(self.arch.model_type, name)
+
+    def _stored_shapes(self, shapes: Shapes) -> Shapes:
+        """Names and shapes of what will be read, as far as the format of this folder gives them."""
+        stored: Shapes = {}
+        for name, shape in shapes.items():
+            path, _, projection = name.rpartition(".")
+            if role_of(name) != "experts":
+                packed = self._holds_stacks and self.attention == "nf4" and role_of(name) == "attention"
+                stored[self._stored_name(name)] = (shape[0] * shape[1] // 2, 1) if packed else shape
+            elif self._holds_stacks:
+                experts, out, in_ = shape
+                parts = empty_experts(self.experts, experts, out, in_, "meta")._asdict().items()
+                stored |= {f"{path}.{projection}_{field}": tuple(tensor.shape) for field, tensor in parts}
+            elif self._holds_fused:
+                stored[name] = shape
+            else:
+                experts, out, in_ = shape
+                layer = int(path.split(".")[2])
+                for expert in range(experts):
+                    names = hub_expert_names(self.arch.model_type, layer, expert, projection)
+                    stored |= {matrix: (out // len(names), in_) for matrix in names}
+        return stored
+
+
+def encode(matrix_OI: Tensor) -> Nf4Stack:
+    """A stack of one from [out, in]: the bytes of `quantize_stack`, made piece by piece."""
+    out, in_ = matrix_OI.shape
+    pieces = matrix_OI.contiguous().view(-1).split(_PIECE)
+    codes, scales = zip(*(_encode_piece(piece) for piece in pieces), strict=True)
+    absmax = torch.cat(scales)
+    offset = absmax.mean()
+    indices, nested = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, dynamic_map(_CPU), NESTED_BLOCK)
+    return Nf4Stack(torch.cat(codes).view(1, out, in_ // 2), indices.unsqueeze(0), nested.unsqueeze(0), offset.view(1))
+
+
+def _encode_piece(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [n / 2] codes and float32 [n / 64] scales of [n], by the arithmetic of bitsandbytes' CPU operator.
+
+    A weight's code is the number of midpoints between levels that lie below it. With the interval from -1 to 1 cut into
+    cells of which none holds two midpoints, that is the number below the cell, and one more if it is above the cell's
+    own midpoint. No midpoint is so near to a cell's edge that the rounding of x + 1 could matter.
+    """
+    blocks = weights.float().view(-1, BLOCK)
+    absmax = blocks.abs().amax(1)
+    x = (blocks * (1.0 / absmax.clamp(min=1e-38).view(-1, 1))).clamp_(-1, 1).view(-1)
+    cell = (x + 1).mul_(_CELLS / 2).to(torch.int32).clamp_(0, _CELLS)
+    codes = _BELOW.index_select(0, cell)
+    codes += x > _MIDPOINT_IN.index_select(0, cell)
+    pairs = codes.view(torch.int16)  # the even column in the low byte, to go to the high nibble
+    return ((pairs & 0xF) << 4 | pairs >> 8).to(torch.uint8), absmax
+
+
+def _table() -> tuple[Tensor, Tensor]:
+    """For every cell, uint8 midpoints below it and float32 the one inside, infinity without."""
+    levels = torch.tensor(NF4_CODE)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    places = (midpoints.double() + 1) * (_CELLS / 2)
+    cells = places.long()
+    assert len(cells.unique()) == len(cells), "a cell holds two midpoints"
+    assert ((places - places.round()).abs() > 0.01).all(), "a midpoint lies on the edge of a cell"
+    below = torch.searchsorted(cells, torch.arange(_CELLS + 1)).to(torch.uint8)
+    inside = torch.full((_CELLS + 1,), torch.inf)
+    inside[cells] = midpoints
+    return below, inside
+
+
+_CELLS = 2**12
+_BELOW, _MIDPOINT_IN = _table()
+
+
+def decode(stack: ExpertStack, dtype: torch.dtype) -> Tensor:
+    """[out, in] in `dtype` of a stack of one: the values of `dequantize_expert`, NF4's made piece by piece."""
+    if not isinstance(stack, Nf4Stack):
+        return dequantize_expert(stack, 0, dtype)
+    (absmax,), (nested,) = stack.absmax, stack.nested_absmax
+    scales = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested, dynamic_map(_CPU), NESTED_BLOCK, torch.float32)
+    scales = scales + stack.offset
+    values = torch.empty(stack.matrix_shape, dtype=dtype)
+    pieces = zip(values.view(-1).split(_PIECE), stack.packed.view(-1).split(_PIECE // 2), strict=True)
+    for piece, (into, codes) in enumerate(pieces):
+        of_piece = scales[piece * (_PIECE // BLOCK) : (piece + 1) * (_PIECE // BLOCK)]
+        into.copy_(torch.ops.bitsandbytes.dequantize_4bit(codes, of_piece, BLOCK, "nf4", into.shape, dtype).view(-1))
+    return values

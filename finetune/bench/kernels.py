@@ -67,7 +67,10 @@ def bench_kernels(report: Report, *, shape: Path | None = None, tokens: Sequence
     ]
     for kernel in kernels:
         kernel["share_of_copy"] = None if copied is None else rounded(kernel["bytes_per_second"] / copied)
-    decoding = [_few(arch, storage, count, device, dtype, copied) for storage in STORAGES for count in FEW_TOKENS]
+    decoding = []
+    for storage in STORAGES:
+        stored = layer if storage == "nf4" else _random_layer(arch, device, dtype, storage)
+        decoding += [_few(arch, stored, count, device, dtype, copied) for count in FEW_TOKENS]
     experts = [
         _experts(arch, layer, backend, count, routing, device, dtype)
         for count in tokens
@@ -141,17 +144,16 @@ def _dequantization_low_bit(arch: MoeArch, device: torch.device, dtype: torch.dt
 
 
 def _few(
-    arch: MoeArch, storage: ExpertStorage, tokens: int, device: torch.device, dtype: torch.dtype, copied: float | None
+    arch: MoeArch, layer: QuantizedExperts, tokens: int, device: torch.device, dtype: torch.dtype, copied: float | None
 ) -> dict[str, Any]:
     """One layer's experts in a decoding step of so many rows, each with its own choices."""
-    layer = _random_layer(arch, device, dtype, storage)
     gate_up, down = (layer.stack(projection) for projection in EXPERT_PROJECTIONS)
     rows = to_halves(torch.randn(tokens, arch.hidden, device=device, dtype=dtype))
     index = _routing(arch, tokens, "even", device)
     seconds = _seconds(lambda: few_experts(rows, index, gate_up, down), device)
     read = (gate_up.nbytes + down.nbytes) * index.unique().numel() / arch.experts
     return {
-        "storage": storage,
+        "storage": layer.storage,
         "tokens": tokens,
         "microseconds": rounded(seconds * 1e6),
         "bytes_per_second": rounded(read / seconds),

@@ -17,7 +17,7 @@ from finetune.kernels.nf4 import Nf4Stack, empty_stack, quantize_stack
 
 ExpertStack = Nf4Stack | LowBitStack
 ExpertStorage = Literal["nf4", "hqq3", "hqq2"]
-_BITS: dict[ExpertStorage, Bits] = {"hqq3": 3, "hqq2": 2}
+BITS: dict[ExpertStorage, Bits] = {"hqq3": 3, "hqq2": 2}
 
 
 def stack_type(storage: ExpertStorage) -> type[Nf4Stack] | type[LowBitStack]:
@@ -28,12 +28,12 @@ def empty_experts(storage: ExpertStorage, experts: int, out: int, in_: int, devi
     """An uninitialised stack with the right shapes and dtypes (the meta device serves for placeholders)."""
     if storage == "nf4":
         return empty_stack(experts, out, in_, device)
-    return empty_low_bit(_BITS[storage], experts, out, in_, device)
+    return empty_low_bit(BITS[storage], experts, out, in_, device)
 
 
 def quantize_experts(storage: ExpertStorage, weight_EOI: Tensor) -> ExpertStack:
     """Quantizes [E, out, in] (float32, bfloat16 or float16) expert by expert; the result lives on the same device."""
-    return quantize_stack(weight_EOI) if storage == "nf4" else quantize_low_bit(weight_EOI, _BITS[storage])
+    return quantize_stack(weight_EOI) if storage == "nf4" else quantize_low_bit(weight_EOI, BITS[storage])
 
 
 def stack_of(tensors: Sequence[Tensor]) -> ExpertStack:

@@ -3,7 +3,7 @@
 As `triton_few_rows.py` does with NF4, whose rows, intermediate rows and partial sums these share. What differs:
 
 - A code becomes fp16 without a table (`triton_low_bit_codes.py`). Compiled for sm_90 (triton 3.9), the loop of a vector
-  product is 44 instructions for 16 weights of 2 bits and 60 of 3, where NF4's is 74; on the tensor cores, at 8 rows,
+  product is 44 instructions for 16 weights of 2 bits and 60 of 3, where NF4's is 93; on the tensor cores, at 8 rows,
   57 and 83, where NF4's is 72.
 - A few choices: codes are multiplied less 2^(BITS - 1) and times 2^-BITS, so that eight products of fp16 stay below
   65,504. What the zero adds is 2^(BITS - 1) - z times the sum of the group's columns, once for a program's outputs.

@@ -1,6 +1,6 @@
 """A quantized model of any shape from random weights, without a checkpoint: to measure memory and speed.
 
-Every tensor is drawn on the device and every expert is really quantized; only the values mean nothing. Random
+Every tensor is drawn on the device and every NF4 expert is really quantized; only the values mean nothing. Random
 routers spread tokens almost evenly, which is kinder than a trained model's load.
 """
 
@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.arch import EXPERT_PROJECTIONS
+from finetune.kernels.low_bit import random_low_bit
+from finetune.kernels.stacks import BITS
 from finetune.quant.config import Moe4bitConfig
 from finetune.quant.experts import QuantizedExperts
 
@@ -45,7 +47,13 @@ def build_random_model(
     for name, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
             for projection in EXPERT_PROJECTIONS:
-                module.quantize(projection, draw(module.get_parameter(projection).shape, dtype))
+                shape = module.get_parameter(projection).shape
+                if module.storage == "nf4":
+                    module.quantize(projection, draw(shape, dtype))
+                else:
+                    std = config.initializer_range
+                    stack = random_low_bit(BITS[module.storage], shape, std, device, generator)
+                    module.set_stack(projection, stack)
             module.to(experts_device or device)
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):

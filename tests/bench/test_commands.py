@@ -120,6 +120,7 @@ def test_refusals(write_recipe: Write, tmp_path: Path) -> None:
     refused(tmp_path, "bench", "kernels", "--shape", tmp_path / "nowhere", says=("config.json",))
 
 
+@pytest.mark.slow
 def test_experts(small_mixtral: Path, conversations: Path) -> None:
     """Fewer bits, more error, by the numbers of the storage; a checkpoint that is quantized is refused."""
     ran = run_finetune("bench", "experts", small_mixtral, "--data", conversations, "--rows", "3", "--device", "cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.kernels.stacks import dequantize_expert
+from finetune.kernels.stacks import ExpertStorage, dequantize_expert
 from finetune.quant import Moe4bitConfig, require_quantized_experts, take_census
 from finetune.quant.random_weights import build_random_model
 from tests.models import EXPERTS, FAMILIES, dequantized_twin, tiny_config, tiny_model, tokens
@@ -53,6 +53,25 @@ def test_structure_and_bytes_equal_those_of_a_loaded_model(tmp_path: Path, famil
         name: type(module) for name, module in loaded.named_modules()
     }
     assert (built.is_loaded_in_4bit, built.quantization_method) == (attention == "nf4", "moe_4bit")
+
+
+@pytest.mark.parametrize(("experts", "bits"), [("hqq2", 2), ("hqq3", 3)])
+def test_experts_of_fewer_bits_have_the_spread_of_the_config(experts: ExpertStorage, bits: int) -> None:
+    config = tiny_config("mixtral")
+    model = build_random_model(
+        config,
+        Moe4bitConfig(experts=experts),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attn_implementation="sdpa",
+        seed=0,
+    )
+    for name in ("gate_up_proj", "down_proj"):
+        stack = model.get_submodule("model.layers.0.mlp.experts").stack(name)  # type: ignore[operator]
+        weight = dequantize_expert(stack, 0, torch.float32)
+        assert len(weight.unique()) == 2**bits
+        assert weight.std().item() == pytest.approx(config.initializer_range, rel=0.05)
+        assert abs(weight.mean().item()) < 0.05 * config.initializer_range
 
 
 def test_values_are_drawn_and_the_rotary_tables_are_real() -> None:

@@ -11,9 +11,8 @@ import torch
 from finetune.kernels import triton_few_rows, triton_low_bit
 from finetune.kernels.low_bit import LowBitStack, quantize_low_bit
 from finetune.kernels.rows import sort_by_expert
-from tests.kernels.interpreted.decode_cases import DEVICE, INTERPRETED, halves, near, rand, seeded, unsplit
-
-__all__ = ["seeded"]
+from tests.kernels.interpreted.decode_cases import DEVICE, INTERPRETED, halves, near, rand, unsplit
+from tests.kernels.interpreted.decode_cases import seeded as seeded
 
 
 def reference(stack: LowBitStack, dtype: torch.dtype) -> torch.Tensor:

@@ -138,3 +138,21 @@ def test_the_speed_of_answers_is_the_recorded_one() -> None:
     server = json.loads((RECORDED / "server.json").read_text(encoding="utf-8"))
     assert server["clients"] == 16
     assert server["ratio"] > 0.95
+
+
+def test_the_speed_on_a_small_card_is_the_recorded_one() -> None:
+    line = json.loads((RECORDED / "offload.json").read_text(encoding="utf-8"))
+    text = " ".join(TEXT.split())
+    for routing in ("own", "trace"):
+        cells = [
+            f"{row['tokens_per_second']:.1f} ({row['hit_rate']:.0%})"
+            for row in line["offload"]
+            if row["routing"] == routing
+        ]
+        assert f" | {' | '.join(cells)} |" in text
+    assert f"over the link at {line['link_bytes_per_second'] / 1e9:.0f} GB/s" in text
+    low = [json.loads((RECORDED / f"decode-{name}.json").read_text(encoding="utf-8")) for name in ("hqq2", "hqq3")]
+    peaks = [f"{run['peak_allocated_bytes'] / 2**30:.1f}" for run in low]
+    speeds = [f"{run['rows'][0]['tokens_per_second']:.0f}" for run in low]
+    assert f"resident in {peaks[0]} or {peaks[1]} GiB at its peak" in text
+    assert f"answers at {speeds[0]} or {speeds[1]} tokens/s" in text

@@ -15,8 +15,6 @@ beside the link).
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +31,6 @@ from finetune.quant.experts import FEW_CHOICES, QuantizedExperts, run_experts
 
 # Prompts go through the experts in pieces of so many tokens: their rows then take 0.4 GB of Mixtral's, not 1.6.
 PIECE_TOKENS = 1024
-_LARGE_PAGE = 2**21
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ def _device_readable(tensor: Tensor, device: torch.device, owner: QuantizedExper
     """
     if device.type != "cuda" or tensor.is_pinned():
         return tensor
-    copy = _in_large_pages(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    copy = torch.empty_like(tensor, device="cpu").copy_(tensor)
     runtime: Any = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)):
         raise DeviceError(
@@ -227,16 +224,3 @@ def _device_readable(tensor: Tensor, device: torch.device, owner: QuantizedExper
     release = weakref.finalize(owner, runtime.cudaHostUnregister, copy.data_ptr())
     release.atexit = False  # the process's end frees it, and CUDA may be gone by then
     return copy
-
-
-def _in_large_pages(size: int) -> Tensor:
-    """uint8 [size] of fresh memory, in pages of 2 MiB where the system has them.
-
-    An H100 reads those at 50.8 GB/s and pages of 4 KiB at 48.9, over PCIe 5.
-    """
-    memory = mmap.mmap(-1, size + _LARGE_PAGE)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % _LARGE_PAGE
-    return whole[first : first + size]

@@ -8,8 +8,9 @@ the device:
                     first, per layer, never a slot whose expert is needed now; pinned slots stay.
     fetch_experts   copies the missing experts from page-locked host memory, which the kernel reads in place.
 
-Measured on one H100 (PCIe 5 x16), an expert of Mixtral 8x7B in NF4 (90.9 MB): 51 GB/s by the kernel from 8 programs
-on, where the copy engine reaches 54.7. Bulk copies through shared memory (cp.async.bulk) gave 37.
+Measured on one H100 (PCIe 5 x16), an expert of Mixtral 8x7B in NF4 (90.9 MB): 49 GB/s by the kernel from 8 programs
+on (51 where `pin_memory` allocated it), where the copy engine reaches 54.7. Bulk copies through shared memory
+(cp.async.bulk) gave 37.
 
 Nothing is written back: experts never change. A needed expert that finds every slot of its layer needed goes to the
 overflow slots, which all layers share and none keeps.

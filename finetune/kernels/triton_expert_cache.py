@@ -14,7 +14,7 @@ from finetune.kernels.triton_launch import launch
 
 PINNED: tl.constexpr = tl.constexpr(2**62)
 # Enough to keep the link full (8 of them already are), few enough to leave the GPU to others.
-FETCH_PROGRAMS = 16
+FETCH_PROGRAMS = 32
 
 
 @triton.jit

@@ -195,6 +195,48 @@ def merge(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The reference: adapter or model folder.", show_default=False)],
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OTHER", help="`base`, a merged or other model, another adapter; several times."),
+    ] = None,
+    survival: Annotated[
+        bool, typer.Option("--survival", help="What each format keeps of the adapter's update; needs no data.")
+    ] = False,
+    scale_to: Annotated[
+        list[float] | None,
+        typer.Option(metavar="SHARE", help="--survival: also for an update of this share of the weights' norm."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Conversations; the run's held-out ones by default.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure models on held-out conversations: loss, and how far others are from the first, with intervals."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.evaluation.command import run_evaluate
+
+        document = run_evaluate(
+            model,
+            report,
+            others=compare or (),
+            survives=survival,
+            scales=scale_to or (),
+            data=data,
+            max_rows=max_rows,
+            seed=seed,
+            base=base,
+            device=device,
+        )
+        report.finish(document)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; may be given several times.")],

@@ -7,16 +7,19 @@ alike. Differences of routing are measured on the experts that were chosen, laye
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.data import IGNORED
 from finetune.routing.recording import recorded_routing
 
 Row = Mapping[str, Any]
+# Positions whose distributions are alive in float64: of a long row the whole would take gigabytes.
+_POSITIONS = 512
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,83 @@ def completion_loss(model: nn.Module, rows: Iterable[Row], device: torch.device)
     return total / max(count, 1), count
 
 
+@dataclass(frozen=True)
+class RowSums:
+    """What one row adds to every measure of two models; losses and KL in nats.
+
+    shared: chosen experts that both have in common, over all tokens, of each layer.
+    largest: the largest absolute difference of a logit.
+    """
+
+    tokens: int
+    supervised: int
+    reference_nll: float
+    candidate_nll: float
+    kl: float
+    agreed: int
+    shared: tuple[int, ...]
+    largest: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says to a row: logits [T, V], and the chosen experts int64 [T, K] of each layer."""
+
+    logits: Tensor
+    chosen: Sequence[Tensor]
+
+
 @torch.no_grad()
+def row_sums(reference: Said, candidate: Said, labels: Tensor) -> RowSums:
+    """Compares what two models say to the same row.
+
+    Args:
+        reference: on any device; comes to the candidate's piece by piece.
+        labels: int64 [T] on the candidate's device, -100 where a token is not supervised.
+    """
+    device = candidate.logits.device
+    targets = torch.cat([labels[1:], labels.new_full((1,), IGNORED)])
+    reference_nll, candidate_nll, kl, agreed, largest = 0.0, 0.0, 0.0, 0, 0.0
+    pieces = (tensor.split(_POSITIONS) for tensor in (reference.logits, candidate.logits, targets))
+    for a_TV, b_TV, targets_T in zip(*pieces, strict=True):
+        # In float32 the sum over 32,000 tokens is off by 1e-7 nats, as much as a merge loses.
+        a_TV, b_TV = a_TV.to(device).double(), b_TV.double()
+        log_p, log_q = a_TV.log_softmax(-1), b_TV.log_softmax(-1)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        agreed += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
+        largest = max(largest, (a_TV - b_TV).abs().max().item())
+        reference_nll += nn.functional.nll_loss(log_p, targets_T, ignore_index=IGNORED, reduction="sum").item()
+        candidate_nll += nn.functional.nll_loss(log_q, targets_T, ignore_index=IGNORED, reduction="sum").item()
+    chosen = zip(reference.chosen, candidate.chosen, strict=True)
+    return RowSums(
+        tokens=len(labels),
+        supervised=int((targets != IGNORED).sum()),
+        reference_nll=reference_nll,
+        candidate_nll=candidate_nll,
+        kl=kl,
+        agreed=agreed,
+        shared=tuple(_overlap(a_TK.to(device), b_TK) for a_TK, b_TK in chosen),
+        largest=largest,
+    )
+
+
+@torch.no_grad()
+def said_to(model: nn.Module, rows: Iterable[Row], device: torch.device) -> Iterator[tuple[Said, Tensor]]:
+    """What `model` says to every row, one after the other, and the row's labels [T] on the device.
+
+    Raises:
+        ModelError: the model has no routers.
+    """
+    with recorded_routing(model) as recording:
+        for ids, labels in _sequences(rows, device):
+            logits = model(input_ids=ids).logits[0]
+            yield Said(logits, recording.indices), labels
+
+
 def fidelity(
     model: nn.Module,
     candidate: Callable[[], contextlib.AbstractContextManager[None]],
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     device: torch.device,
     *,
     layers: int,
@@ -67,34 +142,23 @@ def fidelity(
 
     Only one sequence's logits [T, V] of each are alive at a time.
     """
-    sums = dict.fromkeys(("tokens", "supervised", "ref_nll", "cand_nll", "kl", "agree", "overlap"), 0.0)
-    largest = 0.0
-    with recorded_routing(model) as recording:
-        for ids, labels in _sequences(rows, device):
-            reference, chosen = model(input_ids=ids).logits[0].float(), recording.indices
-            with candidate():
-                other, chosen_other = model(input_ids=ids).logits[0].float(), recording.indices
-            nll, supervised = _nll(reference, labels)
-            # In float32 the sum over 32,000 tokens is off by 1e-7 nats, as much as a merge loses.
-            log_p, log_q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
-            sums["tokens"] += reference.shape[0]
-            sums["supervised"] += supervised
-            sums["ref_nll"] += nll
-            sums["cand_nll"] += _nll(other, labels)[0]
-            sums["kl"] += (log_p.exp() * (log_p - log_q)).sum().item()
-            sums["agree"] += (reference.argmax(-1) == other.argmax(-1)).sum().item()
-            sums["overlap"] += sum(_overlap(a, b) for a, b in zip(chosen, chosen_other, strict=True))
-            largest = max(largest, (reference - other).abs().max().item())
-    tokens, targets = max(sums["tokens"], 1), max(sums["supervised"], 1)
+    sums = []
+    for row in rows:
+        ((reference, labels),) = said_to(model, [row], device)
+        with candidate():
+            ((other, _),) = said_to(model, [row], device)
+        sums.append(row_sums(reference, other, labels))
+    tokens, supervised = sum(row.tokens for row in sums), sum(row.supervised for row in sums)
+    positions, targets = max(tokens, 1), max(supervised, 1)
     return Fidelity(
-        tokens=int(sums["tokens"]),
-        supervised_tokens=int(sums["supervised"]),
-        reference_loss=sums["ref_nll"] / targets,
-        candidate_loss=sums["cand_nll"] / targets,
-        kl=max(sums["kl"] / tokens, 0.0),
-        greedy_agreement=sums["agree"] / tokens,
-        top_k_overlap=sums["overlap"] / (tokens * layers * top_k),
-        max_logit_difference=largest,
+        tokens=tokens,
+        supervised_tokens=supervised,
+        reference_loss=sum(row.reference_nll for row in sums) / targets,
+        candidate_loss=sum(row.candidate_nll for row in sums) / targets,
+        kl=max(sum(row.kl for row in sums) / positions, 0.0),
+        greedy_agreement=sum(row.agreed for row in sums) / positions,
+        top_k_overlap=sum(sum(row.shared) for row in sums) / (positions * layers * top_k),
+        max_logit_difference=max((row.largest for row in sums), default=0.0),
     )
 
 
@@ -122,8 +186,8 @@ def _sequences(rows: Iterable[Row], device: torch.device) -> Iterator[tuple[Tens
 def _nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:
     """Sum of negative log-likelihoods of the supervised next tokens, and their number."""
     targets = labels_T[1:]
-    losses = nn.functional.cross_entropy(logits_TV[:-1].float(), targets, ignore_index=-100, reduction="sum")
-    return losses.item(), int((targets != -100).sum())
+    losses = nn.functional.cross_entropy(logits_TV[:-1].float(), targets, ignore_index=IGNORED, reduction="sum")
+    return losses.item(), int((targets != IGNORED).sum())
 
 
 def _overlap(a_TK: Tensor, b_TK: Tensor) -> int:

@@ -22,7 +22,7 @@ ROWS = (
     ("model",),
     ("datacheck", "routerwatch", "preflight", "trainer", "summary", "evaluate", "infer", "loggers"),
     ("routerstudy", "export"),
-    ("train",),
+    ("train", "evaluation"),
     ("bench", "chat", "serve"),
     ("cli",),
     ("__main__", "__init__"),

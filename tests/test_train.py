@@ -258,6 +258,7 @@ def test_running_out_of_memory_names_what_to_change(write_recipe: Write) -> None
         assert key in text
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same(write_recipe: Write, tmp_path: Path) -> None:
     """Two CPU processes of micro-batch 2 see the same data and losses as one of micro-batch 4."""
     training = {"max_steps": 3, "dataloader_drop_last": True, "disable_tqdm": "<absent>"}

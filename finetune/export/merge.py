@@ -19,26 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.checkpoint import read_json
-from finetune.data import Reading, Source, Teaching, encode_source
-from finetune.data.readers import open_source
-from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
-from finetune.errors import AdapterError
 from finetune.evaluate import Fidelity, Row, fidelity, swapped
+from finetune.export.held_out import HeldOut
 from finetune.export.serving import write_serving
 from finetune.export.source import require_adapter
 from finetune.kernels.nf4 import dequantize_linear
 from finetune.model import LoadedModel, load
 from finetune.quant import Moe4bitConfig, QuantizedExperts, take_census
-from finetune.recipe import Recipe
-from finetune.runfolder import RunFolder, require_fresh, require_space, staged, write_json
+from finetune.runfolder import require_fresh, require_space, staged, write_json
 
 MERGED_DTYPE = torch.bfloat16
 _ADAPTER = "default"
@@ -63,21 +57,9 @@ def merge_adapter(
     """
     require_fresh(output)
     require_adapter(adapter)
-    recipe = _recipe_of(adapter) if data is None else None
-    held_out = data if recipe is None else held_out_name(recipe)
-    # Whatever is wrong with it is said before the model loads.
-    if data is not None:
-        open_source(Source(data))
-    elif recipe is not None and recipe.data.evaluates:
-        open_source(readings_of(recipe)[-1].source)
+    held_out = HeldOut.find(adapter, data)
     loaded = load(str(adapter), base_path=base_path, device=device)
-    probe: Dataset | None = None
-    if data is not None:
-        reading = Reading(Source(data, max_rows=max_rows))
-        probe = encode_source(reading, loaded.tokenizer, Teaching()).dataset
-    elif recipe is not None:
-        probe = held_out_rows(recipe, loaded.tokenizer)
-    rows: list[Row] = [] if probe is None else list(probe.select(range(min(max_rows, len(probe)))))
+    rows = held_out.rows(loaded.tokenizer, max_rows)
 
     def describe(folder: Path, report: Fidelity | None) -> None:
         about = {
@@ -85,7 +67,7 @@ def merge_adapter(
             "merged_from": str(adapter),
             "base": loaded.base.path,
             "dtype": f"bfloat16 attention, {loaded.base.experts} experts as they were",
-            "held_out": held_out,
+            "held_out": held_out.name,
             "fidelity": None if report is None else report.to_dict(),
         }
         write_json(folder / "fidelity.json", about)
@@ -137,14 +119,6 @@ def merge(
         if extra_files is not None:
             extra_files(folder, report)
     return report
-
-
-def _recipe_of(adapter: Path) -> Recipe | None:
-    """The recipe of the run that saved the adapter, if it lies in a run's folder."""
-    run_file = RunFolder(adapter.parent).run_file
-    if not run_file.is_file():
-        return None
-    return Recipe.model_validate(read_json(run_file, kind=AdapterError)["recipe"])
 
 
 @torch.no_grad()

@@ -204,7 +204,9 @@ def test_non_moe_tuning_is_rounded_once(small_mixtral: Path, tmp_path: Path) -> 
 # ---- the readers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "mixtral")]
+)
 def test_transformers_computes_what_the_live_adapter_computes(family: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     model = tiny_model(family, dtype=torch.bfloat16, vocab_size=32000, tie_word_embeddings=True)

@@ -19,6 +19,7 @@ REPO = f"{USER}/tuned"
 _SHORT = {"max_steps": 2, "logging_steps": 1}
 
 
+@pytest.mark.slow
 def test_a_run_pushes_its_adapter_at_the_end(hub: StandIn, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     output = {"push_to_hub": {"repo_id": "tuned", "private": True, "branch": "first"}}
     ran = run_finetune("train", write_recipe(output=output, training=_SHORT), "--json")

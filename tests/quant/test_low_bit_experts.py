@@ -72,7 +72,14 @@ def test_census_quantizer_and_estimate_count_the_same_bytes(tmp_path: Path, stor
     assert sum(out * in_ for out, in_ in SHAPES) * EXPERT_BYTES_PER_WEIGHT[storage] == by_hand
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+        pytest.param("olmoe", marks=pytest.mark.slow),
+    ],
+)
 def test_a_saved_folder_knows_its_own_and_is_read_as_it_is(tmp_path: Path, family: str) -> None:
     model = quantized(tmp_path / "plain", "hqq2", family)
     model.save_pretrained(tmp_path / "saved")

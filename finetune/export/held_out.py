@@ -1,0 +1,75 @@
+"""Which conversations a comparison is made on: those that a command names, else the held-out ones of the run whose
+folder the adapter lies in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from finetune.checkpoint import read_json
+from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.data.readers import open_source
+from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
+from finetune.errors import AdapterError
+from finetune.evaluate import Row
+from finetune.recipe import Recipe
+from finetune.runfolder import RunFolder
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Conversations before they are read.
+
+    name: what they are taken from; None where there are none.
+    recipe: of the run, where the command names no data.
+    """
+
+    name: str | None
+    recipe: Recipe | None
+
+    @classmethod
+    def find(cls, model: Path, data: str | None) -> HeldOut:
+        """Finds them and opens their source, so that a fault is said before a model loads.
+
+        Args:
+            model: an adapter folder, in a run's folder or not.
+            data: what the command names instead.
+
+        Raises:
+            FinetuneError: the run or the source cannot be read.
+        """
+        if data is not None:
+            open_source(Source(data))
+            return cls(data, None)
+        run_file = RunFolder(model.parent).run_file
+        if not run_file.is_file():
+            return cls(None, None)
+        try:
+            recipe = Recipe.model_validate(read_json(run_file, kind=AdapterError)["recipe"])
+        except ValidationError as error:
+            raise AdapterError(
+                "the run's recipe is of another version of this toolkit, so its held-out conversations are not known",
+                where=f"{run_file}: {', '.join('.'.join(map(str, fault['loc'])) for fault in error.errors())}",
+                allowed="the run of an adapter that this version trained",
+                fix="name conversations with --data",
+            ) from None
+        if recipe.data.evaluates:
+            open_source(readings_of(recipe)[-1].source)
+        return cls(held_out_name(recipe), recipe)
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_rows: int) -> list[Row]:
+        """At most `max_rows` tokenized rows; none where there is nothing to compare on.
+
+        Raises:
+            FinetuneError: as `encode_source`.
+        """
+        if self.recipe is not None:
+            rows = held_out_rows(self.recipe, tokenizer)
+        elif self.name is not None:
+            rows = encode_source(Reading(Source(self.name, max_rows=max_rows)), tokenizer, Teaching()).dataset
+        else:
+            rows = None
+        return [] if rows is None else list(rows.select(range(min(max_rows, len(rows)))))

@@ -22,6 +22,7 @@ from finetune.errors import HubError, OutputError
 from finetune.export.hub import Destination, Hub, Kind
 from finetune.export.published import is_local, public_name
 from finetune.jsonl import read_metrics
+from finetune.memory.static import EXPERT_FORMATS
 from finetune.model import BaseSpec
 from finetune.quant.config import QUANT_METHOD
 from finetune.recipe import Recipe
@@ -162,6 +163,7 @@ def _body(
         fingerprint=base.fingerprint,
         licence_shown=_licence_shown(licence),
         trained=_trained(recipe),
+        experts=EXPERT_FORMATS[base.experts],
         attention={"nf4": "NF4", "16bit": "16 bits"}[base.attention],
         run=facts.summary,
         data=_data(facts.data),

@@ -6,6 +6,7 @@ raised them; the signals are real.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from finetune.export.resumable import OutputFile, Partial
 from finetune.runfolder import folder_bytes
 from finetune.train import disk_bytes
 from finetune.trainer import MoeTrainer
@@ -65,7 +67,15 @@ def test_a_disk_that_fills_up_leaves_no_half_a_model(
     out = tmp_path / "out"
     says = (NO_SPACE, f"where: {out}", "free some space, or choose another output folder")
     refused(tmp_path, "quantize", small_mixtral, "--output", out, "--device", "cpu", says=says)
-    refused(tmp_path, "merge", saved_adapter, "--output", out, "--device", "cpu", says=says)
+
+    def full(self: Partial, name: str, file: OutputFile) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Partial, "_allocate", full)
+    ran = run_finetune("merge", saved_adapter, "--output", out, "--device", "cpu")
+    assert ran.status == 2
+    assert all(words in ran.stderr for words in says)
+    assert not out.exists()
 
 
 def test_a_disk_that_fills_up_at_a_checkpoint(
@@ -115,12 +125,15 @@ def test_a_disk_that_fills_up_at_a_checkpoint(
 def test_a_killed_merge_leaves_nothing_of_its_name(saved_adapter: Path, tmp_path: Path) -> None:
     code = """
 import os, signal
-from pathlib import Path
-from transformers import PreTrainedModel
-def half(self, folder, **kwargs):
-    (Path(folder) / "model.safetensors").write_bytes(b"half a model")
-    os.kill(os.getpid(), signal.SIGKILL)
-PreTrainedModel.save_pretrained = half
+from finetune.export.resumable import Partial
+put, count = Partial._put, 0
+def cut(*args):
+    global count
+    count += 1
+    if count > 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(*args)
+Partial._put = cut
 from finetune.cli import main
 main()
 """
@@ -129,12 +142,14 @@ main()
     killed = subprocess.run([sys.executable, "-c", code, *merge], cwd=REPOSITORY, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not merged.exists()
-    (half,) = tmp_path.glob(".merged.*.partial/model.safetensors")
-    assert half.read_bytes() == b"half a model"
+    (half,) = tmp_path.glob(".merged.*.partial/journal.jsonl")
+    assert len(half.read_text().splitlines()) == 6  # the job and five parts
     assert contents(saved_adapter) == before
-    # What is left behind is in nobody's way.
-    assert run_finetune(*merge).status == 0
-    assert (merged / "model.safetensors").stat().st_size > 10**6
+    # What is left behind is gone on with.
+    again = run_finetune(*merge, "--json")
+    assert again.status == 0
+    assert 0 < again.document["made_bytes"] < (merged / "model.safetensors").stat().st_size - 32000 * 64 * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_an_interrupted_run_continues(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

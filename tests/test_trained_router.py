@@ -22,7 +22,6 @@ from finetune.activations import ActivationPlan, apply_plan
 from finetune.arch import MoeArch, role_of
 from finetune.console import Report
 from finetune.errors import AdapterError, FinetuneError
-from finetune.export.merge import merge_adapter
 from finetune.model import load
 from finetune.recipe import load_recipe
 from finetune.routing import RouterCapture
@@ -298,12 +297,12 @@ def test_a_run_saves_what_it_trained_and_stock_peft_takes_it(run: Path, small_mi
 
 
 def test_it_merges_by_one_rounding(run: Path, conversations: Path, tmp_path: Path) -> None:
-    report = merge_adapter(run / "adapter", tmp_path / "merged", data=str(conversations), max_rows=8, device="cpu")
-    assert report is not None
+    args = ("--data", conversations, "--rows", 8, "--device", "cpu", "--json")
+    report = run_finetune("merge", run / "adapter", "--output", tmp_path / "merged", *args).document["fidelity"]
     # Measured: KL 1.8e-8, overlap 100%, loss 10.02471 and 10.02465.
-    assert report.kl < 1e-6
-    assert report.top_k_overlap > 0.98
-    assert report.candidate_loss == pytest.approx(report.reference_loss, abs=1e-3)
+    assert report["kl"] < 1e-6
+    assert report["top_k_overlap"] > 0.98
+    assert report["candidate_loss"] == pytest.approx(report["reference_loss"], abs=1e-3)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
     for layer in range(2):

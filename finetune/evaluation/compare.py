@@ -26,7 +26,7 @@ from finetune.evaluate import Row, RowSums, Said, row_sums, said_to
 from finetune.evaluation.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
 from finetune.evaluation.models import Compared
 from finetune.export.held_out import HeldOut
-from finetune.export.standard import as_bytes
+from finetune.export.shards import as_bytes
 from finetune.model import LoadedModel
 from finetune.runfolder import require_space
 

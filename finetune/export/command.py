@@ -1,4 +1,8 @@
-"""`finetune merge`: one command for every format; what belongs to another format is refused before anything is read."""
+"""`finetune merge`: one command for every format; what belongs to another format is refused before anything is read.
+
+The nf4 format ends with a comparison against the live adapter, which needs the model in memory while writing did not.
+So it comes after the folder has its name: where the comparison is killed, or has no room, the merged model is there.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,25 @@ from finetune.console import Report, gib
 from finetune.errors import OutputError
 from finetune.evaluate import Fidelity
 from finetune.export.gguf import write_gguf
-from finetune.export.merge import merge_adapter
-from finetune.export.source import open_source
-from finetune.export.standard import DTYPES, parse_size, write_standard
+from finetune.export.held_out import HeldOut
+from finetune.export.live import measure_fidelity
+from finetune.export.shards import parse_size
+from finetune.export.source import MergeSource, open_source
+from finetune.export.standard import DTYPES, write_standard
+from finetune.export.streamed_nf4 import write_nf4
 from finetune.export.trained_base import Onto
 from finetune.export.tunings import Weighted
+from finetune.model import load, resolve_device
 from finetune.runfolder import require_fresh
 
 FORMATS = ("nf4", *DTYPES, "gguf")
+SHARD_SIZE = "4GB"
 # Option -> the formats that it belongs to.
 _BELONGS = {
     "--data": ("nf4",),
-    "--with": (*DTYPES, "gguf"),
-    "--factor": (*DTYPES, "gguf"),
     "--onto original": (*DTYPES, "gguf"),
     "--original": (*DTYPES, "gguf"),
-    "--shard-size": tuple(DTYPES),
+    "--shard-size": ("nf4", *DTYPES),
     "--gguf-type": ("gguf",),
 }
 
@@ -52,14 +59,13 @@ def run_merge(
     Args:
         others: further adapters, `PATH=FACTOR` each.
         factor: of `adapter` itself; 1 by default.
+        rows: of the nf4 format's comparison with the live adapter; 0 leaves it out.
 
     Raises:
         FinetuneError: an option does not exist or belongs to another format, or as the format's own function.
     """
     asked = {
         "--data": data is not None,
-        "--with": bool(others),
-        "--factor": factor is not None,
         "--onto original": onto == "original",
         "--original": original is not None,
         "--shard-size": shard_size is not None,
@@ -75,22 +81,61 @@ def run_merge(
             fix="leave it out, or choose such a format",
         )
     require_fresh(output)
-    if format == "nf4":
-        fidelity = merge_adapter(adapter, output, base_path=base, data=data, max_rows=rows, device=device)
-        _show_fidelity(fidelity, output, report)
-        return {"output": str(output), "fidelity": None if fidelity is None else fidelity.to_dict()}
-    parse_size(shard_size or "4GB")
+    parse_size(shard_size or SHARD_SIZE)
     adapters = [Weighted(adapter, 1.0 if factor is None else factor), *map(Weighted.parse, others)]
+    is_live = adapters == [Weighted(adapter)]
+    if data is not None and not is_live:
+        raise OutputError(
+            "--data does not go with --with or --factor: no live adapter computes what they merge",
+            where="command line",
+            allowed="--data with one adapter at its own strength",
+            fix="merge without --data, then compare with `finetune evaluate ADAPTER --compare OUTPUT --data DATA`",
+        )
     target: Onto = "original" if onto == "original" else "trained"
     source = open_source(adapters, onto=target, base_path=base, original=original)
+    size = shard_size or SHARD_SIZE
+    if format == "nf4":
+        live = adapter if is_live and rows else None
+        return _merge_nf4(source, output, report, live=live, base=base, data=data, rows=rows, size=size, device=device)
     if format == "gguf":
-        about = write_gguf(source, output, type=gguf_type or "q8_0")
-    else:
-        about = write_standard(source, output, format=format, shard_size=shard_size or "4GB")
+        return _written(output, write_gguf(source, output, type=gguf_type or "q8_0"), report)
+    return _written(output, write_standard(source, output, format=format, shard_size=size), report)
+
+
+def _merge_nf4(
+    source: MergeSource,
+    output: Path,
+    report: Report,
+    *,
+    live: Path | None,
+    base: str | None,
+    data: str | None,
+    rows: int,
+    size: str,
+    device: str,
+) -> dict[str, Any]:
+    """Writes the folder, then compares it with the adapter folder `live` if that computes the same and has text."""
+    held_out = HeldOut(None, None) if live is None else HeldOut.find(live, data)
+    # Read, and the device asked for, before hours are spent on writing.
+    probe = [] if held_out.name is None else held_out.rows(source.load_tokenizer(), rows)
+    resolve_device(device)
+    document = _written(output, write_nf4(source, output, shard_size=size), report)
+    if live is None or not probe:
+        reason = "no held-out text" if live else "--rows 0" if not rows else "it is not one adapter as it was trained"
+        command = f"`finetune evaluate {source.tunings[0].folder} --compare {output}`"
+        report.line(f"Not compared with the live adapter: {reason}; {command} compares any two models")
+        return {**document, "fidelity": None}
+    loaded = load(str(live), base_path=base, device=device)
+    found = measure_fidelity(loaded, output, probe, adapter=live, held_out=held_out.name)
+    _show_fidelity(found, output, report)
+    return {**document, "fidelity": found.to_dict()}
+
+
+def _written(output: Path, about: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Says what a folder holds; returns the document of the run."""
     files = about["files"]
-    report.line(
-        f"Merged model in {output}: {format}, {len(files)} file(s), {gib(sum(files.values()))}, read back whole"
-    )
+    size = gib(sum(files.values()))
+    report.line(f"Merged model in {output}: {about['format']}, {len(files)} file(s), {size}, read back whole")
     report.line(f"What serves it, with a command for each engine: {output / 'SERVING.md'}")
     return {"output": str(output), **about}
 
@@ -105,10 +150,7 @@ def _require_known(option: str, value: str, allowed: Sequence[str]) -> None:
         )
 
 
-def _show_fidelity(fidelity: Fidelity | None, output: Path, report: Report) -> None:
-    if fidelity is None:
-        report.line(f"Merged model in {output} (no held-out text: not compared with the live adapter)")
-        return
+def _show_fidelity(fidelity: Fidelity, output: Path, report: Report) -> None:
     table = [
         ("tokens compared", f"{fidelity.tokens:,}"),
         ("completion loss, live adapter", f"{fidelity.reference_loss:.4f} nats"),

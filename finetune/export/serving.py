@@ -18,6 +18,7 @@ _EXPERTS = {
     "original": "The experts' weights are the original 16-bit ones, while the adapter was trained with 4-bit ones: a "
     "model that nobody trained. Compare it with the adapter before it serves.",
 }
+_KEPT = "Attention is in bfloat16; the experts' bytes are those that the adapter was merged onto."
 # Ollama's template language for `[INST] system, blank line, user [/INST] answer</s>`.
 _MISTRAL_TEMPLATE = (
     '{{- range $index, $_ := .Messages }}{{- if eq .Role "user" }}[INST] '
@@ -30,7 +31,7 @@ def write_serving(folder: Path, about: Mapping[str, Any], *, name: str, chat_tem
     """Writes SERVING.md, and for a GGUF the Modelfile, into a folder that is being filled.
 
     Args:
-        about: what merge.json says, or fidelity.json of the nf4 format.
+        about: what merge.json says.
         name: the folder's name when it is done.
     """
     text = {"gguf": _gguf, "nf4": _nf4}.get(about["format"], _standard)(about, name)
@@ -50,7 +51,8 @@ def modelfile(gguf: str, chat_template: str | None) -> str:
 def _origin(about: Mapping[str, Any]) -> str:
     adapters = "\n".join(f"- {a['factor']:g} x `{a['path']}` ({a['kind']})" for a in about["adapters"])
     head = f"Merged by moe-qlora onto `{about['base']}` (--onto {about['onto']}) from"
-    return f"{head}\n\n{adapters}\n\n{_EXPERTS[about['onto']]}\n"
+    experts = _KEPT if about["format"] == "nf4" else _EXPERTS[about["onto"]]
+    return f"{head}\n\n{adapters}\n\n{experts}\n"
 
 
 def _standard(about: Mapping[str, Any], name: str) -> str:
@@ -75,9 +77,7 @@ For several GPUs add vLLM's and SGLang's `--tensor-parallel-size N`, TGI's `--nu
 def _nf4(about: Mapping[str, Any], name: str) -> str:
     return f"""# Serving `{name}`
 
-Merged by moe-qlora onto `{about["base"]}` from `{about["merged_from"]}`: attention in bfloat16, the experts' bytes
-as the base has them.
-
+{_origin(about)}
 | engine | what it reads | command |
 |---|---|---|
 | `finetune serve` | this folder | `finetune serve ./{name}` |

@@ -4,6 +4,7 @@ anything is written and then read one weight at a time.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,12 @@ class MergeSource:
         adapter = self.tunings[0].folder
         return load_tokenizer(str(adapter if (adapter / "tokenizer_config.json").is_file() else self.folder))
 
+    def copy_generation_config(self, folder: Path) -> None:
+        """Into a folder that is being filled, where the base has one."""
+        generation = self.folder / "generation_config.json"
+        if generation.is_file():
+            shutil.copyfile(generation, folder / generation.name)
+
     @property
     def identity(self) -> dict[str, Any]:
         """Every file that is read, by size and time: what makes a started merge the same as this one."""
@@ -133,10 +140,17 @@ def open_source(
             allowed="--onto trained, or --onto original --original PATH with the checkpoint that was quantized",
             fix="name the original with --original, or merge onto what was trained",
         )
+    quantization = config.pop("quantization_config", None) or {}
+    if onto == "trained" and not quantization and spec.experts != "nf4":
+        raise AdapterError(
+            f"the adapter was trained on experts in {spec.experts}, and the base is a checkpoint in 16 bits",
+            where=str(folder),
+            allowed=f"the folder that `finetune quantize --experts {spec.experts}` made of it; or --onto original",
+            fix="name that folder with --base",
+        )
     _, arch = check_base(replace(spec, path=str(folder)))
     skeleton = _skeleton(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    quantization = config.pop("quantization_config", None) or {}
     weights = TrainedBase(
         folder,
         arch,

@@ -12,40 +12,22 @@ often as good (`fidelity.json` of the nf4 format measures only the first).
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name, role_of
-from finetune.errors import OutputError
-from finetune.export.resumable import OutputFile, Part, Place, resumable
+from finetune.export.resumable import resumable
 from finetune.export.serving import write_serving
+from finetune.export.shards import Made, Stored, parse_size, write_shards
 from finetune.export.source import MergeSource
 from finetune.runfolder import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_HEADER_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MERGE_FILE = "merge.json"
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Tensors that are made at once: names and shapes, and how."""
-
-    shapes: dict[str, tuple[int, ...]]
-    make: Callable[[], Sequence[Tensor]]
-
-    def bytes_in(self, dtype: torch.dtype) -> int:
-        return sum(prod(shape) for shape in self.shapes.values()) * dtype.itemsize
 
 
 def write_standard(source: MergeSource, output: Path, *, format: str, shard_size: str) -> dict[str, Any]:
@@ -65,42 +47,19 @@ def write_standard(source: MergeSource, output: Path, *, format: str, shard_size
     dtype = DTYPES[format]
     limit = parse_size(shard_size)
     tokenizer = source.load_tokenizer()
-    files, parts, weight_map = _lay_out(_plan(source, dtype), dtype, limit)
+    plan = _plan(source, dtype)
     job = {**source.identity, "format": format, "shard_size": limit}
     with resumable(output, job) as partial:
-        made = partial.write(files, parts, title=f"merge to {format}")
+        files, made = write_shards(partial, plan, limit, title=f"merge to {format}")
         folder = partial.folder
-        if len(files) > 1:
-            total = {"total_size": sum(part.size for part in parts)}
-            write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
         write_json(folder / "config.json", plain_config(source.config, format))
-        generation = source.folder / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, folder / generation.name)
+        source.copy_generation_config(folder)
         tokenizer.save_pretrained(folder)
         _name_tokenizer_for_all(folder)
-        about = {**source.to_dict(), "format": format, "files": {name: file.size for name, file in files.items()}}
+        about = {**source.to_dict(), "format": format, "files": files}
         write_json(folder / MERGE_FILE, about)
         write_serving(folder, about, name=output.name, chat_template=None)
     return {**about, "made_bytes": made}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like `4GB`, `500 MB` or `2GiB`.
-
-    Raises:
-        OutputError: it is no such size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if not size:
-        raise OutputError(
-            f"{text!r} is not a size",
-            where="--shard-size",
-            allowed="a number with KB, MB, GB, KiB, MiB or GiB",
-            fix="give a size like 4GB",
-        )
-    return size
 
 
 def plain_config(config: dict[str, Any], format: str) -> dict[str, Any]:
@@ -118,7 +77,7 @@ def plain_config(config: dict[str, Any], format: str) -> dict[str, Any]:
     return plain
 
 
-def _plan(source: MergeSource, dtype: torch.dtype) -> list[_Made]:
+def _plan(source: MergeSource, dtype: torch.dtype) -> list[Made]:
     """All tensors in order of the layers."""
     made = []
     arch = source.arch
@@ -128,67 +87,21 @@ def _plan(source: MergeSource, dtype: torch.dtype) -> list[_Made]:
             def parameter(name: str = name) -> Sequence[Tensor]:
                 return [source.parameter(name, dtype)]
 
-            made.append(_Made({hub_name(arch.model_type, name): shape}, parameter))
+            made.append(Made({hub_name(arch.model_type, name): Stored(dtype, shape)}, [parameter]))
             continue
         layer, projection = int(name.split(".")[2]), name.rpartition(".")[2]
         assert projection in EXPERT_PROJECTIONS, name
         for expert in range(arch.experts):
             names = hub_expert_names(arch.model_type, layer, expert, projection)
-            matrix = (shape[1] // len(names), shape[2])
+            matrix = Stored(dtype, (shape[1] // len(names), shape[2]))
 
             def matrices(
                 layer: int = layer, expert: int = expert, projection: str = projection, count: int = len(names)
             ) -> Sequence[Tensor]:
                 return source.expert(layer, expert, projection, dtype).chunk(count)
 
-            made.append(_Made(dict.fromkeys(names, matrix), matrices))
+            made.append(Made(dict.fromkeys(names, matrix), [matrices]))
     return made
-
-
-def _lay_out(
-    made: Sequence[_Made], dtype: torch.dtype, limit: int
-) -> tuple[dict[str, OutputFile], list[Part], dict[str, str]]:
-    """Files, parts and the index's weight map: shards filled in order, none above the limit unless by one part."""
-    shards: list[list[_Made]] = [[]]
-    size = 0
-    for one in made:
-        if shards[-1] and size + one.bytes_in(dtype) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(one)
-        size += one.bytes_in(dtype)
-    files: dict[str, OutputFile] = {}
-    parts: list[Part] = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        header, starts, total = _header({key: s for one in shard for key, s in one.shapes.items()}, dtype)
-        files[name] = OutputFile(header, total)
-        for one in shard:
-            places = (Place(name, starts[key], prod(s) * dtype.itemsize) for key, s in one.shapes.items())
-            parts.append(Part(tuple(places), lambda one=one: [as_bytes(tensor) for tensor in one.make()]))  # type: ignore[misc]
-            weight_map |= dict.fromkeys(one.shapes, name)
-    return files, parts, dict(sorted(weight_map.items()))
-
-
-def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
-    """A safetensors header for tensors of one dtype, where in the file each begins, and the file's size."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    end = 0
-    for name, shape in shapes.items():
-        offsets[name], end = end, end + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _HEADER_DTYPES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + end
-
-
-def as_bytes(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes, uint8 [n]; not copied where it is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _name_tokenizer_for_all(folder: Path) -> None:

@@ -7,7 +7,7 @@ it is dropped. Rows of a stacked tensor (one expert of a layer) are read alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from finetune.checkpoint import TensorInfo, incomplete, read_tensor_infos, shard_files
 from finetune.errors import AdapterError, FinetuneError, ModelError
+from finetune.export import buffers
+from finetune.export.page_cache import read_into
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
@@ -78,7 +80,25 @@ class Tensors:
         info = self._infos[name]
         dtype = _DTYPES[info.dtype]
         shape = info.shape if row is None else info.shape[1:]
-        size = prod(shape) * dtype.itemsize
-        start = info.start + (row or 0) * size
-        raw = np.fromfile(info.file, dtype=np.uint8, count=size, offset=start)
+        raw = buffers.take(prod(shape) * dtype.itemsize)
+        _fill(raw, info, (row or 0) * raw.nbytes)
         return torch.from_numpy(raw).view(dtype).view(shape)
+
+    def read_joined(self, names: Sequence[str]) -> Tensor:
+        """`torch.cat` of tensors along their first dimension; of one dtype, they are read into one memory."""
+        infos = [self._infos[name] for name in names]
+        if len({info.dtype for info in infos}) > 1:
+            return torch.cat([self.read(name) for name in names])
+        dtype = _DTYPES[infos[0].dtype]
+        sizes = [prod(info.shape) * dtype.itemsize for info in infos]
+        raw = buffers.take(sum(sizes))
+        for info, into in zip(infos, np.split(raw, np.cumsum(sizes)[:-1]), strict=True):
+            _fill(into, info, 0)
+        return torch.from_numpy(raw).view(dtype).view(-1, *infos[0].shape[1:])
+
+
+def _fill(raw: np.ndarray, info: TensorInfo, start: int) -> None:
+    """Fills bytes from a tensor's, from `start` on."""
+    with info.file.open("rb", buffering=0) as stream:
+        count = read_into(stream, info.start + start, raw.data)
+    assert count == raw.nbytes, (info, start, count)  # the header and the file's size were compared

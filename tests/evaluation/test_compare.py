@@ -18,7 +18,6 @@ from finetune.console import Report
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.evaluate import Said, row_sums
 from finetune.evaluation.command import run_evaluate
-from finetune.export.merge import merge_adapter
 from finetune.model import LoadedModel, load
 from finetune.recipe import load_recipe
 from tests.export.tunings import tuned, update
@@ -132,7 +131,7 @@ def test_equals_whole_models_run_apart(
 def test_an_nf4_merge_and_another_adapter_as_well(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
     names = [tmp_path / name for name in ("adapter", "nf4", "other")]
     live = tuned(small_mixtral, names[0], scale=0.3)
-    merge_adapter(names[0], names[1], device="cpu")
+    assert run_finetune("merge", names[0], "--output", names[1], "--device", "cpu").status == 0
     other = tuned(small_mixtral, names[2], scale=0.3, seed=5)
     options = ("--compare", names[1], "--compare", names[2], "--data", conversations, "--max-rows", ROWS)
     ran = run_finetune("evaluate", names[0], *options, "--device", "cpu", "--json")

@@ -1,116 +1,193 @@
-"""Merging: the merged model is the live adapter up to one bfloat16 rounding of W', and nothing else changes."""
+"""The nf4 merge: byte for byte what transformers saves of a model merged in memory, the live adapter up to one bfloat16
+rounding of W', and compared with it by the folder's own weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from finetune import Moe4bitConfig
 from finetune.data import Reading, Source, Teaching, encode_source
-from finetune.export.merge import merge_adapter, merged_weight
+from finetune.evaluate import fidelity
+from finetune.export import command, live
 from finetune.export.quantized import write_quantized
+from finetune.export.tensors import Tensors
 from finetune.model import load
-from tests.export.tunings import tuned, tuned_non_moe
-from tests.running import run_finetune
+from tests.export.in_memory import merged_weight, save_merged
+from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update
+from tests.running import contents, refused, run_finetune
 
 
-@pytest.mark.parametrize("attention", ["nf4", "16bit"])
-@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
-def test_merged_weight_is_base_plus_update(
+def merge(adapter: Path, output: Path, *args: object) -> dict[str, Any]:
+    """The document of `finetune merge --json` to the nf4 format."""
+    ran = run_finetune("merge", adapter, "--output", output, "--device", "cpu", *args, "--json")
+    assert ran.status == 0, ran.stderr
+    return {**ran.document, "said": ran.stderr}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_model(found: Path, expected: Path) -> None:
+    """Equal names, dtypes, shapes and bits of all tensors, and an equal config.json."""
+    before, after = tensors_of(expected), tensors_of(found)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert (after[name].dtype, after[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(after[name], tensor), name
+    assert (found / "config.json").read_text() == (expected / "config.json").read_text()
+
+
+# ---- the folder ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attention", "lora"),
+    [
+        ("nf4", {}),
+        ("nf4", {"use_rslora": True, "router": True}),
+        ("nf4", {"use_dora": True}),
+        ("16bit", {"use_dora": True}),
+    ],
+    ids=["lora", "rslora and router", "dora", "dora on 16-bit attention"],
+)
+def test_it_is_the_folder_of_a_merge_in_memory(
     small_mixtral: Path, tmp_path: Path, attention: str, lora: dict[str, bool]
 ) -> None:
-    live = tuned(small_mixtral, tmp_path / "adapter", attention=attention, **lora)
-    scaling = 16 / 8**0.5 if lora.get("use_rslora") else 16 / 8
-    layers = [module for module in live.model.modules() if isinstance(module, LoraLayer)]
-    assert len(layers) == 8
-    for layer in layers:
-        weight = layer.get_base_layer().weight
-        if attention == "nf4":
-            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        a, b = (getattr(layer, part)["default"].weight.double() for part in ("lora_A", "lora_B"))
-        expected = weight.double() + scaling * b @ a
-        if lora.get("use_dora"):
-            norms = (expected**2).sum(1, keepdim=True).sqrt()
-            expected = layer.lora_magnitude_vector["default"].weight.double()[:, None] * expected / norms
-        torch.testing.assert_close(merged_weight(layer).double(), expected, rtol=1e-5, atol=1e-7)
+    adapter = tmp_path / "adapter"
+    trained = tuned(small_mixtral, adapter, attention=attention, **lora)
+    merge(adapter, tmp_path / "merged")
+    save_merged(trained, tmp_path / "expected")
+    assert_same_model(tmp_path / "merged", tmp_path / "expected")
+    # And attention is the float64 sum rounded once, by bitsandbytes' own values and the adapter's file.
+    found = tensors_of(tmp_path / "merged")
+    scaling = RSLORA_SCALING if lora.get("use_rslora") else 2.0
+    for name, stored in load_file(small_mixtral / "model.safetensors").items():
+        if "self_attn" in name:
+            start = nf4_values(stored) if attention == "nf4" else stored.float()
+            assert_rounded_once(found[name], start.double() + update(adapter, name, start, scaling=scaling))
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_merged_folder_computes_what_the_live_adapter_computes(
-    small_mixtral: Path, conversations: Path, tmp_path: Path, lora: dict[str, bool]
+@pytest.mark.parametrize(
+    ("experts", "attention"), [("nf4", "nf4"), ("hqq2", "nf4"), ("hqq3", "16bit")], ids=["nf4", "hqq2", "hqq3"]
+)
+def test_experts_of_a_quantized_base_keep_their_bytes(
+    small_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: str, attention: str
 ) -> None:
-    live = tuned(small_mixtral, tmp_path / "adapter", **lora)
+    """Copied one expert at a time, without a model."""
+    quantized, adapter = tmp_path / "quantized", tmp_path / "adapter"
+    write_quantized(str(small_mixtral), quantized, attention=attention, experts=experts, device="cpu")
+    trained = tuned(quantized, adapter, attention=attention)
+    read, rows = Tensors.read, set()
+
+    def watched(self: Tensors, name: str, *, row: int | None = None) -> Tensor:
+        if ".experts." in name:
+            rows.add(row)
+        return read(self, name, row=row)
+
+    monkeypatch.setattr(Tensors, "read", watched)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    merge(adapter, tmp_path / "merged")
+    monkeypatch.undo()
+    assert rows == {0, 1, 2, 3}
+    before, after = tensors_of(quantized), tensors_of(tmp_path / "merged")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if ".experts." in name)
+    save_merged(trained, tmp_path / "expected")
+    assert_same_model(tmp_path / "merged", tmp_path / "expected")
+    assert load(str(tmp_path / "merged"), device="cpu").base.experts == experts
+    if experts != "nf4":
+        says = (f"the adapter was trained on experts in {experts}, and the base is a checkpoint in 16 bits", "--base")
+        refused(tmp_path, "merge", adapter, "--base", small_mixtral, "--output", tmp_path / "none", says=says)
+
+
+def test_a_non_moe_tuning_is_rounded_once(small_mixtral: Path, tmp_path: Path) -> None:
+    trained = tuned_non_moe(small_mixtral, tmp_path / "adapter", router=True)
+    tuning = {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+    assert merge(tmp_path / "adapter", tmp_path / "merged")["fidelity"] is None
+    after = tensors_of(tmp_path / "merged")
+    for name, parameter in tuning.items():
+        assert torch.equal(after[name], parameter.to(torch.bfloat16)), name
+    save_merged(trained, tmp_path / "expected")
+    assert_same_model(tmp_path / "merged", tmp_path / "expected")
+
+
+def test_adapters_add_up_in_shards(small_mixtral: Path, tmp_path: Path) -> None:
+    """The sum is that of the bf16 format, which is held to float64; experts are those of one adapter."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    tuned(small_mixtral, first)
+    tuned(small_mixtral, second, use_dora=True, seed=5)
+    args = ("--factor", 0.7, "--with", f"{second}=-0.5", "--shard-size", "50KB")
+    about = merge(first, tmp_path / "merged", *args)
+    assert about["fidelity"] is None
+    assert (
+        "Not compared with the live adapter: it is not one adapter as it was trained; `finetune evaluate"
+        in (about["said"])
+    )
+    assert run_finetune("merge", first, "--output", tmp_path / "bf16", "--format", "bf16", *args).status == 0
+    merge(first, tmp_path / "one")
+    found, summed, one = (tensors_of(tmp_path / name) for name in ("merged", "bf16", "one"))
+    assert found.keys() == one.keys()
+    for name, tensor in found.items():
+        hub = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+        assert torch.equal(tensor, (one if ".experts." in name else summed)[name if ".experts." in name else hub]), name
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(about["files"]) > 2
+    held = {name: file for file in about["files"] for name in load_file(tmp_path / "merged" / file)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    load(str(tmp_path / "merged"), device="cpu")
+    serving = (tmp_path / "merged" / "SERVING.md").read_text()
+    assert f"- 0.7 x `{first}` (lora)" in serving
+    assert "`finetune serve ./merged`" in serving
+
+
+# ---- compared with the live adapter -------------------------------------------------------------------------------
+
+
+def test_merged_folder_computes_what_the_live_adapter_computes(small_mixtral: Path, tmp_path: Path) -> None:
+    trained = tuned(small_mixtral, tmp_path / "adapter", use_dora=True)
     ids = torch.randint(3, 32000, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = live.model(ids).logits
-        without = {name: merged_weight(m) for name, m in live.model.named_modules() if isinstance(m, LoraLayer)}
-    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=8, device="cpu")
+        expected = trained.model(ids).logits
+        without = {name: merged_weight(m) for name, m in trained.model.named_modules() if isinstance(m, LoraLayer)}
+    merge(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
     with torch.no_grad():
         found = merged(ids).logits
         # One rounding of W': put the rounded weights' unrounded originals back, and only summation order is left.
         for name, weight in without.items():
-            module = merged.get_submodule(name.removeprefix("base_model.model."))
-            assert torch.equal(module.weight, weight.to(torch.bfloat16).float())
-            module.weight.data = weight
+            parameter = merged.get_parameter(name.removeprefix("base_model.model.") + ".weight")
+            assert torch.equal(parameter, weight.to(torch.bfloat16).float())
+            parameter.data = weight
         unrounded = merged(ids).logits
     # Measured: 3e-7 unrounded, 1e-3 with bf16 W', logits of about 0.5.
     torch.testing.assert_close(unrounded, expected, rtol=0, atol=5e-6)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
-    assert report is not None
-    assert report.kl < 1e-5
-    assert report.top_k_overlap > 0.98
-    assert report.candidate_loss == pytest.approx(report.reference_loss, abs=1e-3)
-    saved = json.loads((tmp_path / "merged" / "fidelity.json").read_text())
-    assert saved["fidelity"] == report.to_dict()
-    assert "`finetune serve ./merged`" in (tmp_path / "merged" / "SERVING.md").read_text()
 
 
-def test_everything_but_attention_keeps_its_bits(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
-    tuned(small_mixtral, tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=1, device="cpu")
-    base = AutoModelForCausalLM.from_pretrained(
-        small_mixtral, quantization_config=Moe4bitConfig("16bit"), dtype=torch.bfloat16, device_map="cpu"
-    )
-    base.save_pretrained(tmp_path / "base")
-    before = load_file(tmp_path / "base" / "model.safetensors")
-    after = load_file(tmp_path / "merged" / "model.safetensors")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype, name
-        assert torch.equal(tensor, after[name]) == ("self_attn" not in name), name
-
-
-def test_experts_in_fewer_bits_keep_theirs(small_mixtral: Path, saved_adapter: Path, tmp_path: Path) -> None:
-    low = tmp_path / "low"
-    write_quantized(str(small_mixtral), low, experts="hqq2", device="cpu")
-    merge_adapter(saved_adapter, tmp_path / "merged", base_path=str(low), device="cpu")
-    before, after = (load_file(folder / "model.safetensors") for folder in (low, tmp_path / "merged"))
-    experts = [name for name in before if ".experts." in name]
-    assert len(experts) == 2 * 2 * 2
-    for name in experts:
-        assert torch.equal(after[name], before[name]), name
-    assert load(str(tmp_path / "merged"), device="cpu").model.config.quantization_config.experts == "hqq2"
-
-
-def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora and router", "non-MoE"])
+def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, tmp_path: Path, kind: str) -> None:
     """Against two full models run apart, with transformers' own loss and router logits."""
-    live = tuned(small_mixtral, tmp_path / "adapter", scale=0.3)
-    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", data=str(conversations), max_rows=4, device="cpu")
+    if kind == "non-MoE":
+        trained = tuned_non_moe(small_mixtral, tmp_path / "adapter", router=True)
+    else:
+        trained = tuned(small_mixtral, tmp_path / "adapter", scale=0.3, router=True)
+    report = merge(tmp_path / "adapter", tmp_path / "merged", "--data", conversations, "--rows", 2)["fidelity"]
     merged = load(str(tmp_path / "merged"), device="cpu")
-    rows = list(encode_source(Reading(Source(str(conversations), max_rows=4)), live.tokenizer, Teaching()).dataset)
+    rows = list(encode_source(Reading(Source(str(conversations), max_rows=2)), trained.tokenizer, Teaching()).dataset)
     kl, agree, overlap, nll, tokens, supervised = 0.0, 0, 0, 0.0, 0, 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         with torch.no_grad():
-            a, b = (m.model(input_ids=ids, labels=labels, output_router_logits=True) for m in (live, merged))
+            a, b = (m.model(input_ids=ids, labels=labels, output_router_logits=True) for m in (trained, merged))
         p, q = (out.logits[0].double().log_softmax(-1) for out in (a, b))
         kl += float((p.exp() * (p - q)).sum())
         agree += int((p.argmax(-1) == q.argmax(-1)).sum())
@@ -120,23 +197,45 @@ def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, t
         targets = labels[0, 1:]
         nll += sum(-float(p[i, t]) for i, t in enumerate(targets.tolist()) if t != -100)
         tokens, supervised = tokens + ids.numel(), supervised + int((targets != -100).sum())
-    assert report is not None
-    assert (report.tokens, report.supervised_tokens) == (tokens, supervised)
-    assert report.kl == pytest.approx(kl / tokens, rel=1e-2, abs=1e-8)
-    assert report.greedy_agreement == agree / tokens
-    assert report.top_k_overlap == overlap / (tokens * 2 * 2)
-    assert report.reference_loss == pytest.approx(nll / supervised, rel=1e-5)
+    assert (report["tokens"], report["supervised_tokens"]) == (tokens, supervised)
+    assert report["kl"] == pytest.approx(kl / tokens, rel=1e-2, abs=1e-8)
+    assert report["greedy_agreement"] == agree / tokens
+    assert report["top_k_overlap"] == overlap / (tokens * 2 * 2)
+    assert report["reference_loss"] == pytest.approx(nll / supervised, rel=1e-5)
+    saved = json.loads((tmp_path / "merged" / "fidelity.json").read_text())
+    assert saved["fidelity"] == report
+    assert saved["held_out"] == str(conversations)
 
 
-def test_non_moe_tuning_merges_by_one_rounding(small_mixtral: Path, tmp_path: Path) -> None:
-    loaded = tuned_non_moe(small_mixtral, tmp_path / "adapter")
-    ran = run_finetune("merge", tmp_path / "adapter", "--output", tmp_path / "merged", "--device", "cpu", "--json")
-    assert ran.status == 0, ran.stderr
-    assert ran.document["fidelity"] is None
-    after = load_file(tmp_path / "merged" / "model.safetensors")
-    for name, parameter in loaded.model.named_parameters():
-        if parameter.requires_grad:
-            assert torch.equal(after[name], parameter.detach().to(torch.bfloat16)), name
+def test_a_comparison_that_is_cut_off_leaves_the_merged_model(
+    small_mixtral: Path, saved_adapter: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    assert live.fidelity is fidelity
+    monkeypatch.setattr(live, "fidelity", cut)
+    args = ("--data", conversations, "--rows", 1)
+    assert run_finetune("merge", saved_adapter, "--output", tmp_path / "merged", *args, "--device", "cpu").status == 130
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    merge(saved_adapter, tmp_path / "whole", "--rows", 0)
+    found, whole = contents(tmp_path / "merged"), contents(tmp_path / "whole")
+    assert found.keys() == whole.keys()
+    for name in found.keys() - {"SERVING.md"}:  # which names the folder
+        assert found[name] == whole[name], name
+
+
+def test_conversations_are_read_before_anything_is_written(
+    saved_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "write_nf4", None)
+    (tmp_path / "rows.jsonl").write_text('{"unknown": 3}\n')
+    args = ("merge", saved_adapter, "--output", tmp_path / "merged")
+    refused(tmp_path, *args, "--data", tmp_path / "rows.jsonl", "--device", "cpu", says=("rows.jsonl",))
+    says = ("--data does not go with --with or --factor", "finetune evaluate ADAPTER --compare OUTPUT --data DATA")
+    refused(tmp_path, *args, "--data", "x", "--factor", 0.5, says=says)
+    refused(tmp_path, *args, "--data", "x", "--with", saved_adapter, says=says)
 
 
 def test_generate_streams_the_same_greedy_tokens(small_mixtral: Path, tmp_path: Path) -> None:

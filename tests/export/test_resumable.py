@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,48 @@ def test_what_the_disk_gives_back_is_compared(tmp_path: Path) -> None:
     assert "give the same command again: only such parts are made anew" in message
     assert write(part("file", 6, b"gh")) == 1
     assert (tmp_path / "out" / "file").read_bytes() == b"ABCDEFgh"
+
+
+def test_parts_are_made_two_at_a_time_by_one_thread_each(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=60)
+    threads: list[int] = []
+
+    def make() -> None:
+        both.wait()
+        threads.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with resumable(tmp_path / "out", {}) as opened:
+            opened.write(
+                {"file": OutputFile(b"", 4)}, [part("file", n, b"ABCD"[n : n + 1], make) for n in range(4)], title=""
+            )
+        assert (threads, torch.get_num_threads()) == ([1] * 4, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert (tmp_path / "out" / "file").read_bytes() == b"ABCD"
+
+
+def test_parts_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made and not yet written is bounded: it is the merge's memory."""
+    put, made, most = Partial._put, 0, 0
+
+    def make() -> None:
+        nonlocal made
+        made += 1
+
+    def slow(self: Partial, part: Part, future: Any) -> None:
+        nonlocal made, most
+        time.sleep(0.01)
+        most = max(most, made)
+        made -= 1
+        put(self, part, future)
+
+    monkeypatch.setattr(Partial, "_put", slow)
+    with resumable(tmp_path / "out", {}) as opened:
+        opened.write({"file": OutputFile(b"", 40)}, [part("file", n, b"A", make) for n in range(40)], title="")
+    assert 2 <= most <= 6
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_made(

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.export.merge import merge_adapter, merged_weight
 from finetune.export.quantized import write_quantized
 from finetune.export.standard import plain_config
-from finetune.export.trained_base import decode, encode
+from finetune.export.trained_base import decode, encode, trained_values
 from finetune.kernels.low_bit import unpack
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
 from finetune.kernels.nf4_code import NF4_CODE
 from finetune.model import LoadedModel
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
+from tests.export.in_memory import merged_weight
 from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update
 from tests.models import FAMILIES, tiny_model
 from tests.running import Ran, refused, run_finetune
@@ -94,7 +94,7 @@ def test_every_weight_is_the_float64_sum_rounded_once(
 def test_attention_equals_the_nf4_merge_bit_for_bit(small_mixtral: Path, tmp_path: Path) -> None:
     tuned(small_mixtral, tmp_path / "adapter")
     merge(tmp_path / "adapter", "--output", tmp_path / "bf16", "--format", "bf16")
-    merge_adapter(tmp_path / "adapter", tmp_path / "nf4", device="cpu")
+    merge(tmp_path / "adapter", "--output", tmp_path / "nf4", "--format", "nf4")
     found, exact = merged_tensors(tmp_path / "bf16"), merged_tensors(tmp_path / "nf4")
     shared = found.keys() & exact.keys()
     assert sum("self_attn" in name for name in shared) == 8
@@ -192,6 +192,27 @@ def test_encoding_gives_bitsandbytes_bytes(dtype: torch.dtype) -> None:
         assert torch.equal(decode(found, target), dequantize_reference(expected, target)[0])
 
 
+def test_values_without_bytes_are_those_of_bitsandbytes() -> None:
+    """Every ratio of two bfloat16s that the table holds, blocks of zeros, and numbers too small for the table."""
+    absmax = torch.arange(127 << 7, 128 << 7, dtype=torch.int16).view(-1, 1)
+    below = (absmax - torch.arange(1, 1 + 63 * 17, dtype=torch.int16)).view(torch.bfloat16).view(-1, 63)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
+    blocks = torch.cat([absmax.view(torch.bfloat16).repeat_interleave(17, 0), below], 1)
+    usual = torch.cat([blocks * sign for sign in signs])
+    powers = torch.randint(0, 12, (len(usual), 1), generator=torch.Generator().manual_seed(0))
+    usual *= (2.0**-powers).to(torch.bfloat16)
+    usual[5], usual[6], usual[7, 1:] = 0, -0.0, -0.0
+    rare = usual.clone()
+    rare[10] *= 2.0**-110  # with subnormal weights
+    rare[11] *= 2.0**-120
+    for matrix in (usual, rare):
+        expected = quantize_stack(matrix.view(1, -1, 256))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = trained_values(matrix.view(-1, 256), dtype)
+            assert torch.equal(found, dequantize_reference(expected, dtype)[0])
+            assert torch.equal(found, decode(encode(matrix.view(-1, 256)), dtype))
+
+
 def test_non_moe_tuning_is_rounded_once(small_mixtral: Path, tmp_path: Path) -> None:
     loaded = tuned_non_moe(small_mixtral, tmp_path / "adapter", router=True)
     merge(tmp_path / "adapter", "--output", tmp_path / "merged", "--format", "fp16")
@@ -271,7 +292,7 @@ def test_the_config_has_the_keys_of_earlier_readers() -> None:
         (("--format", "int8"), ("--format 'int8' does not exist", "nf4, bf16, fp16, gguf")),
         (("--onto", "best"), ("--onto 'best' does not exist", "trained, original")),
         (("--format", "bf16", "--data", "x"), ("--data does not go with --format bf16", "allowed: --format nf4")),
-        (("--with", "B=0.5"), ("--with does not go with --format nf4", "--format bf16 or fp16 or gguf")),
+        (("--onto", "original"), ("--onto original does not go with --format nf4", "--format bf16 or fp16 or gguf")),
         (("--format", "fp16", "--gguf-type", "q8_0"), ("--gguf-type does not go with --format fp16",)),
         (("--format", "bf16", "--shard-size", "4 parsecs"), ("'4 parsecs' is not a size", "give a size like 4GB")),
         (("--format", "bf16", "--with", "B=much"), ("'much' is not a factor", "where: --with B=much")),

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import FinetuneError, ModelError
-from finetune.export.merge import merge
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
 from finetune.infer.request import Request, Sampling, TokenEvent
@@ -26,6 +25,7 @@ from finetune.quant import Moe4bitConfig, require_quantized_experts, take_census
 from finetune.quant.quantizer import EXPERT_BYTES_PER_WEIGHT
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model
 from tests.quant.loading import assert_same_bits, bits, logits, relative_error, reload, tensors_of
+from tests.running import run_finetune
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 STORAGES = ("hqq2", "hqq3")
@@ -145,10 +145,11 @@ def test_an_adapter_of_the_nf4_base_goes_onto_the_folder(
         assert not torch.equal(without(ids).logits, expected)
         again = load(str(adapter), base_path=str(tmp_path / "two"), dtype="float32", device="cpu")
         assert torch.equal(again.model(ids).logits, expected)
-    merge(here, tmp_path / "merged")
+    to = ("--base", tmp_path / "two", "--output", tmp_path / "merged", "--device", "cpu")
+    assert run_finetune("merge", adapter, *to).status == 0
     before, after = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "merged")
     names = [name for name in before if ".experts." in name]
-    assert names == [name for name in after if ".experts." in name]
+    assert sorted(names) == sorted(name for name in after if ".experts." in name)
     assert all(torch.equal(after[name], before[name]) for name in names)
     assert load(str(tmp_path / "merged"), device="cpu").base.experts == "hqq2"
 

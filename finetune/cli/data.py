@@ -1,0 +1,41 @@
+"""`finetune data`: what a recipe's data teaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.options import Debug, Json, Overrides, RecipePath
+from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.recipe import load_recipe
+
+data_app = typer.Typer(name="data", no_args_is_help=True, help="Look at data.")
+
+
+@data_app.command("check")
+def data_check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="Print so many examples, what is learnt coloured.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page.", show_default=False)] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a corrected copy of the data to this new folder.", show_default=False)
+    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one GPU, for the cost.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Report what a recipe's data teaches, before a GPU is touched; exit status 1 where training would refuse it."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        quiet_libraries(debug)
+        from finetune.datacheck.check import check_data
+
+        document = check_data(
+            loaded, report, name=str(recipe), show=show, html=html, fix=fix, price_per_hour=price_per_hour
+        )
+        report.finish(document)
+    if any(fault["level"] == "error" for fault in document["faults"]):
+        raise typer.Exit(1)

@@ -1,0 +1,177 @@
+"""`finetune generate`, `chat` and `serve`: models that answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.cli.options import Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile
+from finetune.cli.reporting import quiet_libraries, reporting
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; may be given several times.")],
+    against: Annotated[str | None, typer.Option(help="Another model to answer the same, side by side.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
+    seed: int = 0,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it stands, without the chat template.")] = False,
+    residency: ResidencyOption = "auto",
+    device_gib: DeviceGib = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts, streamed."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.infer.engine import Engine
+        from finetune.infer.generate import generate as answer
+        from finetune.infer.request import Sampling
+        from finetune.infer.settings import EngineSettings
+
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
+        stdout = report.stdout
+        one_row = EngineSettings(
+            max_batch=1,
+            residency=residency,  # type: ignore[arg-type]  # checked by the engine
+            device_gib=device_gib,
+        )
+
+        def stream(text: str) -> None:
+            stdout.write(text)
+            stdout.flush()
+
+        streams = not as_json and against is None
+        answers = []
+        with Engine.load(model, base=base, device=device, settings=one_row) as engine:
+            for text in prompt:
+                answers.append(answer(engine, text, sampling, raw=raw, write=stream if streams else None))
+                if streams:
+                    stream("\n")
+        document: dict[str, Any] = {
+            "model": model,
+            "answers": [{"prompt": text, **vars(made)} for text, made in zip(prompt, answers, strict=True)],
+        }
+        if against is not None:
+            del engine  # and its model, before the other's comes
+            with Engine.load(against, device=device, settings=one_row) as other:
+                others = [answer(other, text, sampling, raw=raw) for text in prompt]
+            document |= {"against": against, "against_answers": [vars(made) for made in others]}
+            table = [(text, o.text, a.text) for text, o, a in zip(prompt, others, answers, strict=True)]
+            report.prose_table("Side by side", ("prompt", against, model), table)
+        report.finish(document)
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="A page in the browser: two models side by side, experts.")] = False,
+    host: Annotated[str, typer.Option(help="Of the page: address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 or more, below 1.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    seed: int = 0,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a conversation; the model's by default.")
+    ] = None,
+    residency: ResidencyOption = "auto",
+    device_gib: DeviceGib = None,
+    routing: RoutingFile = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Talk with a model in the terminal, or on a page with --ui."""
+    with reporting(False, debug) as report:
+        quiet_libraries(debug)
+        from finetune.chat.requirements import require_gradio
+        from finetune.infer.request import Sampling
+
+        if ui:
+            require_gradio()
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        from finetune.chat.command import Asked, talk, talk_on_page
+        from finetune.infer.settings import EngineSettings
+
+        settings = EngineSettings(
+            max_length=max_length,
+            residency=residency,  # type: ignore[arg-type]  # checked by the engine
+            device_gib=device_gib,
+            routing=routing,
+        )
+        asked = Asked(model, adapter or (), base, device, sampling, system, settings)
+        if ui:
+            talk_on_page(asked, report, host=host, port=port)
+        else:
+            talk(asked, report)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; give a key where others reach it.")] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its folder's")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,
+    max_body_mib: Annotated[float, typer.Option(min=0.001, help="Size of a request.")] = 8.0,
+    kv_gib: Annotated[float | None, typer.Option(help="Memory for keys and values; what is free by default.")] = None,
+    residency: ResidencyOption = "auto",
+    device_gib: DeviceGib = None,
+    routing: RoutingFile = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Holds the key that clients must show; else FINETUNE_API_KEY.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP in OpenAI's form, until Ctrl+C or SIGTERM."""
+    with reporting(False, debug) as report:
+        quiet_libraries(debug)
+        from finetune.serve.requirements import require_packages
+
+        require_packages()
+        from finetune.infer.settings import EngineSettings
+        from finetune.serve.command import serve as run
+
+        run(
+            model,
+            report,
+            host=host,
+            port=port,
+            adapters=adapter or (),
+            name=name,
+            base=base,
+            device=device,
+            settings=EngineSettings(
+                max_batch=max_batch,
+                max_length=max_length,
+                kv_gib=kv_gib,
+                residency=residency,  # type: ignore[arg-type]  # checked by the engine
+                device_gib=device_gib,
+                routing=routing,
+            ),
+            max_waiting=max_waiting,
+            max_body_mib=max_body_mib,
+            key_file=api_key_file,
+        )

@@ -1,0 +1,40 @@
+"""Options and arguments that several commands take, named once so that they read alike everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. training.max_steps=10.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, logs elsewhere.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ResidencyOption = Annotated[
+    str, typer.Option("--residency", help="Where the experts live: resident, offload (host memory), or auto.")
+]
+DeviceGib = Annotated[
+    float | None, typer.Option("--device-gib", min=0.1, help="How much of the GPU to use; what is free by default.")
+]
+RoutingFile = Annotated[
+    Path | None,
+    typer.Option("--routing", help="RUN/router/base.json: offloaded, its hottest experts stay.", show_default=False),
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Rows of a micro-batch; the recipe's by default.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the recipe's by default.")]
+Steps = Annotated[int, typer.Option(min=1, help="Measured steps, after three of warm-up.")]
+Shape = Annotated[
+    Path | None, typer.Option(help="Folder with a config.json; Mixtral 8x7B's by default.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Append the JSON line to this file.", show_default=False)]
+ProbeData = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="FILE", help="Text to read, may be given several times; bundled text by default."),
+]
+ProbeTokens = Annotated[int, typer.Option(min=1, help="Tokens to read at most, evenly from each kind of text.")]
+DocumentOut = Annotated[Path | None, typer.Option("--out", help="Write the JSON here as well.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write; must be new or empty.", show_default=False)]

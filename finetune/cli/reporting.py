@@ -1,0 +1,58 @@
+"""What every command does around its work: report, turn a user's mistake into exit status 2, quiet the libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
+
+from finetune.console import Report
+from finetune.errors import FinetuneError
+from finetune.runfolder import full_disk_explained
+
+
+@contextlib.contextmanager
+def reporting(as_json: bool, debug: bool) -> Iterator[Report]:
+    """Gives a command its report, and turns a user's mistake into one message and exit status 2."""
+    report = Report(as_json=as_json)
+    try:
+        with report.working(), full_disk_explained("an output folder, or the cache of a library"):
+            yield report
+    except FinetuneError as error:
+        fail(error, debug)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; a training run continues with --resume\n")
+        raise typer.Exit(130) from None
+
+
+def fail(error: FinetuneError, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exception(error)
+    else:
+        sys.stderr.write(f"error: {error}\n")
+    raise typer.Exit(2)
+
+
+def quiet_libraries(debug: bool, *, hub_progress: bool = False) -> None:
+    """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported.
+
+    Args:
+        hub_progress: the hub's client shows its bars.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The allocator's segments grow instead of being split. The memory margin counts on it: 0.3 GiB is reserved beyond
+    # the tensors with it (8 x 1024 tokens in 34 GiB, H100).
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if not hub_progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # transformers 5.2x renames arguments that 5.17 knows only by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

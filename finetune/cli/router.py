@@ -1,0 +1,71 @@
+"""`finetune router`: where tokens go, and what fine-tuning changed of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.options import Debug, Device, DocumentOut, Json, ProbeData, ProbeTokens
+from finetune.cli.reporting import quiet_libraries, reporting
+
+router_app = typer.Typer(name="router", no_args_is_help=True, help="Look at routers.")
+
+
+@router_app.command("drift")
+def router_drift(
+    model: Annotated[Path, typer.Argument(help="Adapter folder, or a merged model with --base.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Base model; an adapter names its own.")] = None,
+    data: ProbeData = None,
+    max_tokens: ProbeTokens = 65_536,
+    device: Device = "auto",
+    out: DocumentOut = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how far fine-tuning moved the routing from the base's, on the same text."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.routerstudy.drift_command import router_drift as run
+
+        report.finish(run(model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, out=out))
+
+
+@router_app.command("analyze")
+def router_analyze(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    data: ProbeData = None,
+    max_tokens: ProbeTokens = 65_536,
+    device: Device = "auto",
+    html: Annotated[Path | None, typer.Option(help="Write the study as one page.", show_default=False)] = None,
+    out: DocumentOut = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Study the routing: load and repetition by kind of text, favourite tokens, pairs of experts, coloured text."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.routerstudy.analyze import router_analyze as run
+
+        document = run(
+            model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, html=html, out=out
+        )
+        report.finish(document)
+
+
+@router_app.command("report")
+def router_report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its output.dir).", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page.", show_default=False)] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw the PNGs into this folder.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Report what a run did to the routing: the verdict, load, curves against the base, drift, alarms."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.routerstudy.report import report_run
+
+        report.finish(report_run(run, report, html=html, figures=figures))

@@ -1,0 +1,79 @@
+"""`finetune train`, `preflight` and `quantize`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath
+from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.console import gib
+from finetune.recipe import load_recipe
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in output.dir.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in output.dir.")] = False,
+    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model: to measure speed.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune by a recipe; exit status 1 where an alarm stopped it."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        quiet_libraries(debug)
+        from finetune.train import train as run
+
+        summary = run(loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
+        if summary:
+            report.finish(summary)
+    if summary and summary["stopped_by"] is not None:
+        raise typer.Exit(1)
+
+
+def preflight(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu_gib: Annotated[float | None, typer.Option(help="Estimate for a GPU of this size, at hand or not.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Estimate the device memory of a recipe, without a GPU and without weights."""
+    with reporting(as_json, debug) as report:
+        loaded = load_recipe(recipe, overrides or ())
+        quiet_libraries(debug)
+        from torch import device as torch_device
+
+        from finetune.model import resolve_device
+        from finetune.preflight import preflight as run
+        from finetune.preflight import show_memory
+
+        bytes_given = None if gpu_gib is None else int(gpu_gib * 2**30)
+        device = torch_device("cuda") if gpu_gib is not None else resolve_device(loaded.model.device)
+        memory = run(loaded, device, device_bytes=bytes_given)
+        show_memory(memory, report)
+        report.finish(memory.to_dict())
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.", show_default=False)],
+    output: Output,
+    attention: Annotated[str, typer.Option(help="nf4 or 16bit.")] = "nf4",
+    experts: Annotated[str, typer.Option(help="nf4, or hqq3 or hqq2: 3 or 2 bits, to answer only.")] = "nf4",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model once; the folder then loads without quantizing again."""
+    with reporting(as_json, debug) as report:
+        quiet_libraries(debug)
+        from finetune.export.quantized import write_quantized
+
+        census = write_quantized(model, output, attention=attention, experts=experts, revision=revision, device=device)
+        rows = [(row.role, row.dtype, gib(row.bytes)) for row in census.rows]
+        report.table(f"Quantized model in {output}", ("role", "dtype", "size"), rows)
+        report.finish({"output": str(output), **census.to_dict()})

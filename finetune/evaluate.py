@@ -61,6 +61,7 @@ class RowSums:
     """What one row adds to every measure of two models; losses and KL in nats.
 
     shared: chosen experts that both have in common, over all tokens, of each layer.
+    alike, alike_kl: tokens whose chosen experts are the same in every layer, and their part of the KL.
     largest: the largest absolute difference of a logit.
     """
 
@@ -71,6 +72,8 @@ class RowSums:
     kl: float
     agreed: int
     shared: tuple[int, ...]
+    alike: int
+    alike_kl: float
     largest: float
 
 
@@ -92,18 +95,22 @@ def row_sums(reference: Said, candidate: Said, labels: Tensor) -> RowSums:
     """
     device = candidate.logits.device
     targets = torch.cat([labels[1:], labels.new_full((1,), IGNORED)])
-    reference_nll, candidate_nll, kl, agreed, largest = 0.0, 0.0, 0.0, 0, 0.0
-    pieces = (tensor.split(_POSITIONS) for tensor in (reference.logits, candidate.logits, targets))
-    for a_TV, b_TV, targets_T in zip(*pieces, strict=True):
+    shared_LT = torch.stack(
+        [_shared(a_TK.to(device), b_TK) for a_TK, b_TK in zip(reference.chosen, candidate.chosen, strict=True)]
+    )
+    alike_T = (shared_LT == candidate.chosen[0].shape[1]).all(0)
+    reference_nll, candidate_nll, kl, alike_kl, agreed, largest = 0.0, 0.0, 0.0, 0.0, 0, 0.0
+    pieces = (tensor.split(_POSITIONS) for tensor in (reference.logits, candidate.logits, targets, alike_T))
+    for a_TV, b_TV, targets_T, same_T in zip(*pieces, strict=True):
         # In float32 the sum over 32,000 tokens is off by 1e-7 nats, as much as a merge loses.
         a_TV, b_TV = a_TV.to(device).double(), b_TV.double()
         log_p, log_q = a_TV.log_softmax(-1), b_TV.log_softmax(-1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        kl_T = (log_p.exp() * (log_p - log_q)).sum(-1)
+        kl, alike_kl = kl + kl_T.sum().item(), alike_kl + kl_T[same_T].sum().item()
         agreed += int((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
         largest = max(largest, (a_TV - b_TV).abs().max().item())
         reference_nll += nn.functional.nll_loss(log_p, targets_T, ignore_index=IGNORED, reduction="sum").item()
         candidate_nll += nn.functional.nll_loss(log_q, targets_T, ignore_index=IGNORED, reduction="sum").item()
-    chosen = zip(reference.chosen, candidate.chosen, strict=True)
     return RowSums(
         tokens=len(labels),
         supervised=int((targets != IGNORED).sum()),
@@ -111,7 +118,9 @@ def row_sums(reference: Said, candidate: Said, labels: Tensor) -> RowSums:
         candidate_nll=candidate_nll,
         kl=kl,
         agreed=agreed,
-        shared=tuple(_overlap(a_TK.to(device), b_TK) for a_TK, b_TK in chosen),
+        shared=tuple(shared_LT.sum(1).tolist()),
+        alike=int(alike_T.sum()),
+        alike_kl=alike_kl,
         largest=largest,
     )
 
@@ -190,6 +199,6 @@ def _nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:
     return losses.item(), int((targets != IGNORED).sum())
 
 
-def _overlap(a_TK: Tensor, b_TK: Tensor) -> int:
-    """Number of experts chosen by both, over all tokens."""
-    return int((a_TK.unsqueeze(-1) == b_TK.unsqueeze(-2)).sum())
+def _shared(a_TK: Tensor, b_TK: Tensor) -> Tensor:
+    """int64 [T]: number of experts chosen by both."""
+    return (a_TK.unsqueeze(-1) == b_TK.unsqueeze(-2)).sum((1, 2))

@@ -9,8 +9,8 @@ experts' bits alone: both are the run of `finetune train`, and in the second the
 ones' place before the first step. Same rows in the same order, same tokens. The seed draws the adapter and the order.
 On a CPU everything is computed in float32, on a GPU in bfloat16.
 
-Every run ends as one JSON line in --out; what the file holds already is not run again. Leaves out a search for learning
-rates: each kind has the one given here.
+Every run ends as one JSON line in --out; what the file holds already is not run again. Adapters on NF4 experts are
+saved in --runs, to be merged and compared. Leaves out a search for learning rates: each kind has the one given here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from finetune.data import IGNORED
 from finetune.export.quantized import write_quantized
 from finetune.quant import QuantizedExperts
 from finetune.recipe import load_recipe, provenance
+from finetune.runfolder import staged
 from finetune.train import Prepared, prepare, run_steps
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "tiny-mixtral"
@@ -46,13 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="16-bit checkpoint")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--languages", nargs="+", default=["en"], help="of the bundled instruction set")
     parser.add_argument("--runs", type=Path, default=Path("outputs/four-bit-evidence"))
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args()
-    for seed in range(args.seeds if not args.table else 0):
+    for seed in args.seeds if not args.table else ():
         for kind in KINDS:
             about = {"bench": "four-bit", "base": args.base.name, "kind": kind, "seed": seed, "epochs": args.epochs}
             about |= {"languages": args.languages}
@@ -95,16 +96,19 @@ def run_one(args: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
     if kind == "16bit":
         put_checkpoint_experts(ready, args.base)
     # Before its first step every seed's run is the base: LoRA begins at zero.
-    before = held_out_loss(ready)[0] if seed == 0 else None
+    before = held_out_loss(ready)[0] if seed == args.seeds[0] else None
     start = time.perf_counter()
     metrics = run_steps(ready, recipe)
-    seconds = time.perf_counter() - start
+    seconds, history = time.perf_counter() - start, ready.trainer.state.log_history
     after, supervised = held_out_loss(ready)
+    if kind != "16bit":
+        with staged(ready.run.adapter, replace=True) as folder:
+            ready.trainer.save_tuned(folder, ready.trainer.tuned_tensors())
     return {
         "loss_before": before,
         "loss": after,
         "held_out_tokens": supervised,
-        "train_tokens": int(ready.trainer.state.num_input_tokens_seen),
+        "train_tokens": int(next(log["num_tokens"] for log in reversed(history) if "num_tokens" in log)),
         "steps": ready.trainer.state.global_step,
         "train_loss": metrics["train_loss"],
         "learning_rate": learning_rate,
@@ -175,11 +179,11 @@ def show(runs: list[dict[str, Any]]) -> None:
         rows.append(
             (
                 title,
-                *(f"{run['loss_before']:.4f}" for run in of_kind if run["seed"] == 0),
+                next((f"{run['loss_before']:.4f}" for run in of_kind if run["loss_before"] is not None), ""),
                 spread([run["loss"] for run in of_kind]),
                 "" if kind == "16bit" or not paired else spread(paired, sign="+"),
-                f"{of_kind[0]['train_tokens']:,}",
-                ", ".join(str(run["seed"]) for run in of_kind),
+                f"{mean(run['train_tokens'] for run in of_kind):,.0f}",
+                ", ".join(str(seed) for seed in sorted(run["seed"] for run in of_kind)),
             )
         )
     columns = ("run", "held-out loss before", "after, nats", "against 16-bit experts", "tokens", "seeds")

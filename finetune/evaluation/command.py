@@ -158,13 +158,15 @@ def _show_comparison(comparison: Comparison, report: Report) -> None:
         return
     report.table(
         f"Against {comparison.models[0].model}, over all tokens",
-        ("model", "KL (nats)", "greedy agreement", "top-k expert overlap"),
+        ("model", "KL (nats)", "greedy agreement", "top-k expert overlap", "tokens routed alike", "their KL"),
         [
             (
                 one.model,
                 _shown(one.kl, ".2e"),
                 _shown(one.greedy_agreement, ".2%"),
                 _shown(one.top_k_overlap, ".2%"),
+                _shown(one.routed_alike, ".2%"),
+                _shown(one.kl_routed_alike, ".2e"),
             )
             for one in others
         ],

@@ -40,6 +40,9 @@ class Measures:
     kl: KL(reference || model) of the next-token distributions, nats a token.
     greedy_agreement: share of tokens after which both say the same.
     top_k_overlap: share of the chosen experts that both chose, over all layers; `by_layer` of each.
+    routed_alike: share of tokens whose chosen experts are the same in every layer; `kl_routed_alike` is the KL of these
+        (None where there is none). The rest is of tokens whose router stood near a tie, where the least rounding
+        decides: few, with a KL a thousand times the others'.
     """
 
     model: str
@@ -51,6 +54,8 @@ class Measures:
     greedy_agreement: Estimate | None = None
     top_k_overlap: Estimate | None = None
     top_k_overlap_by_layer: tuple[Estimate, ...] | None = None
+    routed_alike: Estimate | None = None
+    kl_routed_alike: Estimate | None = None
     max_logit_difference: float | None = None
 
 
@@ -182,7 +187,7 @@ def _measured(name: str, stored: str, sums: Sequence[RowSums], bootstrap: Bootst
 def _against(own: Measures, sums: Sequence[RowSums], bootstrap: Bootstrap, top_k: int) -> Measures:
     """With what needs the reference."""
     tokens, supervised = [row.tokens for row in sums], [row.supervised for row in sums]
-    layers = len(sums[0].shared)
+    layers, alike = len(sums[0].shared), [row.alike for row in sums]
 
     def overlap(shared: Sequence[int], of_layers: int) -> Estimate:
         return bootstrap.ratio(shared, [count * top_k * of_layers for count in tokens])
@@ -198,5 +203,7 @@ def _against(own: Measures, sums: Sequence[RowSums], bootstrap: Bootstrap, top_k
         greedy_agreement=bootstrap.ratio([row.agreed for row in sums], tokens),
         top_k_overlap=overlap([sum(row.shared) for row in sums], layers),
         top_k_overlap_by_layer=tuple(overlap([row.shared[layer] for row in sums], 1) for layer in range(layers)),
+        routed_alike=bootstrap.ratio(alike, tokens),
+        kl_routed_alike=bootstrap.ratio([max(row.alike_kl, 0.0) for row in sums], alike) if any(alike) else None,
         max_logit_difference=max(row.largest for row in sums),
     )

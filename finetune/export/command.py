@@ -30,6 +30,7 @@ SHARD_SIZE = "4GB"
 # Option -> the formats that it belongs to.
 _BELONGS = {
     "--data": ("nf4",),
+    "--attention": ("nf4",),
     "--onto original": (*DTYPES, "gguf"),
     "--original": (*DTYPES, "gguf"),
     "--shard-size": ("nf4", *DTYPES),
@@ -52,6 +53,7 @@ def run_merge(
     rows: int = 64,
     shard_size: str | None = None,
     gguf_type: str | None = None,
+    attention: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Merges and reports; returns the document of the run.
@@ -60,6 +62,7 @@ def run_merge(
         others: further adapters, `PATH=FACTOR` each.
         factor: of `adapter` itself; 1 by default.
         rows: of the nf4 format's comparison with the live adapter; 0 leaves it out.
+        attention: of the nf4 format, a key of `DTYPES`; bf16 by default.
 
     Raises:
         FinetuneError: an option does not exist or belongs to another format, or as the format's own function.
@@ -70,8 +73,10 @@ def run_merge(
         "--original": original is not None,
         "--shard-size": shard_size is not None,
         "--gguf-type": gguf_type is not None,
+        "--attention": attention is not None,
     }
     _require_known("--format", format, FORMATS)
+    _require_known("--attention", attention or "bf16", tuple(DTYPES))
     _require_known("--onto", onto, ("trained", "original"))
     for option in (option for option, given in asked.items() if given and format not in _BELONGS[option]):
         raise OutputError(
@@ -96,7 +101,8 @@ def run_merge(
     size = shard_size or SHARD_SIZE
     if format == "nf4":
         live = adapter if is_live and rows else None
-        return _merge_nf4(source, output, report, live=live, base=base, data=data, rows=rows, size=size, device=device)
+        writing = {"shard_size": size, "attention": attention or "bf16"}
+        return _merge_nf4(source, output, report, writing, live=live, base=base, data=data, rows=rows, device=device)
     if format == "gguf":
         return _written(output, write_gguf(source, output, type=gguf_type or "q8_0"), report)
     return _written(output, write_standard(source, output, format=format, shard_size=size), report)
@@ -106,12 +112,12 @@ def _merge_nf4(
     source: MergeSource,
     output: Path,
     report: Report,
+    writing: dict[str, str],
     *,
     live: Path | None,
     base: str | None,
     data: str | None,
     rows: int,
-    size: str,
     device: str,
 ) -> dict[str, Any]:
     """Writes the folder, then compares it with the adapter folder `live` if that computes the same and has text."""
@@ -119,7 +125,7 @@ def _merge_nf4(
     # Read, and the device asked for, before hours are spent on writing.
     probe = [] if held_out.name is None else held_out.rows(source.load_tokenizer(), rows)
     resolve_device(device)
-    document = _written(output, write_nf4(source, output, shard_size=size), report)
+    document = _written(output, write_nf4(source, output, **writing), report)
     if live is None or not probe:
         reason = "no held-out text" if live else "--rows 0" if not rows else "it is not one adapter as it was trained"
         command = f"`finetune evaluate {source.tunings[0].folder} --compare {output}`"

@@ -217,7 +217,7 @@ def _require_held(name: str, weight: Tensor, dtype: torch.dtype) -> None:
             "a weight is too large for float16",
             where=name,
             allowed=f"values up to {torch.finfo(torch.float16).max:.0f}",
-            fix="merge with --format bf16, whose range is float32's",
+            fix="merge to bf16, whose range is float32's",
         )
 
 

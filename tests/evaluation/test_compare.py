@@ -37,9 +37,13 @@ def of_one_row(model: Any, row: Any) -> Answer:
 def brute_force(reference: Sequence[Answer], other: Sequence[Answer], rows: Sequence[Any]) -> dict[str, Any]:
     kl, agreed, nll, tokens, supervised = 0.0, 0, [0.0, 0.0], 0, 0
     shared = [0] * LAYERS
+    alike, alike_kl = 0, 0.0
     for row, (p, chosen), (q, other_chosen) in zip(rows, reference, other, strict=True):
         for place in range(len(row["input_ids"])):
-            kl += float((p[place].exp() * (p[place] - q[place])).sum())
+            of_place = float((p[place].exp() * (p[place] - q[place])).sum())
+            kl += of_place
+            if all(set(a[place].tolist()) == set(b[place].tolist()) for a, b in zip(chosen, other_chosen, strict=True)):
+                alike, alike_kl = alike + 1, alike_kl + of_place
             agreed += int(p[place].argmax() == q[place].argmax())
             for layer in range(LAYERS):
                 pair = (set(chosen[layer][place].tolist()), set(other_chosen[layer][place].tolist()))
@@ -57,6 +61,8 @@ def brute_force(reference: Sequence[Answer], other: Sequence[Answer], rows: Sequ
         "loss_difference": (nll[1] - nll[0]) / supervised,
         "kl": kl / tokens,
         "greedy_agreement": agreed / tokens,
+        "routed_alike": alike / tokens,
+        "kl_routed_alike": alike_kl / alike,
         "top_k_overlap_by_layer": [count / (tokens * TOP_K) for count in shared],
     }
 
@@ -72,6 +78,8 @@ def assert_measured(found: dict[str, Any], want: dict[str, Any]) -> None:
     assert found["loss_difference"]["value"] == pytest.approx(want["loss_difference"], rel=1e-3, abs=1e-6)
     assert found["kl"]["value"] == pytest.approx(want["kl"], rel=1e-3, abs=1e-9)
     assert found["greedy_agreement"]["value"] == want["greedy_agreement"]
+    assert found["routed_alike"]["value"] == want["routed_alike"]
+    assert found["kl_routed_alike"]["value"] == pytest.approx(want["kl_routed_alike"], rel=1e-3, abs=1e-9)
     overlaps = [layer["value"] for layer in found["top_k_overlap_by_layer"]]
     assert overlaps == pytest.approx(want["top_k_overlap_by_layer"], abs=1e-12)
     assert found["top_k_overlap"]["value"] == pytest.approx(sum(overlaps) / LAYERS)

@@ -108,6 +108,23 @@ def test_experts_of_a_quantized_base_keep_their_bytes(
         refused(tmp_path, "merge", adapter, "--base", small_mixtral, "--output", tmp_path / "none", says=says)
 
 
+def test_attention_is_rounded_finer_where_asked(small_mixtral: Path, tmp_path: Path) -> None:
+    """To float16, once; all else is as without."""
+    adapter = tmp_path / "adapter"
+    tuned(small_mixtral, adapter)
+    merge(adapter, tmp_path / "bf16")
+    assert merge(adapter, tmp_path / "fp16", "--attention", "fp16")["attention"] == "fp16"
+    coarse, fine = tensors_of(tmp_path / "bf16"), tensors_of(tmp_path / "fp16")
+    assert fine.keys() == coarse.keys()
+    assert all(torch.equal(fine[name], tensor) for name, tensor in coarse.items() if "self_attn" not in name)
+    for name, stored in load_file(small_mixtral / "model.safetensors").items():
+        if "self_attn" in name:
+            start = nf4_values(stored)
+            assert fine[name].dtype == torch.float16
+            assert_rounded_once(fine[name], start.double() + update(adapter, name, start))
+    refused(tmp_path, "merge", adapter, "--output", tmp_path / "no", "--attention", "nf4", says=("bf16, fp16",))
+
+
 def test_a_non_moe_tuning_is_rounded_once(small_mixtral: Path, tmp_path: Path) -> None:
     trained = tuned_non_moe(small_mixtral, tmp_path / "adapter", router=True)
     tuning = {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}

@@ -4,7 +4,7 @@
 
 Makes a bf16 Mixtral of full width in the hub's layout (2.9 GB a layer and 0.5 GB, one random matrix for every shape)
 and an adapter on it, copies the checkpoint (read from the disk, written to the disk), and merges it in a process of its
-own. Needs three times the checkpoint of free disk. Prints a table, then one JSON line.
+own. Needs twice the checkpoint of free disk. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     config = {**json.loads(SHAPE.read_text(encoding="utf-8")), "num_hidden_layers": args.layers}
     arch = MoeArch.from_config(config)
     if not base.is_dir():
-        require_space(args.folder, 6 * arch.total_params, what="the checkpoint, its copy and the merged model")
+        require_space(args.folder, 4 * arch.total_params, what="the checkpoint, and its copy or the merged model")
         make_checkpoint(base, config, arch)
         make_adapter(adapter, base, arch)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))

@@ -103,16 +103,10 @@ def _rates(loaded: LoadedModel) -> dict[str, Any]:
     assert isinstance(layer, OffloadedExperts)
     link = None
     if loaded.device.type == "cuda":
-        fetch = torch.full((loaded.arch.experts,), -1, dtype=torch.int32, device=loaded.device)
-        # Into the slots that all layers share, whose content no one relies on.
-        shared = torch.arange(layer.overflow, layer.gate_up.packed.shape[0], device=loaded.device)
-        fetch[: len(shared)] = shared.int()
-        size = sum(tensor[0].nbytes for tensor in layer._hosts) * len(shared)
-        link = (
-            None
-            if not size
-            else size / _seconds(lambda: fetch_experts(fetch, layer._hosts, layer._slots), loaded.device)
-        )
+        # The engine ends after this: what its slots held is no longer needed.
+        fetch = torch.arange(loaded.arch.experts, dtype=torch.int32, device=loaded.device)
+        size = sum(tensor.nbytes for tensor in layer._hosts)
+        link = size / _seconds(lambda: fetch_experts(fetch, layer._hosts, layer._slots), loaded.device)
     stack = layer.experts.stack(EXPERT_PROJECTIONS[0])
     out, in_ = stack.matrix_shape
     weight = torch.randn(out, in_)

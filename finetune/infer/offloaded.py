@@ -1,10 +1,10 @@
 """Experts that stay in the host's memory and come to the device when a router asks for them.
 
 The device keeps S slots, each as large as one expert: some for every layer, in which its experts stay by last use
-(LRU) or for good (the hot ones, where routing statistics name them), and a few that all layers share for what finds no
-room. A layer's call finds out on the device which experts are missing and fetches them there
-(`kernels/expert_cache.py`); then the same kernels run on the slots as run on resident experts, by slot number, so the
-answers are the same bits.
+(LRU) or for good (the hot ones, where routing statistics name them). A prompt that needs more experts of a layer than
+it has slots borrows those of the layers before it. A layer's call finds out on the device which experts are missing and
+fetches them there (`kernels/expert_cache.py`); then the same kernels run on the slots as run on resident experts, by
+slot number, so the answers are the same bits.
 
 No prefetch: while a step waits for the link, the link is what everything waits for. On an H100 a layer leaves it idle
 for 0.13 ms and an expert takes 1.9 ms, so a guess of the next layer's experts gains 0.13 ms when it is right and loses
@@ -15,7 +15,6 @@ beside the link).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import DeviceError
-from finetune.kernels.expert_cache import PINNED, assign_slots, fetch_experts
+from finetune.kernels.expert_cache import assign_slots, fetch_experts
 from finetune.kernels.stacks import ExpertStack
 from finetune.quant.experts import FEW_CHOICES, QuantizedExperts, run_experts
 
@@ -40,41 +39,39 @@ class SlotPlan:
     Attributes:
         counts: of each layer; at least one.
         hot: per layer, experts that keep a slot for good; fewer than its slots.
-        overflow: shared by all layers.
     """
 
     counts: tuple[int, ...]
     hot: tuple[tuple[int, ...], ...]
-    overflow: int
 
     @property
     def total(self) -> int:
-        return sum(self.counts) + self.overflow
+        return sum(self.counts)
+
+
+def least_slots(arch: MoeArch) -> int:
+    """One for every layer, and a prompt may need all experts of one layer at once."""
+    return max(arch.layers, arch.experts)
 
 
 def plan_slots(arch: MoeArch, slots: int, load_LE: Sequence[Sequence[float]] | None = None) -> SlotPlan | None:
-    """Deals out so many slots, as evenly as they go; None if they are too few for a prompt.
+    """Deals out so many slots, as evenly as they go; None if they are too few.
 
-    Half of a layer's slots keep its hottest experts where their load is known. A step needs up to E experts of one
-    layer at once, so the overflow makes up what the smallest layer lacks.
+    Half of a layer's slots keep its hottest experts where their load is known.
 
     Args:
         load_LE: any measure of how often each expert is chosen.
     """
-    own = min(arch.experts, max(0, slots - arch.experts) // arch.layers)
-    while own < arch.experts and arch.layers * (own + 1) + arch.experts - (own + 1) <= slots:
-        own += 1
-    if own < 1:
+    if slots < least_slots(arch):
         return None
-    overflow = arch.experts - own
-    more = min(arch.layers, slots - overflow - arch.layers * own) if own < arch.experts else 0
+    own, more = divmod(min(slots, arch.layers * arch.experts), arch.layers)
     counts = tuple(own + (layer < more) for layer in range(arch.layers))
     hot: list[tuple[int, ...]] = [() for _ in counts]
     if load_LE is not None:
         for layer, load in enumerate(load_LE):
             ranked = sorted(range(arch.experts), key=lambda expert, load=load: -load[expert])  # type: ignore[misc]
             hot[layer] = tuple(ranked[: counts[layer] // 2])
-    return SlotPlan(counts, tuple(hot), overflow)
+    return SlotPlan(counts, tuple(hot))
 
 
 class OffloadedExperts(nn.Module):
@@ -83,51 +80,46 @@ class OffloadedExperts(nn.Module):
     Args:
         experts: the module with all its weights in host memory.
         slots: both projections' stacks [S, ...] on the device, which all layers share.
-        first, count: the layer's own slots among them; `overflow` is the first shared one.
-        hot: experts that keep the first slots for good.
+        owner_S, used_S: what lies in all slots and since when (`kernels/expert_cache.py`), which all layers share.
+        first, count: the layer's own slots among them.
+        hot: experts that keep a slot for good.
     """
 
     def __init__(
         self,
         experts: QuantizedExperts,
         slots: Sequence[ExpertStack],
+        owner_S: Tensor,
+        used_S: Tensor,
         *,
         first: int,
         count: int,
-        overflow: int,
         hot: Sequence[int],
         counts: Tensor,
     ):
         super().__init__()
         device = slots[0].packed.device
-        self.num_experts, self.first, self.overflow, self.counts = experts.num_experts, first, overflow, counts
+        self.num_experts, self.first, self.count, self.counts = experts.num_experts, first, count, counts
         self.gate_up, self.down = slots
         for projection in EXPERT_PROJECTIONS:
             stack = experts.stack(projection)
-            locked = [_device_readable(tensor.detach(), device, experts) for tensor in stack]
-            experts.set_stack(projection, type(stack)(*locked))
+            experts.set_stack(projection, type(stack)(*[_device_readable(t.detach(), device) for t in stack]))
         # In a list, not as a submodule: `model.to` must not take the host's weights along.
         self._experts = [experts]
         self._hosts = [tensor.detach() for projection in EXPERT_PROJECTIONS for tensor in experts.stack(projection)]
         self._slots = [tensor for stack in slots for tensor in stack]
-        self._owner_C = torch.full((count,), -1, dtype=torch.int32, device=device)
-        self._used_C = torch.zeros(count, dtype=torch.int64, device=device)
+        self._owner_S, self._used_S = owner_S, used_S
+        self._hot_E = torch.zeros(self.num_experts, dtype=torch.int32)
+        self._hot_E[list(hot)] = 1
+        self._hot_E = self._hot_E.to(device)
         # Filled from the start, so that the first tokens find something: the hot ones, then the others in turn.
         first_ones = [*hot, *(expert for expert in range(self.num_experts) if expert not in hot)][:count]
         self.bring(torch.tensor([first_ones], device=device))
-        held = self._owner_C[:, None] == torch.tensor([*hot], dtype=torch.int32, device=device)
-        self._used_C[held.any(1)] = PINNED
 
     def bring(self, index_TK: Tensor) -> Tensor:
-        """The slots, int64 [T, K], in which the chosen experts lie from now until the layer's next call."""
+        """The slots, int64 [T, K], in which the chosen experts lie from now until a layer's next call."""
         slot_E, fetch_E = assign_slots(
-            index_TK,
-            self._owner_C,
-            self._used_C,
-            self.counts,
-            experts=self.num_experts,
-            first=self.first,
-            overflow=self.overflow,
+            index_TK, self._owner_S, self._used_S, self.counts, self._hot_E, first=self.first, count=self.count
         )
         fetch_experts(fetch_E, self._hosts, self._slots)
         return slot_E[index_TK]
@@ -152,7 +144,7 @@ class OffloadedExperts(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, slots={self._owner_C.numel()}"
+        return f"experts={self.num_experts}, slots={self.count}"
 
 
 def expert_bytes(experts: QuantizedExperts) -> int:
@@ -171,6 +163,8 @@ def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.dev
         DeviceError: the host's memory cannot be page-locked.
     """
     some = model.get_submodule(experts_path(0))
+    owner_S = torch.full((plan.total,), -1, dtype=torch.int32, device=device)
+    used_S = torch.zeros(plan.total, dtype=torch.int64, device=device)
     slots = [_empty_slots(some.stack(projection), plan.total, device) for projection in EXPERT_PROJECTIONS]
     counts_L3 = torch.zeros(arch.layers, 3, dtype=torch.int64, device=device)
     first = 0
@@ -179,9 +173,10 @@ def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.dev
         offloaded = OffloadedExperts(
             model.get_submodule(path),
             slots,
+            owner_S,
+            used_S,
             first=first,
             count=count,
-            overflow=plan.total - plan.overflow,
             hot=plan.hot[layer],
             counts=counts_L3[layer],
         )
@@ -205,22 +200,20 @@ def _empty_slots(stack: ExpertStack, slots: int, device: torch.device) -> Expert
     return type(stack)(*empty)
 
 
-def _device_readable(tensor: Tensor, device: torch.device, owner: QuantizedExperts) -> Tensor:
-    """A copy in host memory that a kernel can read in place, as long as `owner` lives; the tensor itself for a CPU.
+def _device_readable(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in host memory that a kernel can read in place; the tensor itself for a CPU.
 
-    Not `pin_memory`: its allocator rounds up to a power of two, 14% more for Mixtral's experts.
+    By `pin_memory`, though its allocator rounds up to a power of two, 14% more for Mixtral's experts: the kernel reads
+    51 GB/s of it, and 49 of memory that `cudaHostRegister` locks.
     """
     if device.type != "cuda" or tensor.is_pinned():
         return tensor
-    copy = torch.empty_like(tensor, device="cpu").copy_(tensor)
-    runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)):
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
         raise DeviceError(
-            f"{copy.nbytes / 2**20:.0f} MiB of host memory could not be page-locked for the GPU",
+            f"{tensor.nbytes / 2**20:.0f} MiB of host memory could not be page-locked for the GPU: {error}",
             where="--residency offload",
-            allowed="a limit of locked memory above the experts' size (ulimit -l), and as much free memory",
+            allowed="a limit of locked memory above the experts' size (ulimit -l), and 1.15 times as much free memory",
             fix="raise the limit, free memory, or use experts of fewer bits",
-        )
-    release = weakref.finalize(owner, runtime.cudaHostUnregister, copy.data_ptr())
-    release.atexit = False  # the process's end frees it, and CUDA may be gone by then
-    return copy
+        ) from error

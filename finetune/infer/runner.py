@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.arch import MoeArch, experts_path
 from finetune.errors import DeviceError
 from finetune.infer.loading import ServedModels
-from finetune.infer.offloaded import expert_bytes, offload_experts, plan_slots
+from finetune.infer.offloaded import expert_bytes, least_slots, offload_experts, plan_slots
 from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
 from finetune.infer.prefill import prefill
 from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, divide, read_load
@@ -253,11 +253,10 @@ def _offload(causal: Any, arch: MoeArch, device: torch.device, settings: EngineS
     size = expert_bytes(causal.get_submodule(experts_path(0)))
     plan = plan_slots(arch, max(0, room) // size, load_LE)
     if plan is None:
-        least = arch.layers + arch.experts - 1
         raise DeviceError(
             f"the device has room for {max(0, room) // size} experts beside everything else",
             where="--device-gib" if settings.device_gib is not None else str(device),
-            allowed=f"{least} or more, {size / 2**20:.0f} MiB each: one for every layer and all of one layer at once",
+            allowed=f"{least_slots(arch)} or more, {size / 2**20:.0f} MiB each: one a layer, or all of one layer",
             fix="give more of the device, a shorter --max-length, or a smaller --kv-gib",
         )
     return offload_experts(causal, arch, plan, device)

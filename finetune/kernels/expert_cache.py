@@ -8,14 +8,15 @@ the device:
                     first, per layer, never a slot whose expert is needed now; pinned slots stay.
     fetch_experts   copies the missing experts from page-locked host memory, which the kernel reads in place.
 
-Measured on one H100 (PCIe 5 x16), an expert of Mixtral 8x7B in NF4 (90.9 MB): 49 GB/s by the kernel from 8 programs
-on (51 where `pin_memory` allocated it), where the copy engine reaches 54.7. Bulk copies through shared memory
-(cp.async.bulk) gave 37.
+Measured on one H100 (PCIe 5 x16), an expert of Mixtral 8x7B in NF4 (90.9 MB): 51 GB/s by the kernel from 8 programs
+on (49 from memory that was locked after it had been allocated), where the copy engine reaches 54.7. Bulk copies
+through shared memory (cp.async.bulk) gave 37.
 
-Nothing is written back: experts never change. A needed expert that finds every slot of its layer needed goes to the
-overflow slots, which all layers share and none keeps.
+Nothing is written back: experts never change. A needed expert that finds every slot of its layer needed, as in a long
+prompt, is a guest in the slots before them, which belong to the layers that ran last and are theirs again afterwards.
+Slots kept for guests alone would be empty while answers are written: 4 of the 157 that 16 GiB leave.
 
-Shape suffixes: T rows, K choices, E experts, C slots of a layer.
+Shape suffixes: T rows, K choices, E experts, S slots of all layers.
 """
 
 from __future__ import annotations
@@ -37,50 +38,54 @@ PINNED = 2**62
 
 
 def _assign_plain(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, experts: int, first: int, overflow: int
+    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    slot, fetch = _empty_assignment(index, owner, used, counts, experts, first, overflow)
+    slot, fetch = _empty_assignment(index, owner, used, counts, hot, first, count)
     needed = index.unique().tolist()
     counts[0] += 1
-    held = owner.tolist()
-    missing = [expert for expert in needed if expert not in held]
-    free = [c for c in range(len(held)) if held[c] not in needed and int(used[c]) < PINNED]
-    free.sort(key=lambda c: (int(used[c]), c))
+    own = range(first, first + count)
+    place = {int(owner[s]): s for s in own}
+    missing = [expert for expert in needed if expert not in place]
+    free = [s for s in own if int(owner[s]) not in needed and int(used[s]) < PINNED]
+    free.sort(key=lambda s: (int(used[s]), s))
     slot.fill_(-1)
     fetch.fill_(-1)
     for rank, expert in enumerate(missing):
         if rank < len(free):
             owner[free[rank]] = expert
-            slot[expert] = first + free[rank]
+            slot[expert] = free[rank]
         else:
-            slot[expert] = overflow + rank - len(free)
+            guest = (first - 1 - (rank - len(free))) % owner.numel()
+            owner[guest], used[guest] = -1, 0
+            slot[expert] = guest
         fetch[expert] = slot[expert]
-    for c, expert in enumerate(owner.tolist()):
+    for s in own:
+        expert = int(owner[s])
         if expert in needed:
-            slot[expert] = first + c
-            used[c] = torch.where(used[c] < PINNED, counts[0], used[c])
+            slot[expert] = s
+            used[s] = PINNED if hot[expert] else counts[0]
     counts[1] += len(needed) - len(missing)
     counts[2] += len(missing)
     return slot, fetch
 
 
 def _empty_assignment(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, experts: int, first: int, overflow: int
+    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    return owner.new_empty(experts, dtype=torch.int64), owner.new_empty(experts)
+    return hot.new_empty(hot.numel(), dtype=torch.int64), torch.empty_like(hot)
 
 
 def _assign_cuda(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, experts: int, first: int, overflow: int
+    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    slot, fetch = _empty_assignment(index, owner, used, counts, experts, first, overflow)
-    triton_expert_cache.assign_slots(index, owner, used, counts, slot, fetch, first, overflow)
+    slot, fetch = _empty_assignment(index, owner, used, counts, hot, first, count)
+    triton_expert_cache.assign_slots(index, owner, used, counts, hot, slot, fetch, first, count)
     return slot, fetch
 
 
 _assign = define(
-    "assign_slots(Tensor index, Tensor(a!) owner, Tensor(b!) used, Tensor(c!) counts, int experts, int first, "
-    "int overflow) -> (Tensor, Tensor)",
+    "assign_slots(Tensor index, Tensor(a!) owner, Tensor(b!) used, Tensor(c!) counts, Tensor hot, int first, int count)"
+    " -> (Tensor, Tensor)",
     plain=_assign_plain,
     cuda=_assign_cuda if HAS_TRITON else None,
     fake=_empty_assignment,
@@ -88,20 +93,21 @@ _assign = define(
 
 
 def assign_slots(
-    index_TK: Tensor, owner_C: Tensor, used_C: Tensor, counts: Tensor, *, experts: int, first: int, overflow: int
+    index_TK: Tensor, owner_S: Tensor, used_S: Tensor, counts: Tensor, hot_E: Tensor, *, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """int64 [E], the slot in which each needed expert will lie (-1 for the others), and int32 [E], the same for those
-    that must be fetched into it first. The layer's state is brought up to date.
+    that must be fetched into it first. The state of the slots is brought up to date.
 
     Args:
         index_TK: int64, the experts that are needed, each any number of times.
-        owner_C: int32, the expert in each slot of the layer, -1 for none.
-        used_C: int64, the step of its last use; `PINNED` keeps it for good.
-        counts: int64 [3]: steps, needed experts that were there, and those that were not.
-        first: number of the layer's first slot among all.
-        overflow: number of the first overflow slot; there are at least E less the slots of any layer.
+        owner_S: int32, the expert of its layer in each slot of all layers, -1 for none; at least E slots.
+        used_S: int64, the step of its last use; `PINNED` for a hot expert's.
+        counts: int64 [3]: the layer's steps, needed experts that were there, and those that were not.
+        hot_E: int32, 1 for the experts that keep their slot for good once they have one (guests excepted); fewer than
+            `count`.
+        first, count: the layer's own slots, of which there are at least one.
     """
-    return _assign(index_TK.contiguous(), owner_C, used_C, counts, experts, first, overflow)
+    return _assign(index_TK.contiguous(), owner_S, used_S, counts, hot_E, first, count)
 
 
 # ---- fetching -----------------------------------------------------------------------------------------------------

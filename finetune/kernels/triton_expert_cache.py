@@ -19,10 +19,10 @@ FETCH_PROGRAMS = 32
 
 @triton.jit
 def assign_kernel(
-    index_ptr, owner_ptr, used_ptr, counts_ptr, slot_ptr, fetch_ptr, CHOICES, FIRST, OVERFLOW,
+    index_ptr, owner_ptr, used_ptr, counts_ptr, hot_ptr, slot_ptr, fetch_ptr, CHOICES, FIRST, TOTAL,
     E: tl.constexpr, C: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one layer. Experts are rows and slots columns of the comparisons."""
+    """One program: one layer. Experts are rows and its own slots columns of the comparisons."""
     e = tl.arange(0, EXPERTS)
     c = tl.arange(0, SLOTS)
     needed = tl.zeros([EXPERTS], dtype=tl.int32)
@@ -30,8 +30,9 @@ def assign_kernel(
         choice = start + tl.arange(0, BLOCK)
         chosen = tl.load(index_ptr + choice, mask=choice < CHOICES, other=-1).to(tl.int32)
         needed = tl.maximum(needed, tl.max((chosen[None, :] == e[:, None]).to(tl.int32), 1))
-    owner = tl.load(owner_ptr + c, mask=c < C, other=-1)
-    used = tl.load(used_ptr + c, mask=c < C, other=PINNED)
+    owner = tl.load(owner_ptr + FIRST + c, mask=c < C, other=-1)
+    used = tl.load(used_ptr + FIRST + c, mask=c < C, other=PINNED)
+    hot = tl.load(hot_ptr + e, mask=e < E, other=0)
     step = tl.load(counts_ptr) + 1
     holds = (owner[None, :] == e[:, None]).to(tl.int32)
     place = tl.max(tl.where(holds > 0, c[None, :], -1), 1)
@@ -44,13 +45,18 @@ def assign_kernel(
     rank = tl.cumsum(missing, 0) - 1
     gives = tl.where((rank[:, None] == order[None, :]), missing[:, None] * free[None, :], 0)
     given = tl.max(tl.where(gives > 0, c[None, :], -1), 1)
-    spill = OVERFLOW + rank - tl.sum(free)
-    slot = tl.where(place >= 0, FIRST + place, tl.where(given >= 0, FIRST + given, spill))
+    guest = (FIRST - 1 - (rank - tl.sum(free)) + TOTAL) % TOTAL
+    visits = (missing > 0) & (given < 0)
+    slot = tl.where(place >= 0, FIRST + place, tl.where(visits, guest, FIRST + given))
     tl.store(slot_ptr + e, tl.where(needed > 0, slot, -1).to(tl.int64), mask=e < E)
     tl.store(fetch_ptr + e, tl.where(missing > 0, slot, -1), mask=e < E)
     taken = tl.max(gives, 0)
-    tl.store(owner_ptr + c, tl.where(taken > 0, tl.sum(gives * e[:, None], 0), owner), mask=c < C)
-    tl.store(used_ptr + c, tl.where(((taken > 0) | (wanted > 0)) & (used < PINNED), step, used), mask=c < C)
+    held = tl.maximum(holds * needed[:, None], gives)
+    last = tl.where(tl.max(held * hot[:, None], 0) > 0, PINNED, step)
+    tl.store(owner_ptr + FIRST + c, tl.where(taken > 0, tl.sum(gives * e[:, None], 0), owner), mask=c < C)
+    tl.store(used_ptr + FIRST + c, tl.where((taken > 0) | (wanted > 0), last, used), mask=c < C)
+    tl.store(owner_ptr + guest, tl.full([EXPERTS], -1, tl.int32), mask=visits)
+    tl.store(used_ptr + guest, tl.zeros([EXPERTS], tl.int64), mask=visits)
     misses = tl.sum(missing)
     tl.store(counts_ptr, step)
     tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + tl.sum(needed) - misses)
@@ -58,10 +64,18 @@ def assign_kernel(
 
 
 def assign_slots(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, slot: Tensor, fetch: Tensor, first: int, overflow: int
+    index: Tensor,
+    owner: Tensor,
+    used: Tensor,
+    counts: Tensor,
+    hot: Tensor,
+    slot: Tensor,
+    fetch: Tensor,
+    first: int,
+    count: int,
 ) -> None:
     """As the operator; `slot` and `fetch` are the outputs."""
-    experts, slots = slot.numel(), owner.numel()
+    experts = hot.numel()
     launch(
         assign_kernel,
         (1,),
@@ -69,15 +83,16 @@ def assign_slots(
         owner,
         used,
         counts,
+        hot,
         slot,
         fetch,
         index.numel(),
         first,
-        overflow,
+        owner.numel(),
         E=experts,
-        C=slots,
+        C=count,
         EXPERTS=triton.next_power_of_2(experts),
-        SLOTS=triton.next_power_of_2(slots),
+        SLOTS=triton.next_power_of_2(count),
         BLOCK=min(256, triton.next_power_of_2(index.numel())),
     )
 

@@ -342,7 +342,7 @@ def test_values_that_float16_cannot_hold_are_refused(small_mixtral: Path, saved_
     tensors["model.norm.weight"][3] = 1e5
     save_file(tensors, base / "model.safetensors")
     args = ("merge", saved_adapter, "--output", tmp_path / "merged", "--base", base)
-    says = ("a weight is too large for float16", "where: model.norm.weight", "merge with --format bf16")
+    says = ("a weight is too large for float16", "where: model.norm.weight", "merge to bf16, whose range is float32's")
     refused(tmp_path, *args, "--format", "fp16", says=says)
 
 

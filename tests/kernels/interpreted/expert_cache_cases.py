@@ -12,23 +12,40 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 
 @pytest.mark.parametrize(
-    ("experts", "slots", "pinned", "choices"), [(8, 5, 0, 2), (8, 5, 2, 6), (8, 3, 0, 16), (20, 7, 3, 40), (8, 8, 0, 4)]
+    ("experts", "slots", "hot", "choices"), [(8, 5, 0, 2), (8, 5, 2, 6), (8, 3, 0, 16), (20, 7, 3, 40), (8, 8, 0, 4)]
 )
-def test_slots_are_plain_torchs(experts: int, slots: int, pinned: int, choices: int) -> None:
+def test_slots_are_plain_torchs(experts: int, slots: int, hot: int, choices: int) -> None:
+    """Three layers in turn, so that guests come into slots with experts, pinned ones among them."""
     generator = torch.Generator().manual_seed(0)
-    owner = torch.full((slots,), -1, dtype=torch.int32)
-    used = torch.zeros(slots, dtype=torch.int64)
-    if pinned:
-        owner[:pinned], used[:pinned] = torch.arange(pinned).int(), PINNED
-    counts = torch.zeros(3, dtype=torch.int64)
-    state = [tensor.to(DEVICE, copy=True) for tensor in (owner, used, counts)]
-    for _ in range(30):
+    total = max(3 * slots, experts)
+    owner = torch.full((total,), -1, dtype=torch.int32)
+    used = torch.zeros(total, dtype=torch.int64)
+    hot_E = (torch.arange(experts) < hot).int()
+    counts = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
+    shared = [tensor.to(DEVICE, copy=True) for tensor in (owner, used)]
+    on_device = [tensor.to(DEVICE, copy=True) for tensor in counts]
+    for step in range(60):
+        layer, first = step % 3, step % 3 * slots
         index = torch.randint(experts, (choices // 2, 2), generator=generator)
-        expected = expert_cache._assign_plain(index, owner, used, counts, experts, 100, 500)
-        found = expert_cache._empty_assignment(index, state[0], *state[1:], experts, 100, 500)
-        triton_expert_cache.assign_slots(index.to(DEVICE), *state, *found, 100, 500)
-        for ours, plain in zip((*found, *state), (*expected, owner, used, counts), strict=True):
+        expected = expert_cache._assign_plain(index, owner, used, counts[layer], hot_E, first, slots)
+        state = [*shared, on_device[layer], hot_E.to(DEVICE)]
+        found = expert_cache._empty_assignment(index, *state, first, slots)
+        triton_expert_cache.assign_slots(index.to(DEVICE), *state, *found, first, slots)
+        for ours, plain in zip((*found, *state[:3]), (*expected, owner, used, counts[layer]), strict=True):
             assert torch.equal(ours.cpu(), plain)
+
+
+def test_guests_lie_apart_and_leave_nothing_behind() -> None:
+    """All experts at once: each in a slot of its own, and the slots before the layer's own hold nobody's expert."""
+    owner = torch.tensor([0, 1, 2, 3, 0, 1], dtype=torch.int32)
+    used = torch.tensor([5, PINNED, 7, 8, 9, 9])
+    counts, hot_E = torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    slot, fetch = expert_cache.assign_slots(torch.arange(5)[None], owner, used, counts, hot_E, first=2, count=2)
+    assert slot.tolist() == [1, 0, 2, 3, 5]
+    assert fetch.tolist() == [1, 0, -1, -1, 5]
+    assert owner.tolist() == [-1, -1, 2, 3, 0, -1]
+    assert used.tolist() == [0, 0, 1, 1, 9, 0]
+    assert counts.tolist() == [1, 2, 3]
 
 
 def test_fetched_bytes_are_the_hosts() -> None:

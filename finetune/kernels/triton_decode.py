@@ -20,15 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.triton_few_rows import LIMIT
-from finetune.kernels.triton_launch import launch
+from finetune.kernels.triton_launch import launch_chained, wait_for_previous
 
 
 @triton.jit
 def add_norm_kernel(
     residual_ptr, delta_ptr, weight_ptr, norm_ptr, sum_ptr, out_ptr, half_ptr, T, eps,
     H: tl.constexpr, PARTS: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. residual + the weighted sum of its partial products, and the RMSNorm of that."""
+    wait_for_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < H
@@ -65,9 +67,10 @@ def store_half(half_ptr, column, value, mask, WIDTH: tl.constexpr):
 def route_kernel(
     x_ptr, gate_ptr, which_ptr, index_ptr, weight_ptr,
     H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
-    EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: one row's logits, softmax and top-k; ties go to the lower expert."""
+    wait_for_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     gate_ptr += tl.load(which_ptr + token).to(tl.int64) * E * H
     column = tl.arange(0, BLOCK)
@@ -107,9 +110,11 @@ def route_kernel(
 
 @triton.jit
 def lora_shrink_kernel(
-    x_ptr, a_ptr, which_ptr, out_ptr, IN: tl.constexpr, RANKS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, a_ptr, which_ptr, out_ptr,
+    IN: tl.constexpr, RANKS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     """One program: R of one row's products with the A of its adapter."""
+    wait_for_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     adapter = tl.load(which_ptr + token).to(tl.int64)
@@ -129,9 +134,10 @@ def lora_shrink_kernel(
 def lora_expand_kernel(
     t_ptr, b_ptr, magnitude_ptr, which_ptr, segment_ptr, y_ptr, T,
     PARTS: tl.constexpr, OUT: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK outputs of one row: (y + B t) * magnitude, t of the projection that an output belongs to."""
+    wait_for_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = out < OUT
@@ -156,9 +162,10 @@ def lora_expand_kernel(
 def rope_write_kernel(
     qkv_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr, k_ptr, v_ptr, out_ptr, pages_per_row, T,
     PARTS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row. Queries and keys are rotated; keys and values go to their place in a page."""
+    wait_for_previous(CHAINED)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(position_ptr + token)
     i = tl.arange(0, HALF)
@@ -190,9 +197,10 @@ def rope_write_kernel(
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, page_ptr, position_ptr, sum_ptr, stats_ptr, scale, pages_per_row, window,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    SPLITS: tl.constexpr, Q: tl.constexpr,
+    SPLITS: tl.constexpr, Q: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: the query heads of one key head of one row, over one split of its pages."""
+    wait_for_previous(CHAINED)
     token, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     per_group: tl.constexpr = HEADS // GROUPS
     length = tl.load(position_ptr + token) + 1
@@ -235,9 +243,10 @@ def paged_attention_kernel(
 @triton.jit
 def merge_splits_kernel(
     sum_ptr, stats_ptr, out_ptr, half_ptr,
-    HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row; the splits' sums joined by their maxima."""
+    wait_for_previous(CHAINED)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, DIM)
@@ -270,7 +279,7 @@ def add_norm(
     half_TH: Tensor,
 ) -> None:
     tokens, hidden = residual_TH.shape
-    launch(
+    launch_chained(
         add_norm_kernel,
         (tokens,),
         residual_TH,
@@ -296,7 +305,7 @@ def route(
     x_TH: Tensor, gate_NEH: Tensor, which_T: Tensor, normalize: bool, index_TK: Tensor, weight_TK: Tensor
 ) -> None:
     experts, hidden = gate_NEH.shape[1:]
-    launch(
+    launch_chained(
         route_kernel,
         (x_TH.shape[0],),
         x_TH,
@@ -321,7 +330,7 @@ def lora_rows(
     (parts, tokens, out), in_ = y_PTO.shape, x_TI.shape[1]
     ranks, rank = a_NRI.shape[1], b_NOR.shape[2]
     t_TR = torch.empty(tokens, ranks, dtype=torch.float32, device=x_TI.device)
-    launch(
+    launch_chained(
         lora_shrink_kernel,
         (tokens, triton.cdiv(ranks, 4)),
         x_TI,
@@ -333,7 +342,7 @@ def lora_rows(
         R=4,
         BLOCK=min(1024, triton.next_power_of_2(in_)),
     )
-    launch(
+    launch_chained(
         lora_expand_kernel,
         (tokens, triton.cdiv(out, 128)),
         t_TR,
@@ -363,7 +372,7 @@ def rope_write(
     q: Tensor,
 ) -> None:
     (tokens, heads, dim), (_, page, groups, _) = q.shape, k.shape
-    launch(
+    launch_chained(
         rope_write_kernel,
         (tokens, heads + 2 * groups),
         qkv_PTO,
@@ -404,7 +413,7 @@ def paged_attention(
     sums = torch.empty(tokens, heads, splits, dim, dtype=torch.float32, device=q_THD.device)
     stats = torch.empty(tokens, heads, splits, 2, dtype=torch.float32, device=q_THD.device)
     shape = {"HEADS": heads, "D": dim, "DIM": max(16, triton.next_power_of_2(dim)), "SPLITS": splits}
-    launch(
+    launch_chained(
         paged_attention_kernel,
         (tokens, groups, splits),
         q_THD,
@@ -423,4 +432,4 @@ def paged_attention(
         **shape,
         num_warps=ATTENTION_WARPS,
     )
-    launch(merge_splits_kernel, (tokens, heads), sums, stats, out, half, **shape, num_warps=1)
+    launch_chained(merge_splits_kernel, (tokens, heads), sums, stats, out, half, **shape, num_warps=1)

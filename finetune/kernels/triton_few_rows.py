@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.nf4_code import NF4_CODE
-from finetune.kernels.triton_launch import INTERPRETED, launch
+from finetune.kernels.triton_launch import INTERPRETED, launch_chained, wait_for_previous
 
 # The columns that one scale serves, as bytes.
 BLOCK_BYTES = tl.constexpr(32)
@@ -145,9 +145,10 @@ def dense_kernel(
     code_ptr, map_ptr, x_ptr, out_ptr, S,
     END0: tl.constexpr, END1: tl.constexpr, OUT: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs of one of up to three matrices for all rows, over one split of the columns."""
+    wait_for_previous(CHAINED)
     first_out, split = tl.program_id(0) * BN, tl.program_id(1)
     segment = (first_out >= END0).to(tl.int32) + (first_out >= END1).to(tl.int32)
     n = first_out + tl.arange(0, BN)
@@ -170,9 +171,10 @@ def dense_kernel(
 def down_kernel(
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr, S,
     OUT: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs of one expert for all of its rows, over one split of the columns."""
+    wait_for_previous(CHAINED)
     expert, split = tl.program_id(1), tl.program_id(2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     end = tl.load(end_ptr + expert)
@@ -201,11 +203,13 @@ def gate_up_kernel(
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, order_ptr, end_ptr, out_ptr,
     TOP_K: tl.constexpr, F: tl.constexpr, BYTES: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BN intermediate columns of one expert for all of its rows: silu(gate) * up.
 
     Gate's and up's outputs alternate in one product, so both read a row once.
     """
+    wait_for_previous(CHAINED)
     expert = tl.program_id(1)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     i = tl.arange(0, 2 * BN)
@@ -312,9 +316,10 @@ def vector_product(
 def vector_gate_up_kernel(
     words_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, index_ptr, out_ptr,
     TOP_K: tl.constexpr, F: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-    R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+    R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: R intermediate columns of one choice: silu(gate) * up."""
+    wait_for_previous(CHAINED)
     choice = tl.program_id(1)
     column = tl.program_id(0) * R + tl.arange(0, R)
     i = tl.arange(0, 2 * R)
@@ -334,9 +339,10 @@ def vector_gate_up_kernel(
 def vector_down_kernel(
     words_ptr, absmax_ptr, nested_ptr, offset_ptr, code_ptr, map_ptr, x_ptr, index_ptr, out_ptr, S,
     OUT: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
-    NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+    NB: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: R outputs of one choice over one split of the columns."""
+    wait_for_previous(CHAINED)
     choice, split = tl.program_id(1), tl.program_id(2)
     n = tl.program_id(0) * R + tl.arange(0, R)
     expert = tl.load(index_ptr + choice)
@@ -356,9 +362,10 @@ def vector_dense_kernel(
     words0, words1, words2, absmax0, absmax1, absmax2, nested0, nested1, nested2, offset0, offset1, offset2,
     code_ptr, map_ptr, x_ptr, out_ptr, S,
     END0: tl.constexpr, END1: tl.constexpr, OUT: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SPLITS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: R outputs of one of up to three matrices for one row, over one split of the columns."""
+    wait_for_previous(CHAINED)
     first_out, row, split = tl.program_id(0) * R, tl.program_id(1), tl.program_id(2)
     segment = (first_out >= END0).to(tl.int32) + (first_out >= END1).to(tl.int32)
     n = first_out + tl.arange(0, R)
@@ -438,11 +445,11 @@ def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO:
     if vector:
         tile = VECTOR_DENSE
         grid = (out // tile["R"], tokens, splits)
-        launch(vector_dense_kernel, grid, *pointers, x_TI.view(torch.int64), out_PTO, tokens, BLOCKS=in_ // 64,
+        launch_chained(vector_dense_kernel, grid, *pointers, x_TI.view(torch.int64), out_PTO, tokens, BLOCKS=in_ // 64,
                **options, **tile)  # fmt: skip
         return
     tile = {**MATRIX_DENSE, "BN": math.gcd(MATRIX_DENSE["BN"], *widths)}
-    launch(
+    launch_chained(
         dense_kernel,
         (out // tile["BN"], splits),
         *pointers,
@@ -479,14 +486,14 @@ def gate_up(
         tile = VECTOR_GATE_UP
         grid = (triton.cdiv(width, tile["R"]), count)
         words = weights._replace(packed=weights.packed.view(torch.int32))
-        launch(vector_gate_up_kernel, grid, *words, x_TH.view(torch.int64), index_TK, out_SF, F=width,
+        launch_chained(vector_gate_up_kernel, grid, *words, x_TH.view(torch.int64), index_TK, out_SF, F=width,
                BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
         return
     experts = weights.packed.shape[0]
     block = tile_rows(count, experts)
     tile = MATRIX_GATE_UP if block == 8 else WIDE_GATE_UP
     grid = (triton.cdiv(width, tile["BN"]), experts)
-    launch(gate_up_kernel, grid, *weights, x_TH, order_S, end_E, out_SF, F=width, BYTES=in_ // 2,
+    launch_chained(gate_up_kernel, grid, *weights, x_TH, order_S, end_E, out_SF, F=width, BYTES=in_ // 2,
            BM=block, UNROLL=unroll(in_), **options, **tile)  # fmt: skip
 
 
@@ -506,14 +513,14 @@ def down(
         tile = VECTOR_DOWN
         grid = (triton.cdiv(out, tile["R"]), count, splits)
         words = weights._replace(packed=weights.packed.view(torch.int32))
-        launch(vector_down_kernel, grid, *words, x_SF.view(torch.int64), index_TK, out_PSH, count,
+        launch_chained(vector_down_kernel, grid, *words, x_SF.view(torch.int64), index_TK, out_PSH, count,
                BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
         return
     experts = weights.packed.shape[0]
     block = tile_rows(count, experts)
     tile = MATRIX_DOWN if block == 8 else WIDE_DOWN
     grid = (triton.cdiv(out, tile["BN"]), experts, splits)
-    launch(down_kernel, grid, *weights, x_SF, order_S, end_E, out_PSH, count, BYTES=in_ // 2,
+    launch_chained(down_kernel, grid, *weights, x_SF, order_S, end_E, out_PSH, count, BYTES=in_ // 2,
            BM=block, UNROLL=unroll(in_), **options, **tile)  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.triton_few_rows import ASSEMBLY, SHRINK, store_act, tile_rows
-from finetune.kernels.triton_launch import launch
+from finetune.kernels.triton_launch import launch, launch_chained, wait_for_previous
 from finetune.kernels.triton_low_bit_codes import dot16, fp16_weights, high_bits, sum16, unpack_affine
 
 # ---- few choices: the vector units -------------------------------------------------------------------------------
@@ -82,9 +82,10 @@ def vector_product(
 def vector_gate_up_kernel(
     words_ptr, thirds_ptr, affine_ptr, x_ptr, index_ptr, out_ptr,
     TOP_K: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+    R: tl.constexpr, NB: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: R intermediate columns of one choice: silu(gate) * up."""
+    wait_for_previous(CHAINED)
     choice = tl.program_id(1)
     column = tl.program_id(0) * R + tl.arange(0, R)
     i = tl.arange(0, 2 * R)
@@ -103,9 +104,10 @@ def vector_gate_up_kernel(
 def vector_down_kernel(
     words_ptr, thirds_ptr, affine_ptr, x_ptr, index_ptr, out_ptr, S,
     OUT: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
-    NB: tl.constexpr, ASSEMBLY: tl.constexpr,
+    NB: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: R outputs of one choice over one split of the columns."""
+    wait_for_previous(CHAINED)
     choice, split = tl.program_id(1), tl.program_id(2)
     n = tl.program_id(0) * R + tl.arange(0, R)
     expert = tl.load(index_ptr + choice)
@@ -172,12 +174,13 @@ def product(
 def gate_up_kernel(
     packed_ptr, thirds_ptr, affine_ptr, x_ptr, order_ptr, end_ptr, out_ptr,
     TOP_K: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BN intermediate columns of one expert for all of its rows: silu(gate) * up.
 
     Gate's and up's outputs alternate in one product, so both read a row once.
     """
+    wait_for_previous(CHAINED)
     expert = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     i = tl.arange(0, 2 * BN)
@@ -203,9 +206,10 @@ def gate_up_kernel(
 def down_kernel(
     packed_ptr, thirds_ptr, affine_ptr, x_ptr, order_ptr, end_ptr, out_ptr, S,
     OUT: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs of one expert for all of its rows, over one split of the columns."""
+    wait_for_previous(CHAINED)
     expert, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     end = tl.load(end_ptr + expert)
@@ -314,13 +318,14 @@ def gate_up(
     if order_S is None:
         tile = VECTOR_GATE_UP
         grid = (triton.cdiv(width, tile["R"]), count)
-        launch(vector_gate_up_kernel, grid, packed.view(torch.int32), thirds, scales, x_TH.view(torch.int64), index_TK,
-               out_SF, **options, **tile)  # fmt: skip
+        launch_chained(vector_gate_up_kernel, grid, packed.view(torch.int32), thirds, scales, x_TH.view(torch.int64),
+                       index_TK, out_SF, **options, **tile)  # fmt: skip
         return
     block = tile_rows(count, experts)
     tile = MATRIX_GATE_UP if block == 8 else WIDE_GATE_UP
     grid = (triton.cdiv(width, tile["BN"]), experts)
-    launch(gate_up_kernel, grid, packed, thirds, scales, x_TH, order_S, end_E, out_SF, BM=block, **options, **tile)
+    launch_chained(gate_up_kernel, grid, packed, thirds, scales, x_TH, order_S, end_E, out_SF, BM=block,
+                   **options, **tile)  # fmt: skip
 
 
 def down(
@@ -340,13 +345,14 @@ def down(
     if order_S is None:
         tile = VECTOR_DOWN
         grid = (triton.cdiv(out, tile["R"]), count, splits)
-        launch(vector_down_kernel, grid, packed.view(torch.int32), thirds, scales, x_SF.view(torch.int64), index_TK,
-               out_PSH, count, **options, **tile)  # fmt: skip
+        launch_chained(vector_down_kernel, grid, packed.view(torch.int32), thirds, scales, x_SF.view(torch.int64),
+                       index_TK, out_PSH, count, **options, **tile)  # fmt: skip
         return
     block = tile_rows(count, experts)
     tile = MATRIX_DOWN if block == 8 else WIDE_DOWN
     grid = (triton.cdiv(out, tile["BN"]), experts, splits)
-    launch(down_kernel, grid, packed, thirds, scales, x_SF, order_S, end_E, out_PSH, count, BM=block, **options, **tile)
+    launch_chained(down_kernel, grid, packed, thirds, scales, x_SF, order_S, end_E, out_PSH, count, BM=block,
+                   **options, **tile)  # fmt: skip
 
 
 def _format(packed: Tensor, groups: int) -> dict[str, Any]:

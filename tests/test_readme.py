@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import yaml
@@ -156,3 +157,33 @@ def test_the_speed_on_a_small_card_is_the_recorded_one() -> None:
     speeds = [f"{run['rows'][0]['tokens_per_second']:.0f}" for run in low]
     assert f"resident in {peaks[0]} or {peaks[1]} GiB at its peak" in text
     assert f"answers at {speeds[0]} or {speeds[1]} tokens/s" in text
+
+
+ON_CPU = REPOSITORY / "bench" / "results" / "cpu"
+
+
+def test_what_a_merge_keeps_is_the_recorded_table() -> None:
+    line = json.loads((ON_CPU / "fidelity.json").read_text(encoding="utf-8"))
+    for model in line["comparison"]["models"][1:]:
+        form = {"kl": ".1e", "greedy_agreement": ".2%", "top_k_overlap": ".2%", "kl_routed_alike": ".1e"}
+        cells = " | ".join(f"{model[key]['value']:{shape}}" for key, shape in form.items())
+        assert len(rows_with(f" | {cells} |")) == 1, model["model"]
+    for size in line["survival"][1:]:
+        kept = " | ".join(f"{size['formats'][name]['kept']:.1%}" for name in ("nf4", "bf16", "fp16"))
+        assert len(rows_with(f"| {size['scale']:.1%} | {kept} |")) == 1, size["scale"]
+
+
+def test_what_four_bits_cost_is_the_recorded_table() -> None:
+    """docs/four_bit.md: mean and standard deviation over the seeds, and of the paired differences."""
+    page = (REPOSITORY / "docs" / "four_bit.md").read_text(encoding="utf-8")
+    runs = [json.loads(text) for text in (ON_CPU / "four_bit.json").read_text(encoding="utf-8").splitlines()]
+    loss = {(run["kind"], run["seed"]): run["loss"] for run in runs}
+    seeds = sorted({run["seed"] for run in runs})
+    assert len(seeds) >= 3
+    for kind in ("nf4", "16bit", "non_moe"):
+        own = [loss[kind, seed] for seed in seeds]
+        cells = [f"{mean(own):.3f} ± {stdev(own):.3f}"]
+        if kind != "16bit":
+            paired = [loss[kind, seed] - loss["16bit", seed] for seed in seeds]
+            cells.append(f"{mean(paired):+.3f} ± {stdev(paired):.3f}")
+        assert " | ".join(cells) in page, (kind, cells)

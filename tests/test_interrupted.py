@@ -152,6 +152,22 @@ main()
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+def test_an_interrupted_merge_says_how_it_goes_on(
+    saved_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    merge = ("merge", saved_adapter, "--output", tmp_path / "merged", "--device", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(Partial, "_put", interrupted)
+        stopped = run_finetune(*merge)
+    assert stopped.status == 130
+    assert stopped.stderr.endswith("interrupted; the same command goes on from what is there\n")
+    assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_interrupted_run_continues(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = MoeTrainer.training_step
 
@@ -170,7 +186,7 @@ def test_an_interrupted_run_continues(write_recipe: Write, tmp_path: Path, monke
     finally:
         signal.signal(signal.SIGINT, handler)
     assert stopped.status == 130
-    assert stopped.stderr.endswith("interrupted; a training run continues with --resume\n")
+    assert stopped.stderr.endswith("interrupted; the run continues with --resume\n")
     assert "Traceback" not in stopped.stderr
     assert steps(run) == [1, 2, 3]
     assert not (run / "adapter").exists()

@@ -35,7 +35,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter: exactly in 4-bit experts and 16-bit attention, or as a checkpoint for other engines."""
-    with reporting(as_json, debug) as report:
+    with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
         quiet_libraries(debug)
         from finetune.export.command import run_merge
 
@@ -72,7 +72,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Put a run's adapter or merged model on the Hugging Face Hub, with a card."""
-    with reporting(as_json, debug) as report:
+    with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
         quiet_libraries(debug, hub_progress=True)
         from finetune.export.hub import Destination
         from finetune.export.push import push as send
@@ -92,7 +92,7 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Fetch an adapter or a model from the Hugging Face Hub: one commit, verified by hash, safetensors only."""
-    with reporting(as_json, debug) as report:
+    with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
         quiet_libraries(debug, hub_progress=True)
         from finetune.export.pull import pull as fetch
 

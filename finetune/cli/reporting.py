@@ -18,8 +18,12 @@ from finetune.runfolder import full_disk_explained
 
 
 @contextlib.contextmanager
-def reporting(as_json: bool, debug: bool) -> Iterator[Report]:
-    """Gives a command its report, and turns a user's mistake into one message and exit status 2."""
+def reporting(as_json: bool, debug: bool, *, goes_on: str | None = None) -> Iterator[Report]:
+    """Gives a command its report, and turns a user's mistake into one message and exit status 2.
+
+    Args:
+        goes_on: how what Ctrl+C cuts off is gone on with, for commands that keep what was done.
+    """
     report = Report(as_json=as_json)
     try:
         with report.working(), full_disk_explained("an output folder, or the cache of a library"):
@@ -27,7 +31,7 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Report]:
     except FinetuneError as error:
         fail(error, debug)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; a training run continues with --resume\n")
+        sys.stderr.write(f"interrupted; {goes_on}\n" if goes_on else "interrupted\n")
         raise typer.Exit(130) from None
 
 

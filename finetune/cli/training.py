@@ -22,7 +22,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Fine-tune by a recipe; exit status 1 where an alarm stopped it."""
-    with reporting(as_json, debug) as report:
+    with reporting(as_json, debug, goes_on="the run continues with --resume") as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
         from finetune.train import train as run

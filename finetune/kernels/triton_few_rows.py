@@ -15,7 +15,7 @@ first. Decoding 4e12 weights a second (H100), about five instructions each, must
 
 Gate and up of eight experts for 16 tokens take 240 us on an H100: 213 with the decoding left out, and 155 to 172 to
 read the same bytes and nothing else. Tried without gain: a table of byte pairs in shared memory (267 us), tables in
-registers (240), shifts as multiplications (244), four scales at once in a batched `tl.dot` (250), rows through L1 (244).
+registers (240), shifts as multiplications (244), four scales at once in a batched `tl.dot` (250), rows by L1 (244).
 
 Leaves out: gradients, and many rows, where dequantizing once wins (`experts_matmul.py`).
 

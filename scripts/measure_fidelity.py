@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from finetune.export.held_out import HeldOut
 from finetune.model import LoadedModel, load
 from finetune.recipe import provenance
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-mixtral" / "qlora-attention.yaml"
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPE = REPOSITORY / "recipes" / "tiny-mixtral" / "qlora-attention.yaml"
 # Folder -> what `finetune merge` is told.
 MERGES = {
     "nf4": ("--format", "nf4"),
@@ -74,7 +76,12 @@ def main() -> None:
     report = Report()
     show(comparison.to_dict()["models"], report)
     about = {"bench": "fidelity", "adapter": "tiny-mixtral" if args.adapter is None else str(args.adapter)}
-    found = {"comparison": comparison.to_dict(), "survival": document["survival"], **provenance()}
+    compared = comparison.to_dict()
+    if compared["held_out"] is not None:
+        compared["held_out"] = os.path.relpath(compared["held_out"], REPOSITORY)
+    for size in document["survival"]:
+        del size["projections"]  # hundreds of them
+    found = {"comparison": compared, "survival": document["survival"], **provenance()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**about, **found}) + "\n", encoding="utf-8")
 

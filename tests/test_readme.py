@@ -173,6 +173,18 @@ def test_what_a_merge_keeps_is_the_recorded_table() -> None:
         assert len(rows_with(f"| {size['scale']:.1%} | {kept} |")) == 1, size["scale"]
 
 
+def test_what_a_merge_keeps_on_smollm2_is_the_recorded_one() -> None:
+    line = json.loads((ON_CPU / "fidelity-smollm2.json").read_text(encoding="utf-8"))
+    _, _, default, fp16, computed = line["comparison"]["models"]
+    said = [
+        f"{model['kl']['value']:.1e} and {model['greedy_agreement']['value']:.2%}"
+        for model in (default, fp16, computed)
+    ]
+    text = " ".join(TEXT.split())
+    assert f"it is {said[0]}, with fp16 attention {said[1]}, and computing in bfloat16 {said[2]}" in text
+    assert 1 - default["routed_alike"]["value"] == pytest.approx(1 / 6, abs=0.01)
+
+
 def test_what_four_bits_cost_is_the_recorded_table() -> None:
     """docs/four_bit.md: mean and standard deviation over the seeds, and of the paired differences."""
     page = (REPOSITORY / "docs" / "four_bit.md").read_text(encoding="utf-8")

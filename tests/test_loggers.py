@@ -232,6 +232,7 @@ def test_tensorboard_holds_histograms_and_heat_maps(logged: Logged, tmp_path: Pa
     assert [event.step for event in found.Images("train/router/load_map")] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_curve_in_tensorboard(write_recipe: Write, tmp_path: Path) -> None:
     """Steps after the checkpoint are taken and written twice; only the second time counts."""
     training = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -73,6 +73,7 @@ def test_a_run_leaves_what_it_names(write_recipe: Write, tmp_path: Path) -> None
     assert sum(step["router/layer_01/load"]) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_of_a_token_budget_train(write_recipe: Write, tmp_path: Path, conversations: Path) -> None:
     """As many steps as the data check says, and every example once."""
     recipe = write_recipe(

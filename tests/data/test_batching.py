@@ -205,6 +205,7 @@ def test_the_trainer_takes_them_with_accumulation_and_resumes(tmp_path: Path) ->
     assert resumed["seen"] == second[done:]
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_epoch(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, budget_run.__file__, str(tmp_path), "2"],

@@ -113,6 +113,7 @@ def test_an_encoder_can_be_sent(tokenizer: PreTrainedTokenizerBase) -> None:
     assert row.supervised.tolist() == same.supervised.tolist()
 
 
+@pytest.mark.slow
 def test_settings_are_the_same_in_another_process_and_change_with_what_matters(
     own_tokenizer: PreTrainedTokenizerBase,
 ) -> None:

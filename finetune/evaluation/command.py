@@ -70,7 +70,7 @@ def run_evaluate(
             fix="check the path",
         )
     if others or not survives:
-        comparison = compare(models, held_out, max_rows=max_rows, seed=seed, device=device)
+        comparison = compare(models, held_out, max_rows=max_rows, seed=seed, device=device, report=report)
         _show_comparison(comparison, report)
         for update in updates:
             _show_update(update, report)

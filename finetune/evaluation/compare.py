@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from datasets.utils import tqdm
 
+from finetune.console import Report
 from finetune.errors import DataError
 from finetune.evaluate import Row, RowSums, Said, row_sums, said_to
 from finetune.evaluation.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
@@ -75,9 +76,18 @@ class Comparison:
 
 
 def compare(
-    models: Sequence[Compared], held_out: HeldOut, *, max_rows: int, seed: int = 0, device: str = "auto"
+    models: Sequence[Compared],
+    held_out: HeldOut,
+    *,
+    max_rows: int,
+    seed: int = 0,
+    device: str = "auto",
+    report: Report | None = None,
 ) -> Comparison:
     """Measures checked models, the reference first.
+
+    Args:
+        report: as `HeldOut.rows` has it.
 
     Raises:
         DataError: no conversation to compare on.
@@ -88,7 +98,7 @@ def compare(
     first, others = models[0], models[1:]
     with tempfile.TemporaryDirectory(prefix="finetune-evaluate-") as folder:
         loaded = first.load(device)
-        rows = held_out.rows(loaded.tokenizer, max_rows)
+        rows = held_out.rows(loaded.tokenizer, max_rows, report)
         if not rows:
             raise _no_data(first.name)
         kept = _Kept(Path(folder) / "logits", loaded, rows if others else ())

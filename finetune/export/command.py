@@ -123,7 +123,7 @@ def _merge_nf4(
     """Writes the folder, then compares it with the adapter folder `live` if that computes the same and has text."""
     held_out = HeldOut(None, None) if live is None else HeldOut.find(live, data)
     # Read, and the device asked for, before hours are spent on writing.
-    probe = [] if held_out.name is None else held_out.rows(source.load_tokenizer(), rows)
+    probe = [] if held_out.name is None else held_out.rows(source.load_tokenizer(), rows, report)
     resolve_device(device)
     document = _written(output, write_nf4(source, output, **writing), report)
     if live is None or not probe:

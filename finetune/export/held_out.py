@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoint import read_json
+from finetune.console import Report
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.data.readers import open_source
 from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
@@ -60,8 +61,11 @@ class HeldOut:
             open_source(readings_of(recipe)[-1].source)
         return cls(held_out_name(recipe), recipe)
 
-    def rows(self, tokenizer: PreTrainedTokenizerBase, max_rows: int) -> list[Row]:
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_rows: int, report: Report | None = None) -> list[Row]:
         """At most `max_rows` tokenized rows; none where there is nothing to compare on.
+
+        Args:
+            report: told which of the conversations that a command names cannot be used; training told of a run's.
 
         Raises:
             FinetuneError: as `encode_source`.
@@ -69,7 +73,14 @@ class HeldOut:
         if self.recipe is not None:
             rows = held_out_rows(self.recipe, tokenizer)
         elif self.name is not None:
-            rows = encode_source(Reading(Source(self.name, max_rows=max_rows)), tokenizer, Teaching()).dataset
+            encoded = encode_source(Reading(Source(self.name, max_rows=max_rows)), tokenizer, Teaching())
+            rows = encoded.dataset
+            if report is not None:
+                for reason, refused in encoded.ledger.refused.items():
+                    first = encoded.ledger.at(refused.positions[0])
+                    report.line(
+                        f"warning: {refused.rows:,} of {encoded.ledger.rows:,} rows not used: {reason} ({first})"
+                    )
         else:
             rows = None
         return [] if rows is None else list(rows.select(range(min(max_rows, len(rows)))))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.recipe import load_recipe
 from tests.models import tiny_model
-from tests.running import refused
+from tests.running import refused, run_finetune
 
 
 def test_models_of_another_vocabulary(
@@ -42,6 +42,17 @@ def test_no_data(saved_adapter: Path, small_mixtral: Path, tmp_path: Path) -> No
 def test_data_that_is_not_there(saved_adapter: Path, tmp_path: Path) -> None:
     args = ("evaluate", saved_adapter, "--compare", "base", "--data", tmp_path / "none.jsonl")
     refused(tmp_path, *args, says=("none.jsonl",))
+
+
+def test_rows_that_cannot_be_used_are_told(small_mixtral: Path, tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (good, {"messages": 3}, good)))
+    ran = run_finetune("evaluate", small_mixtral, "--data", data, "--json")
+    assert ran.status == 0, ran.stderr
+    assert ran.document["comparison"]["conversations"] == 2
+    said = " ".join((ran.stdout + ran.stderr).split())
+    assert "warning: 1 of 3 rows not used: `messages` is a number, not a list (data.jsonl line 2)" in said
 
 
 def test_a_run_of_another_version(saved_adapter: Path, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:

@@ -5,7 +5,7 @@ routers (`trace.py`): random weights alone would say how a cache does without an
 Beside it stand what its two ways of getting at a missing expert could reach: the link, read by the kernel that fetches,
 and the CPU, by bitsandbytes' NF4 product.
 
-The allocator is held to the budget less half a GiB for CUDA's own context, so what would not fit fails here too.
+The allocator is held to the budget less what CUDA's own context takes, so what would not fit fails here too.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels.triton_launch import launch, launch_chained, wait_for_previous
+from finetune.kernels.triton_launch import launch
 
 
 @triton.jit
@@ -66,13 +66,11 @@ def sort_rows_kernel(
     TOP_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One program: one expert's rows, a stable counting sort of the choices by expert.
 
     One launch for what a sort, a search and an inverse permutation do in about fifteen; 2,048 tokens are bound by them.
     """
-    wait_for_previous(CHAINED)
     expert = tl.program_id(0)
     before = tl.zeros([CHUNK], dtype=tl.int32)
     for chunk in range(CHUNKS):
@@ -208,7 +206,7 @@ def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: T
     choices = index_TK.numel()
     # A power of two, so that token counts share compiled kernels.
     chunks = triton.next_power_of_2(triton.cdiv(choices, SORT_CHUNK))
-    launch_chained(
+    launch(
         sort_rows_kernel,
         (end_E.numel(),),
         index_TK,

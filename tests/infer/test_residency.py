@@ -17,7 +17,14 @@ from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import DataError, DeviceError
 from finetune.infer.engine import Engine
 from finetune.infer.loading import chooses_offload
-from finetune.infer.offloaded import OffloadedExperts, bring_back, expert_bytes, offload_experts, plan_slots
+from finetune.infer.offloaded import (
+    OffloadedExperts,
+    _device_readable,
+    bring_back,
+    expert_bytes,
+    offload_experts,
+    plan_slots,
+)
 from finetune.infer.pages import page_bytes, pages_for
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import divide, needs_offload, read_load
@@ -195,6 +202,19 @@ def test_too_little_room_is_refused_with_what_is_needed() -> None:
     assert "where: --device-gib" in message
     assert f"{least} or more" in message
     assert "shorter --max-length" in message
+
+
+def test_memory_that_cannot_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    with pytest.raises(DeviceError, match="3 MiB of host memory could not be page-locked") as caught:
+        _device_readable(torch.zeros(3, 2**20, dtype=torch.uint8), torch.device("cuda"))
+    message = str(caught.value)
+    assert "out of memory" in message
+    assert "ulimit -l" in message
+    assert "experts of fewer bits" in message
 
 
 def test_a_residency_that_does_not_exist_is_refused() -> None:

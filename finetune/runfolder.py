@@ -269,7 +269,8 @@ def _scratch(folder: Path, *, prefix: str) -> Path:
     """A new folder in `folder`, which is made if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=folder))
+        # By its name: from Python 3.12 on the path is absolute, whatever `folder` is, and would not equal its entry.
+        return folder / Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=folder)).name
     except OSError as error:
         raise OutputError(
             f"the output folder cannot be written: {error.strerror}",

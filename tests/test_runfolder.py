@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ def test_overwriting_removes_the_old_run(tmp_path: Path) -> None:
     with claimed(root, recipe(), overwrite=True) as run:
         write_text(run.recipe, "new")
     assert contents(root) == {"recipe.yaml": b"new"}
+
+
+def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on `tempfile.mkdtemp` gives an absolute path, also where `dir` is relative."""
+    made = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **where: str(Path(made(**where)).absolute()))
+    monkeypatch.chdir(tmp_path)
+    with claimed(Path("run"), {"a": 1}):
+        Path("run/new").write_text("new")
+    assert contents(tmp_path / "run") == {"new": b"new"}
 
 
 def test_a_resumed_run_is_left_alone_by_a_failure(tmp_path: Path) -> None:

@@ -11,12 +11,22 @@ that a kill leaves no half files.
       figures/          PNGs
       router/           the base's routing, what it became, alarms
       tensorboard/      event files, with logging.tensorboard
+
+A claim moves what the folder holds aside, and back again if the run does not come about. The folder's own name tells
+how far it came, and each name is given by one rename, so that a kill at any moment leaves what `restore` finds:
+
+      .claiming.X.partial   belongs beside it: being moved aside, or back
+      .aside.X.partial      all that the folder held; what lies beside it is of a claim that did not come to its end
+      .replaced.X.partial   no longer wanted
+
+A lock on it, which ends with its process, tells a claim that was cut off from one at work.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -32,6 +42,8 @@ from finetune.errors import OutputError
 RUN_FILE = "run.json"
 # What a resumed run must share with the one it continues.
 _FIXED_SECTIONS = ("model", "quantization", "trainable", "data", "training", "router")
+# Names of what is put aside; `staged` has the last, for a folder that it replaces.
+_CLAIMING, _ASIDE, _REPLACED, _EARLIER = ".claiming.", ".aside.", ".replaced.", ".earlier."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_SIGNS = (*(f"(os error {code})" for code in _DISK_FULL), "unexpected pos", "PytorchStreamWriter failed")
 
@@ -81,11 +93,6 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end: `trainer_state.json` is the last file of one."""
-        found = [folder for folder in self.checkpoints.glob("checkpoint-*") if _is_whole(folder)]
-        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def require_claimable(
@@ -139,19 +146,86 @@ def claimed(
         return
     existed = root.is_dir()
     # Inside the folder, which may be a mount point that cannot be renamed.
-    before = _scratch(root, prefix=".before.")
-    _move_all(root, before)
-    try:
-        yield run
-    except BaseException:
-        for entry in set(root.iterdir()) - {before}:
+    aside = _scratch(root, prefix=_CLAIMING)
+    with _locked(aside):
+        try:
+            _move_all(root, aside)
+            aside = _renamed(aside, _ASIDE)
+            yield run
+        except BaseException:
+            _put_back(root, aside)
+            if not existed:
+                root.rmdir()
+            raise
+        aside = _renamed(aside, _REPLACED)
+    shutil.rmtree(aside)
+
+
+def restore(root: Path) -> list[str]:
+    """Puts right what a process that was killed left in the folder of a run; says what it did, a line each.
+
+    A claim that was cut off is undone, a folder being replaced is in its place again, half-written ones are removed.
+
+    Raises:
+        OutputError: another process is claiming the folder now.
+    """
+    said: list[str] = []
+    for aside in (*root.glob(f"{_CLAIMING}*.partial"), *root.glob(f"{_ASIDE}*.partial")):
+        with _locked(aside):
+            if any(aside.iterdir()):
+                said.append(f"{root}: the --overwrite that was putting its run aside was cut off; the run is back")
+            _put_back(root, aside)
+    for earlier in root.glob(f".*{_EARLIER}*.partial"):
+        name = earlier.name[1:].partition(_EARLIER)[0]
+        if not (root / name).exists():
+            os.replace(earlier, root / name)
+            said.append(f"{root / name}: what was to replace it was not finished; it is back")
+    for pattern in (f"{_REPLACED}*.partial", f".*{_EARLIER}*.partial", ".adapter.*.partial", ".*.json.*.partial"):
+        for left in root.glob(pattern):
+            _remove(left)
+    return said
+
+
+def _put_back(root: Path, aside: Path) -> None:
+    """The folder as it was; may be cut off and repeated at any moment."""
+    if aside.name.startswith(_ASIDE):
+        for entry in set(root.iterdir()) - {aside}:
             _remove(entry)
-        _move_all(before, root)
-        before.rmdir()
-        if not existed:
-            root.rmdir()
-        raise
-    shutil.rmtree(before)
+        aside = _renamed(aside, _CLAIMING)
+    _move_all(aside, root)
+    aside.rmdir()
+
+
+def _renamed(aside: Path, prefix: str) -> Path:
+    """The folder that a claim moves things to, one stage on; its lock goes with it."""
+    named = aside.with_name(prefix + aside.name.split(".", 2)[2])
+    os.replace(aside, named)
+    return named
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder until the block ends, or the process.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise OutputError(
+            "another process is starting a run in the output folder now",
+            where=f"output.dir: {folder.parent}",
+            fix="wait for it, or choose another output.dir",
+        ) from None
+    except OSError:
+        pass  # a file system without locks, as some network ones are
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_space(folder: Path, needed: int, *, what: str) -> None:
@@ -222,7 +296,7 @@ def staged(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         with full_disk_explained(folder):
             yield partial
         if folder.is_dir():
-            earlier = _scratch(folder.parent, prefix=f".{folder.name}.")
+            earlier = _scratch(folder.parent, prefix=f".{folder.name}{_EARLIER}")
             os.replace(folder, earlier)
             os.replace(partial, folder)
             shutil.rmtree(earlier)
@@ -321,14 +395,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
 
 
 def _mib(size: int) -> str:

@@ -23,6 +23,7 @@ from trl import SFTConfig
 from finetune.activations import apply_plan
 from finetune.arch import MoeArch
 from finetune.attention import VARLEN, FullRows
+from finetune.checkpoint import find_checkpoints
 from finetune.console import Report
 from finetune.data import apply_template
 from finetune.datacheck.prepare import prepare_data
@@ -57,6 +58,7 @@ from finetune.runfolder import (
     folder_bytes,
     require_claimable,
     require_space,
+    restore,
     staged,
     write_json,
     write_text,
@@ -161,7 +163,14 @@ def prepare(
     args = training_arguments(recipe, device)
     main = PartialState().is_main_process
     settings = recipe.model_dump(mode="json")
+    for line in restore(Path(recipe.output.dir)) if main else ():
+        report.line(line)
+    PartialState().wait_for_everyone()
     run = require_claimable(Path(recipe.output.dir), settings, resume=resume, overwrite=overwrite)
+    checkpoint = None
+    if resume:
+        found = find_checkpoints(run.checkpoints, only_model=args.save_only_model, processes=args.world_size)
+        checkpoint = found.newest
     if main and recipe.output.push_to_hub is not None and not random_weights:
         require_writable(Hub(report), destination_of(recipe))
 
@@ -183,8 +192,9 @@ def prepare(
     require_sound(supervision)
     needed = disk_bytes(memory, args, len(rows.train)) - folder_bytes(run.checkpoints)
     require_space(run.root, needed, what="the run's checkpoints and adapter")
-    checkpoint = run.last_checkpoint() if resume else None
     if main and resume:
+        for line in found.passed:
+            report.line(line)
         whence = "no checkpoint was written to its end: from the beginning" if checkpoint is None else checkpoint.name
         report.line(f"Resuming {run.root}: {whence}")
 

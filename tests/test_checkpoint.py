@@ -6,6 +6,7 @@ Truth: folders broken by hand, byte by byte, and the safetensors library that re
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint import (
+    Checkpoints,
     TensorInfo,
     check_model_folder,
     check_safetensors,
+    find_checkpoints,
     incomplete,
     read_json,
     read_tensor_infos,
     require_every_expert,
     shard_files,
 )
-from finetune.errors import AdapterError, FinetuneError, ModelError
+from finetune.errors import AdapterError, FinetuneError, ModelError, OutputError
 from tests.models import save_fused, tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -276,3 +279,81 @@ def test_missing_weights_are_counted() -> None:
     assert "6 weights are missing" in text
     assert "where: layer.0, layer.1, layer.2, layer.3 and 2 more" in text
     assert "random weights in it would train and answer nonsense" in text
+
+
+# ---- a run's checkpoints ------------------------------------------------------------------------------------------
+
+
+def a_checkpoint(folder: Path, step: int) -> Path:
+    """As the trainer writes one."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"lora_A": torch.ones(8, 4)}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.arange(300.0)}, path / name)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+DAMAGE = {
+    "adapter_model.safetensors": (
+        "there is no adapter_model.safetensors",
+        "adapter_model.safetensors is truncated or corrupt: its header",
+    ),
+    "adapter_config.json": ("there is no adapter_config.json", "adapter_config.json is not valid JSON"),
+    "optimizer.pt": ("there is no optimizer.pt", "optimizer.pt is truncated or corrupt: File is not a zip file"),
+    "scheduler.pt": ("there is no scheduler.pt", "scheduler.pt is truncated or corrupt"),
+    "rng_state.pth": ("there is no rng_state.pth", "rng_state.pth is truncated or corrupt"),
+    "trainer_state.json": ("checkpoint-8 was not written to its end", "trainer_state.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_counts(tmp_path: Path, name: str) -> None:
+    earlier, newest = a_checkpoint(tmp_path, 4), a_checkpoint(tmp_path, 8)
+    (tmp_path / "checkpoint-best").mkdir()  # none of ours
+    assert find_checkpoints(tmp_path, only_model=False) == Checkpoints(newest, ())
+    file = newest / name
+    whole = file.read_bytes()
+    missing, broken = DAMAGE[name]
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    cases = [(None, missing), (whole[:-3] if "json" in name else whole[:40], broken), (b"\0" * len(whole), "")]
+    for content, says in [*cases, *([(flipped, "Bad CRC-32")] if name.endswith(("pt", "pth")) else [])]:
+        file.unlink() if content is None else file.write_bytes(content)
+        found = find_checkpoints(tmp_path, only_model=False)
+        assert found.newest == earlier
+        (line,) = found.passed
+        assert line.startswith("checkpoint-8 ")
+        assert says in line
+
+
+def test_without_a_whole_checkpoint_a_run_starts_again_or_says_why_not(tmp_path: Path) -> None:
+    assert find_checkpoints(tmp_path, only_model=False) == Checkpoints(None, ())
+    (a_checkpoint(tmp_path, 8) / "trainer_state.json").unlink()
+    # Killed in its first save: there is nothing to lose.
+    assert find_checkpoints(tmp_path, only_model=False).newest is None
+    (a_checkpoint(tmp_path, 4) / "optimizer.pt").write_bytes(b"PK")
+    text = message(lambda: find_checkpoints(tmp_path, only_model=False), OutputError)
+    assert text.startswith(
+        "there is no whole checkpoint to continue from: checkpoint-8 was not written to its end; "
+        "checkpoint-4 is damaged: optimizer.pt is truncated or corrupt: "
+    )
+    assert "start the run again with --overwrite instead of --resume" in text
+    # A run that saves its weights alone has no other files.
+    assert find_checkpoints(tmp_path, only_model=True).newest == tmp_path / "checkpoint-4"
+
+
+def test_each_process_has_its_random_state(tmp_path: Path) -> None:
+    path = a_checkpoint(tmp_path, 4)
+    for process in range(2):
+        shutil.copy(path / "rng_state.pth", path / f"rng_state_{process}.pth")
+    (path / "rng_state.pth").unlink()
+    # Fewer processes or more may go on with it, as upstream allows.
+    for processes in (1, 2, 3):
+        assert find_checkpoints(tmp_path, only_model=False, processes=processes).newest == path
+    (path / "rng_state_1.pth").write_bytes(b"")
+    assert "rng_state_1.pth is " in message(
+        lambda: find_checkpoints(tmp_path, only_model=False, processes=2), OutputError
+    )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from finetune.runfolder import (
     require_claimable,
     require_fresh,
     require_space,
+    restore,
     staged,
     write_json,
     write_text,
@@ -100,6 +104,73 @@ def test_a_resumed_run_is_left_alone_by_a_failure(tmp_path: Path) -> None:
     assert contents(root) == before
 
 
+def killed_at(operation: int, work: Callable[[], object]) -> bool:
+    """Does the work in a process that ends just before its operation of that number on files; whether it got there."""
+    child = os.fork()
+    if child == 0:
+        left = operation
+
+        def count(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") or (event == "open" and args[1] == "w"):
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_kill_at_any_operation_leaves_the_old_run_or_the_new_one(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    a_run(root)
+    for name in ("adapter", "checkpoints"):
+        (root / name).mkdir()
+        (root / name / "weights").write_bytes(name.encode())
+    old = contents(root)
+
+    def overwrite() -> None:
+        with claimed(root, recipe(), overwrite=True) as run:
+            write_text(run.run_file, "new")
+            write_text(run.recipe, "new")
+
+    def replace() -> None:
+        with staged(root / "adapter", replace=True) as folder:
+            write_text(folder / "weights", "new")
+
+    overwritten = {"run.json": b"new", "recipe.yaml": b"new"}
+    for work, new in ((replace, {**old, "adapter/weights": b"new"}), (overwrite, overwritten)):
+        operation = 0
+        while contents(root) == old:
+            killed = killed_at(operation, work)
+            killed_at(1 + operation % 6, lambda: restore(root))  # what puts it right may be cut off too
+            restore(root)
+            assert contents(root) in (old, new), operation
+            operation += 1
+        assert operation > 6
+        assert killed, "only removing what is old comes after that"
+        (root / "adapter" / "weights").write_bytes(b"adapter") if work == replace else None
+    a_claim = f"{root}: the --overwrite that was putting its run aside was cut off; the run is back"
+    (root / ".claiming.x.partial").mkdir()
+    os.replace(root / "run.json", root / ".claiming.x.partial" / "run.json")
+    assert restore(root) == [a_claim]
+    assert contents(root) == overwritten
+    assert restore(root) == []
+
+
+def test_a_claim_at_work_is_not_taken_for_one_that_was_cut_off(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    with claimed(tmp_path, recipe(), overwrite=True) as run:
+        write_text(run.recipe, "new")
+        with pytest.raises(OutputError) as refusal:
+            restore(tmp_path)
+        assert str(refusal.value).startswith("another process is starting a run in the output folder now\n  where: ")
+        assert run.recipe.read_text() == "new"
+    assert restore(tmp_path) == []
+
+
 def test_two_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
     with claimed(tmp_path / "run", recipe()), pytest.raises(OutputError, match="already holds"):
         require_claimable(tmp_path / "run", recipe())
@@ -125,20 +196,6 @@ def test_a_damaged_run_file_is_no_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(OutputError, match="there is no run to resume"):
         require_claimable(tmp_path, recipe(), resume=True)
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------
-
-
-def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert run.last_checkpoint() is None
-    for step, state in {2: "{}", 4: "{}", 10: "{}", 20: '{"half": ', 30: None}.items():
-        folder = run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert run.last_checkpoint() == run.checkpoints / "checkpoint-10"
 
 
 # ---- writing --------------------------------------------------------------------------------------------------

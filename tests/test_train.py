@@ -124,8 +124,11 @@ def test_non_moe_trains_saves_and_resumes(write_recipe: Write, tmp_path: Path) -
     tuned = load_file(run / "adapter" / "non_moe.safetensors")
     assert not any("experts" in name or "mlp.gate" in name for name in tuned)
     assert ran.document["trainable_parameters"] == sum(tensor.numel() for tensor in tuned.values())
-    (run / "checkpoints" / "checkpoint-8" / "trainer_state.json").unlink()
-    assert run_finetune("train", recipe, "--resume").status == 0
+    (run / "checkpoints" / "checkpoint-8" / "optimizer.pt").write_bytes(b"cut off")
+    resumed = run_finetune("train", recipe, "--resume")
+    assert resumed.status == 0
+    assert "checkpoint-8 is damaged: optimizer.pt is truncated or corrupt: File is not a zip file\n" in resumed.stdout
+    assert f"Resuming {run}: checkpoint-4\n" in resumed.stdout
     assert losses(run) == expected
 
 

@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,6 +34,7 @@ from finetune.trainable.files import LORA_CONFIG
 
 BASE_FILE = "base.json"
 ExpertsOn = Literal["device", "host"]
+QuantizingDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class BaseSpec:
     """Which base, and how it is stored in memory; saved beside every adapter.
 
     `path` is a folder or hub id, `fingerprint` the hash of the base's routers (empty until loaded). A saved folder
-    knows how its experts are stored, whatever `experts` says.
+    knows how its experts are stored, whatever `experts` says. `quantizing_dtype` is that of the weights that were
+    quantized: another dtype rounds them first, and gives other bytes. None where nothing was quantized (the base is a
+    saved folder), or in a base.json from before it was recorded.
     """
 
     path: str
@@ -48,6 +52,7 @@ class BaseSpec:
     attention: AttentionStorage = "nf4"
     fingerprint: str = ""
     experts: ExpertStorage = "nf4"
+    quantizing_dtype: QuantizingDtype | None = None
 
     def save(self, folder: Path) -> None:
         (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -67,7 +72,7 @@ class BaseSpec:
             raise AdapterError(
                 f"{BASE_FILE} has the keys {sorted(content)}",
                 where=str(folder),
-                allowed="path, revision, attention, fingerprint, experts",
+                allowed=", ".join(field.name for field in fields(cls)),
                 fix="use the adapter folder as `finetune train` wrote it",
             ) from None
 
@@ -238,7 +243,8 @@ def load_base(
     fingerprint = router_fingerprint(model, arch)
     require_fingerprint(base, fingerprint)
     quantization: Any = model.config.quantization_config
-    spec = replace(base, fingerprint=fingerprint, experts=quantization.experts)
+    quantized = {"experts": quantization.experts, "quantizing_dtype": _quantizing_dtype(model)}
+    spec = replace(base, fingerprint=fingerprint, **quantized)
     return LoadedModel(model, tokenizer, arch, spec, where)
 
 
@@ -308,7 +314,7 @@ def require_base(adapter: Path, base_path: str | None = None) -> BaseSpec:
     spec = BaseSpec(str(base_path)) if foreign else BaseSpec.read(adapter)
     check_tuned(adapter)
     if base_path is not None:
-        return BaseSpec(base_path, None, spec.attention, spec.fingerprint, spec.experts)
+        return replace(spec, path=base_path, revision=None)
     if _is_local(spec.path) and not Path(spec.path).is_dir():
         raise AdapterError(
             f"the base of the adapter is not where it was: {spec.path}",
@@ -369,14 +375,17 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     # A saved folder brings its own; transformers takes even a None in its place.
     wanted = {"quantization_config": Moe4bitConfig(base.attention, base.experts)}
-    quantization = {} if saved_quantization(config) else wanted
+    saved = saved_quantization(config)
+    quantization = {} if saved else wanted
+    # Every weight goes through the dtype that it had in training, whatever the model then computes in.
+    through = resolve_dtype(base.quantizing_dtype, device) if base.quantizing_dtype and not saved else dtype
     loader: Any = AutoModelForCausalLM  # its stub hides that output_loading_info returns a pair
     try:
         model, info = loader.from_pretrained(
             base.path,
             revision=base.revision,
             **quantization,
-            dtype=dtype,
+            dtype=through,
             device_map={"": device},
             attn_implementation=attn_implementation,
             output_loading_info=True,
@@ -392,7 +401,29 @@ def _from_pretrained(
     missing = sorted(info["missing_keys"])
     if missing:
         raise incomplete(missing)
+    if through != dtype:
+        _compute_in(model, dtype)
     return model
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts every parameter that is not quantized, and has the quantized ones give their values in this dtype."""
+    for module in model.modules():
+        if isinstance(module, QuantizedExperts):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
+    model.config.dtype = dtype
+
+
+def _quantizing_dtype(model: torch.nn.Module) -> QuantizingDtype | None:
+    """Of a loaded model's experts; None where they were read as a saved folder holds them."""
+    experts = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
+    name: Any = str(experts.quantized_in).removeprefix("torch.")
+    return None if experts.quantized_in is None else name
 
 
 def _move_all_but_experts(model: torch.nn.Module, device: torch.device) -> None:

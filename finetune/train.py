@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -198,7 +198,9 @@ def prepare(
         whence = "no checkpoint was written to its end: from the beginning" if checkpoint is None else checkpoint.name
         report.line(f"Resuming {run.root}: {whence}")
 
-    # Model: quantized while loading, then proven to be.
+    # Model: quantized while loading, from the dtype that an interrupted run began with, then proven to be.
+    if checkpoint is not None:
+        base = replace(base, quantizing_dtype=BaseSpec.read(checkpoint).quantizing_dtype)
     loaded = load_base(
         base,
         dtype=recipe.model.dtype,

@@ -157,6 +157,8 @@ def open_source(
         shapes,
         attention=spec.attention,
         experts=quantization.get("experts", "nf4"),
+        # As most runs had it: a base.json from before it was recorded says nothing.
+        quantizing_dtype=getattr(torch, spec.quantizing_dtype or "bfloat16"),
         onto=onto,
     )
     routers = (weights.weight(f"{router_path(layer)}.weight") for layer in range(arch.layers))

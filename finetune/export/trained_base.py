@@ -2,8 +2,7 @@
 
 Trained: the values that the experts and a 4-bit attention stand for. A folder of quantized experts is decoded; a 16-bit
 one is quantized and decoded expert by expert, which gives the bytes that training had, since every expert's matrix is
-quantized by itself (`kernels/nf4.py`). As on a GPU that has bfloat16, a checkpoint of another dtype counts as rounded
-to bfloat16 first. Original: what is stored, untouched.
+quantized by itself (`kernels/nf4.py`), in the dtype that the adapter records. Original: what is stored, untouched.
 
 All of it runs in pieces that stay in the processor's cache: whole, one of Mixtral's matrices makes temporaries of half
 a gigabyte, and takes three to six times as long (2 cores). Of a weight's 37 ns in bitsandbytes' quantizer on a CPU 30
@@ -45,6 +44,7 @@ class TrainedBase:
         shapes: of every parameter in transformers, as of a model on the meta device.
         attention: how the attention was stored in training.
         experts: how they are stored where the folder holds them quantized; else they are quantized to NF4.
+        quantizing_dtype: what a 16-bit or 32-bit folder's weights had in training when they were quantized.
 
     Raises:
         ModelError: a weight is missing or has another shape than the config's.
@@ -58,8 +58,10 @@ class TrainedBase:
         *,
         attention: AttentionStorage,
         experts: ExpertStorage,
+        quantizing_dtype: torch.dtype,
         onto: Onto,
     ):
+        self._quantizing_dtype = quantizing_dtype
         self.arch, self.attention, self.experts, self.onto = arch, attention, experts, onto
         self._stack = stack_type(experts)
         self.tensors = Tensors.of_model(folder)
@@ -104,7 +106,8 @@ class TrainedBase:
         return self.tensors.read_joined(names)
 
     def _as_loaded(self, stored: Tensor) -> Tensor:
-        return stored.to(torch.bfloat16)
+        # 16 bits are the same values in float32, and give the same bytes.
+        return stored if self._quantizing_dtype == torch.float32 else stored.to(self._quantizing_dtype)
 
     def _stored_name(self, name: str) -> str:
         """Folders that transformers saved have its own names, hub folders the hub's."""
@@ -207,14 +210,15 @@ def decode(stack: ExpertStack, dtype: torch.dtype) -> Tensor:
 
 
 def trained_values(matrix_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype`: `decode(encode(matrix), dtype)` of bfloat16, bit for bit.
+    """[out, in] in `dtype`: `decode(encode(matrix), dtype)`, bit for bit; quicker for bfloat16.
 
-    A weight's level depends on its ratio to its block's absmax, both of them bfloat16. Shifting both by a power of two
-    shifts every step of the arithmetic exactly, so what counts are the absmax's 7 bits of mantissa, the weight's sign,
-    and the difference of their bits read as integers; from 8 powers of two on the level is zero. A table over these
-    has 2^18 levels, of which a block needs 8 KiB.
+    A weight's level depends on its ratio to its block's absmax. Shifting both by a power of two shifts every step of
+    the arithmetic exactly, so of bfloat16 what counts are the absmax's 7 bits of mantissa, the weight's sign, and the
+    difference of their bits read as integers; from 8 powers of two on the level is zero. A table over these has 2^18
+    levels, of which a block needs 8 KiB.
     """
-    assert matrix_OI.dtype == torch.bfloat16, matrix_OI.dtype
+    if matrix_OI.dtype != torch.bfloat16:
+        return decode(encode(matrix_OI), dtype)
     bits = matrix_OI.contiguous().view(torch.int16).view(-1, BLOCK)
     rows = _PIECE // BLOCK
     size = min(bits.numel(), _PIECE)

@@ -33,10 +33,12 @@ class QuantizedExperts(nn.Module):
     Attributes:
         backend: how the products are made; auto is `kernels.experts_matmul.choose_backend`'s rule.
         keep_gate_up: False computes the gate_up output again in the backward pass, for less memory.
+        quantized_in: the dtype of the weights that `quantize` got; None where stacks were read as they were saved.
     """
 
     backend: BackendChoice = "auto"
     keep_gate_up: bool = True
+    quantized_in: torch.dtype | None = None
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class QuantizedExperts(nn.Module):
 
     def quantize(self, projection: str, weight_EOI: Tensor) -> None:
         """Quantizes a fused tensor [E, out, in] and keeps only its quantized form."""
+        self.quantized_in = weight_EOI.dtype
         self.set_stack(projection, quantize_experts(self.storage, weight_EOI))
 
     def stack(self, projection: str) -> ExpertStack:

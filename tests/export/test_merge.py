@@ -4,6 +4,8 @@ rounding of W', and compared with it by the folder's own weights."""
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.evaluate import fidelity
 from finetune.export import command, live
 from finetune.export.quantized import write_quantized
 from finetune.export.tensors import Tensors
-from finetune.model import load
+from finetune.model import BaseSpec, load, load_base
+from tests.conftest import TOKENIZER_FILES
 from tests.export.in_memory import merged_weight, save_merged
 from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update
 from tests.running import contents, refused, run_finetune
@@ -44,6 +47,12 @@ def assert_same_model(found: Path, expected: Path) -> None:
         assert (after[name].dtype, after[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(after[name], tensor), name
     assert (found / "config.json").read_text() == (expected / "config.json").read_text()
+
+
+def expert_bytes(model: Any) -> dict[str, bytes]:
+    """Codes, scales, nested scales and offsets of all experts, by name."""
+    named = ((name.removeprefix("base_model.model."), tensor) for name, tensor in model.named_parameters())
+    return {name: tensor.numpy().tobytes() for name, tensor in named if ".experts." in name}
 
 
 # ---- the folder ---------------------------------------------------------------------------------------------------
@@ -106,6 +115,35 @@ def test_experts_of_a_quantized_base_keep_their_bytes(
     if experts != "nf4":
         says = (f"the adapter was trained on experts in {experts}, and the base is a checkpoint in 16 bits", "--base")
         refused(tmp_path, "merge", adapter, "--base", small_mixtral, "--output", tmp_path / "none", says=says)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_experts_keep_the_bytes_of_training_whatever_the_checkpoint(
+    small_mixtral: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Trained on a CPU in float32: the adapter records it, a merge follows it, and so does a load in another dtype."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_mixtral), dtype=dtype).save_pretrained(base)
+    for name in TOKENIZER_FILES:
+        shutil.copy(small_mixtral / name, base)
+    trained = tuned(base, adapter)
+    assert BaseSpec.read(adapter).quantizing_dtype == "float32"
+    bytes_of_training = expert_bytes(trained.model)
+    merge(adapter, tmp_path / "merged")
+    merged = load(str(tmp_path / "merged"), device="cpu")
+    assert expert_bytes(merged.model) == bytes_of_training
+    assert merged.base.quantizing_dtype is None, "read as they are"
+    again = load(str(adapter), device="cpu", dtype="bfloat16")
+    assert again.model.dtype == torch.bfloat16
+    assert expert_bytes(again.model) == bytes_of_training
+    # What was trained in bfloat16 stays that in float32: experts, 4-bit attention, and what is not quantized.
+    coarse = replace(BaseSpec.read(adapter), quantizing_dtype="bfloat16")
+    narrow, wide = (load_base(coarse, device="cpu", dtype=name) for name in ("bfloat16", "float32"))
+    assert (expert_bytes(narrow.model) == bytes_of_training) == (dtype == torch.bfloat16)
+    assert wide.model.dtype == torch.float32
+    for (name, stored), (_, same) in zip(narrow.model.named_parameters(), wide.model.named_parameters(), strict=True):
+        assert torch.equal(stored.to(same.dtype), same), name
 
 
 def test_attention_is_rounded_finer_where_asked(small_mixtral: Path, tmp_path: Path) -> None:

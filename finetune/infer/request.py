@@ -17,8 +17,9 @@ class Sampling:
 
     Temperature 0 is greedy, whatever the filters say. Above 0 the filters apply in this order: `repetition_penalty`
     (CTRL, arXiv 1909.05858, section 4.1; over prompt and answer), temperature, `top_k` (0: all), `top_p`, `min_p`
-    (tokens of at least `min_p` times the best one's probability; arXiv 2407.01082). The same seed gives the same
-    answer, whatever else is in the batch.
+    (tokens of at least `min_p` times the best one's probability; arXiv 2407.01082). The likeliest token always stays,
+    so a temperature or `top_p` however near 0 is greedy too. The same seed gives the same answer, whatever else is in
+    the batch.
 
     Attributes:
         stop: texts that end an answer; they are not part of it.
@@ -46,7 +47,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("min_p", 0 <= self.min_p < 1, "0 or more, below 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
             ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),

@@ -232,7 +232,7 @@ class Runner:
 def _to_host(chosen: Chosen) -> Callable[[], Chosen]:
     if not chosen.token_T.is_cuda:
         return lambda: chosen
-    tensors = [chosen.token_T, chosen.logprob_T, chosen.top_ids, chosen.top_logprobs]
+    tensors = [chosen.token_T, chosen.finite_T, chosen.logprob_T, chosen.top_ids, chosen.top_logprobs]
     copies = [None if x is None else torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
     for copy, x in zip(copies, tensors, strict=True):
         if copy is not None and x is not None:
@@ -243,7 +243,8 @@ def _to_host(chosen: Chosen) -> Callable[[], Chosen]:
     def ready() -> Chosen:
         event.synchronize()
         assert copies[0] is not None
-        return Chosen(copies[0], *copies[1:])
+        assert copies[1] is not None
+        return Chosen(copies[0], copies[1], *copies[2:])
 
     return ready
 

@@ -106,6 +106,8 @@ _route = define(
 def route(x_TH: Tensor, gates_NEH: Tensor, which_T: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
     """Chosen experts int64 [T, K] and their weights float32 [T, K], the likeliest first.
 
+    Of logits that are not finite the weights are NaN; the experts are some of those that there are.
+
     Args:
         gates_NEH: the routers' weights; `which_T` int32 says whose a row goes by.
         normalize: a row's weights sum to one, as Mixtral's do.

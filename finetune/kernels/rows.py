@@ -68,7 +68,10 @@ _sort = define(
 
 
 def sort_by_expert(index_TK: Tensor, experts: int) -> ExpertRows:
-    """Sorts the choices [T, K] (int64 expert numbers) by expert, stably; no host synchronization."""
+    """Sorts the choices [T, K] (int64, from 0 to below `experts`) by expert, stably; no host synchronization.
+
+    Routers give no other numbers, of NaN neither: torch's top-k does not, and `kernels.decode.route` sees to it.
+    """
     return ExpertRows(*_sort(index_TK, experts))
 
 

@@ -91,7 +91,10 @@ def route_kernel(
             logits,
         )
     exponents = tl.exp(logits - tl.max(logits))
-    probability = exponents / tl.sum(exponents)
+    whole = tl.sum(exponents)
+    # One NaN or infinity makes all of it NaN, as in torch: the weights then are NaN and the choice falls on the first
+    # experts. A number past the last expert would be read out of bounds by every kernel after this one.
+    probability = tl.where(whole > 0, exponents / whole, 0.0)
     total = 0.0
     remaining = probability
     for _ in tl.static_range(TOP_K):
@@ -104,8 +107,9 @@ def route_kernel(
         best = tl.max(remaining)
         chosen = tl.min(tl.where(remaining == best, expert, EXPERTS))
         remaining = tl.where(expert == chosen, -1.0, remaining)
+        weight = best / total if NORMALIZE else best
         tl.store(index_ptr + token * TOP_K + rank, chosen.to(tl.int64))
-        tl.store(weight_ptr + token * TOP_K + rank, best / total if NORMALIZE else best)
+        tl.store(weight_ptr + token * TOP_K + rank, tl.where(whole > 0, weight, float("nan")))
 
 
 @triton.jit

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.infer.text import AnswerText
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model")
+BYTES = TOKENIZER.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+PARROT = [BYTES[byte] for byte in "🦜".encode()]
+
+
+def gpt2s() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are single bytes, and some longer ones."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "Ġa", "ðŁ", "the"])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", bos_token="<s>")
 
 
 def pieces(text: str, *stops: str) -> tuple[list[str], AnswerText]:
@@ -35,7 +48,56 @@ def test_an_incomplete_character_comes_at_the_end_only() -> None:
     assert "�" in answer.end()
 
 
-@pytest.mark.parametrize("prompt", ["The capital of France is", "", "größer 北京", "a 🦜"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["<0x0A>", "<0xF0>", "<0x9F>", "▁take"],
+        ["<0x0A>", "<0x0A>", "▁take", "<0x0A>"],
+        ["▁take", "<0xA6>", "<0x9C>"],
+        ["<0xF0>", "</s>", "<0x9F>", "<0xA6>", "<0x9C>"],
+        ["▁", "▁", "ing"],
+    ],
+    ids=" ".join,
+)
+def test_tokens_that_are_no_text_end_nothing(names: list[str]) -> None:
+    ids = TOKENIZER.convert_tokens_to_ids(names)
+    answer = AnswerText(TOKENIZER, ())
+    assert "".join([answer.add(token) for token in ids]) + answer.end() == TOKENIZER.decode(
+        ids, skip_special_tokens=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+def test_any_tokens_are_the_tokenizers_own_decoding(kind: str) -> None:
+    """Drawn so that bytes, parts of characters, control tokens and ids that are no token stand side by side."""
+    draw = random.Random(0)
+    tokenizer = gpt2s() if kind == "gpt2" else TOKENIZER
+    size = len(tokenizer)
+    odd = [*BYTES, *PARROT * 20, 0, 1, 2, size, size + 5] if kind == "sentencepiece" else [*range(size + 2)]
+    parrot = PARROT if kind == "sentencepiece" else tokenizer.convert_tokens_to_ids(list("ðŁ¦ľ"))
+    for _ in range(400):
+        ids: list[int] = []
+        while len(ids) < 12:
+            ids += draw.choice([[draw.randrange(size)], [draw.choice(odd)], parrot[: draw.randrange(1, 5)]])
+        answer = AnswerText(tokenizer, ())
+        given = "".join([answer.add(token) for token in ids]) + answer.end()
+        assert given == tokenizer.decode(ids, skip_special_tokens=True), ids
+
+
+def test_a_stop_text_of_bytes_ends_at_once() -> None:
+    answer = AnswerText(TOKENIZER, ("\n\n",))
+    ids = [*TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10], BYTES[10]]
+    assert "".join(answer.add(token) for token in ids) == "one"
+    assert answer.stop == "\n\n"
+
+
+def test_a_character_that_the_prompt_began() -> None:
+    answer = AnswerText(TOKENIZER, (), [*TOKENIZER("a")["input_ids"], *PARROT[:2]])
+    end = TOKENIZER.convert_tokens_to_ids("▁take")
+    assert "".join(answer.add(token) for token in [*PARROT[2:], end]) == "🦜 take"
+
+
+@pytest.mark.parametrize("prompt", ["The capital of France is", "", "größer 北京", "a 🦜", "a\n"])
 @pytest.mark.parametrize("text", [" Paris, 北京", "s and more", "\n\n x"])
 def test_what_goes_on_from_a_prompt_is_the_rest_of_the_whole(prompt: str, text: str) -> None:
     begin = TOKENIZER(prompt)["input_ids"]

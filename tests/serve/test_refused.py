@@ -54,7 +54,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"top_p": 0}, "top_p", "above 0, at most 1"),
         ({"min_p": 1}, "min_p", "below 1"),
         ({"top_k": -2}, "top_k", "0 (all tokens) or more"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty", "0.01 to 100"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed: 1 or more"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens is 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),

@@ -119,6 +119,26 @@ def test_route(experts: int, normalize: bool) -> None:
     near(weight, expected_weight, 1e-2)
 
 
+@pytest.mark.parametrize("experts", [4, 6])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route_of_what_is_not_finite(experts: int, normalize: bool) -> None:
+    """Experts that exist, each once, and NaN weights as in torch; the other rows as if they were alone."""
+    x, gates = rand(5, 96), rand(2, experts, 96) / 10
+    x[1, 5], x[3, 0] = float("nan"), float("inf")
+    gates[1, experts - 1] = float("nan")
+    which = torch.tensor([0, 0, 1, 0, 0], dtype=torch.int32, device=DEVICE)
+    index, weight = torch.full((5, 2), -1, device=DEVICE), torch.zeros(5, 2, device=DEVICE)
+    triton_decode.route(x, gates, which, normalize, index, weight)
+    assert ((index >= 0) & (index < experts)).all()
+    assert (index[:, 0] != index[:, 1]).all()
+    expected_index, expected_weight = decode._route_plain(x, gates, which, 2, normalize)
+    assert ((expected_index >= 0) & (expected_index < experts)).all()
+    assert torch.equal(weight.isnan(), expected_weight.isnan())
+    assert weight.isnan().all(1).tolist() == [False, True, True, True, False]
+    assert torch.equal(index[[0, 4]], expected_index[[0, 4]])
+    near(weight[[0, 4]], expected_weight[[0, 4]], 1e-2)
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 def test_lora(parts: int) -> None:
     x, y = rand(6, 128), rand(parts, 6, 96, dtype=torch.float32)

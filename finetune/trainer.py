@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -47,6 +48,17 @@ class MoeTrainer(SFTTrainer):
     router_learning_rate: float | None = None  # None: the run's
     auxiliary: AuxiliaryLoss | None = None
     _ahead: list[Any] | None = None  # all micro-batches of a step whose first has not run yet
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Upstream's; under FSDP2 with the arithmetic of every other run: autocast over parameters as they are.
+
+        accelerate's FSDP2 knows no autocast. It casts parameters, their gradients before they are summed, and what the
+        model returns, the loss among it, to bf16.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and no wrapper
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.auxiliary or contextlib.nullcontext():

@@ -2,15 +2,16 @@
 # Every test that needs a CUDA device, then the benches of the README's table; a short table last. Under 9 minutes on one
 # 80 GB GPU. Uses the python3 on the path (PYTHON=... for another), since GPU machines bring their own torch.
 #
-#   PARTS="tests train peers kernels"   which parts; one that fails does not stop the others
-#                                       (`router`, what watching it costs a step, is a further one)
+#   PARTS="tests multi train peers kernels"   which parts; one that fails does not stop the others
+#                                       (`multi`, two GPUs against one, says so where there is only one;
+#                                       `router`, what watching it costs a step, is a further one)
 #   ROWS="8x1024 4x4096"                which rows of training; further ones: 8x1024-non-moe, 8x1024-grouped,
 #                                       tiny-qlora-attention, tiny-freeze-experts
 #   RESULTS=DIR                         keeps the raw JSON lines there
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-parts=${PARTS:-tests train peers kernels}
+parts=${PARTS:-tests multi train peers kernels}
 rows=${ROWS:-2x1024 8x1024 8x1024-34gib 4x4096}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -43,16 +44,18 @@ train() {
 }
 
 # The files run beside each other, a process each: most of their time is the host's.
+multi=tests/gpu/test_multi_cuda.py
 if part tests; then
   begun=$SECONDS
-  for file in tests/gpu/test_*.py; do
+  files=$(ls tests/gpu/test_*.py | grep -v "$multi")
+  for file in $files; do
     {
       "$python" -m pytest "$file" -o addopts="-q --strict-markers --durations=3" -p no:cacheprovider
       echo $? >"$work/$(basename "$file").status"
     } >"$work/$(basename "$file").log" 2>&1 &
   done
   wait
-  for file in tests/gpu/test_*.py; do
+  for file in $files; do
     name=$(basename "$file")
     if [[ $(cat "$work/$name.status") == 0 ]]; then
       echo "$name: $(tail -n 1 "$work/$name.log")"
@@ -63,6 +66,12 @@ if part tests; then
     grep 's call' "$work/$name.log"
   done
   echo "tests took $((SECONDS - begun)) s"
+fi
+if part multi; then
+  begun=$SECONDS
+  # -rs: on a single GPU the reason why nothing ran is printed.
+  "$python" -m pytest "$multi" -o addopts="-q --strict-markers -rsP" -p no:cacheprovider || status=1
+  echo "multi took $((SECONDS - begun)) s"
 fi
 if part train; then
   for row in $rows; do

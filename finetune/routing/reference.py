@@ -110,10 +110,9 @@ class RouterReference:
     def measure_base(self) -> BaseRouting:
         """Reads the probe with the base, and keeps what its routers say. Every process must call it."""
         model = self.capture.model
-        adapter_off = model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
         windows: list[RouterSums] = []
         own = RouterCapture(model, num_experts=self.capture.num_experts, top_k=self.capture.top_k)
-        with adapter_off, own:
+        with _adapter_off(model), own:
             self.base_logprobs_LNE = self._read(window=lambda: windows.append(_taken(own)))
         self.base = _described(windows, self.name, len(self.rows))
         return self.base
@@ -174,6 +173,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def _adapter_off(model: nn.Module) -> Iterator[None]:
+    """The base alone, where the model is an adapter on one; what trains is still marked as training.
+
+    PEFT would freeze it meanwhile, and this may be the first forward pass: FSDP2 decides there, once, what trains.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trains:
+            parameter.requires_grad_(True)
+        yield
 
 
 def _taken(capture: RouterCapture) -> RouterSums:

@@ -9,7 +9,7 @@ from finetune.errors import ModelError
 from finetune.kernels.stacks import ExpertStorage
 from finetune.model import BaseSpec, load_base, read_config, saved_quantization
 from finetune.quant import Census, require_quantized_experts, take_census
-from finetune.quant.config import QUANT_METHOD, AttentionStorage
+from finetune.quant.config import QUANT_METHOD, AttentionStorage, refuse_without_toolkit
 from finetune.runfolder import require_fresh, require_space, staged
 
 
@@ -60,5 +60,6 @@ def write_quantized(
     require_space(output, census.total_bytes, what="the quantized model")
     with staged(output) as folder:
         loaded.model.save_pretrained(folder)
+        refuse_without_toolkit(folder)
         loaded.tokenizer.save_pretrained(folder)
     return census

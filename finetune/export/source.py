@@ -28,6 +28,7 @@ from finetune.model import (
     require_base,
     require_fingerprint,
 )
+from finetune.quant.config import of_plain_weights
 from finetune.trainable import read_adapter_kind
 
 _BASE_FILES = ["*.json", "*.safetensors"]
@@ -140,7 +141,7 @@ def open_source(
             allowed="--onto trained, or --onto original --original PATH with the checkpoint that was quantized",
             fix="name the original with --original, or merge onto what was trained",
         )
-    quantization = config.pop("quantization_config", None) or {}
+    quantization = config.get("quantization_config") or {}
     if onto == "trained" and not quantization and spec.experts != "nf4":
         raise AdapterError(
             f"the adapter was trained on experts in {spec.experts}, and the base is a checkpoint in 16 bits",
@@ -164,7 +165,7 @@ def open_source(
     routers = (weights.weight(f"{router_path(layer)}.weight") for layer in range(arch.layers))
     require_fingerprint(spec, fingerprint_of(routers))
     tunings = open_tunings(adapters, spec, skeleton)
-    return MergeSource(spec, folder, arch, config, shapes, weights, tunings)
+    return MergeSource(spec, folder, arch, of_plain_weights(config), shapes, weights, tunings)
 
 
 def require_adapter(folder: Path) -> None:

@@ -30,6 +30,7 @@ from finetune.export.source import MergeSource
 from finetune.export.standard import DTYPES, MERGE_FILE
 from finetune.kernels.stacks import empty_experts
 from finetune.quant import Moe4bitConfig
+from finetune.quant.config import refuse_without_toolkit
 from finetune.runfolder import write_json
 
 MERGED_DTYPE = torch.bfloat16
@@ -92,9 +93,10 @@ def _parameter(source: MergeSource, name: str, dtype: torch.dtype) -> Sequence[T
 
 
 def _save_config(source: MergeSource, folder: Path) -> None:
-    """config.json as `save_pretrained` of the merged model writes it."""
+    """config.json as `save_pretrained` of the merged model writes it, and a refusal of those who cannot read it."""
     config = AutoConfig.from_pretrained(source.folder)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = str(MERGED_DTYPE).removeprefix("torch.")
     config.quantization_config = Moe4bitConfig(attention="16bit", experts=source.weights.experts)
     config.save_pretrained(folder)
+    refuse_without_toolkit(folder)

@@ -1,11 +1,17 @@
 """How a MoE is stored: experts in NF4 or fewer bits (HQQ), and attention in NF4 or 16-bit.
 
-Written into a saved model's config.json as `quantization_config`, so that the folder says what it is.
+Written into a saved model's config.json as `quantization_config`, so that the folder says what it is. transformers
+without this toolkit skips a quantization that it does not know, with a warning, and leaves the experts random: a second
+key, `transformers_weights`, stops it. transformers reads that as the name of the weights' file, refuses one that is no
+safetensors, and repeats it in its error; the quantizer takes it away before. `save_pretrained` called from Python does
+not write it: transformers strips the key.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from transformers.quantizers.auto import register_quantization_config
@@ -16,6 +22,11 @@ from finetune.kernels.stacks import ExpertStorage
 
 QUANT_METHOD = "moe_4bit"
 AttentionStorage = Literal["nf4", "16bit"]
+REFUSAL_KEY = "transformers_weights"
+_REFUSAL = (
+    "these weights are for moe-qlora: run `import finetune.quant` before from_pretrained. "
+    "Its experts are quantized in a way that transformers alone does not read, and would leave random"
+)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -84,3 +95,15 @@ class Moe4bitConfig(QuantizationConfigMixin):
         if self.experts == "nf4":
             del content["experts"]
         return content
+
+
+def refuse_without_toolkit(folder: Path) -> None:
+    """Has transformers refuse the saved, quantized model in `folder` where this toolkit is not imported."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {REFUSAL_KEY: _REFUSAL}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def of_plain_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config.json for weights that are not quantized."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", REFUSAL_KEY)}

@@ -30,7 +30,7 @@ from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import ModelError
 from finetune.kernels.nf4 import BLOCK
 from finetune.kernels.stacks import ExpertStorage
-from finetune.quant.config import QUANT_METHOD, Moe4bitConfig
+from finetune.quant.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
 from finetune.quant.experts import QuantizedExperts
 
 # NF4 with double quantization: 0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales a weight.
@@ -73,6 +73,15 @@ class Moe4bitQuantizer(HfQuantizer):
         if device_map is None:
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         return device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first sight of the model's config, before its files are looked up: takes the refusal of others away."""
+        vars(config).pop(REFUSAL_KEY, None)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """As `update_attn_implementation`, which transformers 5.17 does not call."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         arch = MoeArch.from_config(model.config.to_dict(), where=type(model).__name__)

@@ -19,6 +19,7 @@ from finetune import Moe4bitConfig
 from finetune.kernels.nf4 import dequantize_linear
 from finetune.model import LoadedModel
 from finetune.quant import QuantizedExperts
+from finetune.quant.config import refuse_without_toolkit
 
 
 def merged_weight(lora: LoraLayer) -> Tensor:
@@ -56,3 +57,4 @@ def save_merged(live: LoadedModel, folder: Path) -> None:
     base.hf_quantizer.quantization_config = base.config.quantization_config = quantization
     base.is_loaded_in_4bit = False
     base.save_pretrained(folder)
+    refuse_without_toolkit(folder)

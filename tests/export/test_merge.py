@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,26 @@ def expert_bytes(model: Any) -> dict[str, bytes]:
     """Codes, scales, nested scales and offsets of all experts, by name."""
     named = ((name.removeprefix("base_model.model."), tensor) for name, tensor in model.named_parameters())
     return {name: tensor.numpy().tobytes() for name, tensor in named if ".experts." in name}
+
+
+def assert_only_for_this_toolkit(folder: Path) -> None:
+    """A process without this toolkit refuses the folder in words, by every class, and reads it once it has it."""
+    program = f"""if True:
+        from transformers import AutoModelForCausalLM, MixtralForCausalLM
+        for loader in (AutoModelForCausalLM, MixtralForCausalLM):
+            try:
+                loader.from_pretrained({str(folder)!r})
+            except ValueError as error:
+                print(error)
+        import finetune.quant
+        model = MixtralForCausalLM.from_pretrained({str(folder)!r}, device_map="cpu")
+        print(type(model.model.layers[0].mlp.experts).__name__)
+        """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *refusals, experts = done.stdout.splitlines()
+    assert len(refusals) == 2
+    assert all("run `import finetune.quant` before from_pretrained" in refusal for refusal in refusals)
+    assert experts == "QuantizedExperts"
 
 
 # ---- the folder ---------------------------------------------------------------------------------------------------
@@ -134,6 +156,8 @@ def test_experts_keep_the_bytes_of_training_whatever_the_checkpoint(
     merged = load(str(tmp_path / "merged"), device="cpu")
     assert expert_bytes(merged.model) == bytes_of_training
     assert merged.base.quantizing_dtype is None, "read as they are"
+    if dtype == torch.bfloat16:
+        assert_only_for_this_toolkit(tmp_path / "merged")
     again = load(str(adapter), device="cpu", dtype="bfloat16")
     assert again.model.dtype == torch.bfloat16
     assert expert_bytes(again.model) == bytes_of_training

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.data.forms import find_form, to_conversation
+from finetune.data.forms import to_conversation
+from finetune.data.pipeline import Reading, form_of
 from finetune.data.readers import Source, open_source
-from finetune.data.reading import rows_of, sample_row
+from finetune.data.reading import first_row
 from finetune.data.rows import Message, RowFault
 from finetune.errors import DataError, OutputError
 from finetune.runfolder import write_text
@@ -76,9 +77,10 @@ def load_conversation(path: Path) -> Conversation:
     """
     if not path.is_file():
         raise DataError("there is no such file", where=str(path), fix="name a file that /save wrote, or training data")
-    reader = open_source(Source(str(path)))
-    form = find_form(sample_row(reader), "auto", columns={}, roles={}, where=reader.where)
-    position, row = next(row for chunk, _ in reader.chunks(0) for row in rows_of(chunk))
+    source = Source(str(path))
+    reader = open_source(source)
+    form = form_of(reader, Reading(source))
+    position, row = first_row(reader)
     where = reader.locate(position)
     try:
         if isinstance(row, RowFault):

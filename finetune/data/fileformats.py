@@ -21,11 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.data.bytelines import BLOCK, BOM, DAMAGE, MAX_LINE, open_binary, read_lines
-from finetune.data.reading import CHUNK_ROWS, Reader, SizeUnit, digest
+from finetune.data.reading import CHUNK_ROWS, SAVE_AS_UTF8, Reader, SizeUnit, digest
 from finetune.data.rows import RawChunk, RowFault
 from finetune.errors import DataError
 
 _HASHED_WHOLE = 1 << 30  # larger files are recognized by size and time of change
+_BAD_RECORD = RowFault(
+    "bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)", fix=SAVE_AS_UTF8
+)
 _BAD_ROW = "a value that cannot be read (bad UTF-8, or out of its type's range)"
 
 
@@ -252,7 +255,7 @@ class Csv(FileReader):
 
 def _record(header: list[str], cells: list[str]) -> dict[str, str] | RowFault:
     if any(_is_broken(cell) for cell in cells):
-        return RowFault("bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)")
+        return _BAD_RECORD
     if len(cells) != len(header):
         return RowFault(f"more or fewer cells than the header's {len(header)}")
     return dict(zip(header, cells, strict=True))
@@ -298,8 +301,8 @@ OPENERS: dict[str, Callable[..., FileReader]] = {
     ".tsv": Csv,
     ".arrow": Arrow,
 }
-_COMPRESSED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-SUFFIXES = (*OPENERS, *(suffix + ".gz" for suffix in _COMPRESSED))
+_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # which may be compressed
+SUFFIXES = (*OPENERS, *(suffix + ".gz" for suffix in _TEXTS))
 
 
 def suffix_of(path: Path) -> str:
@@ -322,4 +325,23 @@ def open_file(path: Path, *, name: str) -> FileReader:
             allowed=", ".join(SUFFIXES),
             fix="convert it to JSON lines, one {messages: [...]} a line",
         )
+    _require_data(path)
     return OPENERS[suffix.removesuffix(".gz")](path, name=name)
+
+
+def _require_data(path: Path) -> None:
+    """Refuses what stands in for the data, or is written in another encoding as a whole."""
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if beginning.startswith(b"version https://git-lfs"):
+        raise DataError(
+            "the file is a pointer of git-lfs, and the data are not here",
+            where=str(path),
+            fix="fetch them: `git lfs pull` in the repository, or `hf download ID --repo-type dataset`",
+        )
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")) and suffix_of(path) in _TEXTS:
+        raise DataError(
+            "the file is UTF-16, as PowerShell's `>` writes it, and not UTF-8",
+            where=str(path),
+            fix="save it as UTF-8: `iconv -f UTF-16 -t UTF-8 FILE > NEW`",
+        )

@@ -10,21 +10,26 @@ context that nothing answers, and is not supervised.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
+from finetune.data.messages import ROLES, kind, shortened, text_of
 from finetune.data.reading import parse_json, rows_of
 from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
-from finetune.data.turns import Form, FormName, Turn, kind, turns_of
+from finetune.data.turns import Form, FormName, Turn, turns_of
 from finetune.errors import DataError
 
 __all__ = ["Form", "FormName", "find_form", "parse", "to_conversation"]
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "bot", "model", "chatgpt", "bing", "bard"), "assistant"),
+# What data sets call the speakers, whatever the case; what the user says in data.roles comes first.
+_USUAL_ROLES: Mapping[str, Role] = {
+    **ROLES,
+    **dict.fromkeys(("human", "prompter", "instruction", "question"), "user"),
+    **dict.fromkeys(("gpt", "bot", "model", "chatgpt", "bing", "bard", "ai", "answer", "response"), "assistant"),
 }
+_NAMED = 40  # characters of a role that is shown whole
+_OURS = ("system", "user", "assistant")
 _TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_response"}
 _TURN_KEYS = {"role", "content", "train"}
 _LISTS = ("messages", "conversations", "conversation")  # names in use for the column with the turns
@@ -91,8 +96,7 @@ def find_form(
     for column in {*columns, *_REQUIRED[name]} - _TURN_KEYS:
         if used[column] not in row:
             raise _missing_column(name, used[column], row, where=where)
-    known = {role: role for role in ROLES} | (SHAREGPT_ROLES if name == "sharegpt" else {})
-    return Form(name, used, known | dict(roles))
+    return Form(name, used, {**_USUAL_ROLES, **cast("Mapping[str, Role]", roles)})
 
 
 def _recognized(row: Mapping[str, Any], columns: Mapping[str, str], *, where: str) -> FormName:
@@ -142,7 +146,7 @@ def _own_name(column: str, row: Mapping[str, Any], columns: Mapping[str, str], f
 
 
 def _check_names(columns: Mapping[str, str], roles: Mapping[str, str], *, where: str) -> None:
-    for section, names, known in (("columns", columns.keys(), COLUMNS), ("roles", roles.values(), ROLES)):
+    for section, names, known in (("columns", columns.keys(), COLUMNS), ("roles", roles.values(), _OURS)):
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
@@ -204,40 +208,20 @@ def parse(chunk: RawChunk, form: Form) -> Parsed:
 
 
 def _message(turn: Turn, form: Form) -> Message:
-    return {"role": role_of(turn.role, form), "content": content_of(turn.content), "train": train_of(turn.train)}
+    return {"role": role_of(turn.role, form), "content": text_of(turn.content), "train": train_of(turn.train)}
 
 
 def role_of(role: Any, form: Form) -> Role:
     if not isinstance(role, str):
         raise RowFault(f"a role is {kind(role)}, not a string")
-    known = form.roles.get(role)
+    known = form.known_role(role)
     if known is None:
         if role in _TOOL_ROLES:
             raise RowFault(f"a turn of role {role!r}: tool use is not trained here")
-        raise RowFault(f"role {shortened(role)} is unknown")
-    return cast(Role, known)
-
-
-def content_of(content: Any) -> str:
-    """A turn's text; parts of type text are joined by a blank line, as mistral-common joins them."""
-    if isinstance(content, list):
-        content = "\n\n".join(_text_of_part(part) for part in content)
-    if not isinstance(content, str):
-        raise RowFault(f"the content of a turn is {kind(content)}, not a string")
-    if not content.isascii():
-        try:
-            content.encode("utf-8")
-        except UnicodeEncodeError:  # half of a surrogate pair: neither Arrow nor a tokenizer takes it
-            raise RowFault("the content of a turn is not valid Unicode (a lone surrogate)") from None
-    return content
-
-
-def _text_of_part(part: Any) -> str:
-    if not isinstance(part, Mapping):
-        raise RowFault(f"the content of a turn is a list with {kind(part)} in it, not a string or text parts")
-    if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise RowFault(f"the content of a turn has a part of type {shortened(part.get('type'))}; only text is taken")
-    return part["text"]
+        own = role if role.isidentifier() else json.dumps(role)
+        says = f"; if it is the user's, set data.roles: {{{own}: user}}" if len(role) <= _NAMED else ""
+        raise RowFault(f"role {shortened(role)} is unknown{says}")
+    return known
 
 
 def train_of(flag: Any) -> bool:
@@ -270,10 +254,3 @@ def check_conversation(conversation: Iterable[Message]) -> None:
         raise RowFault("no assistant turn, so nothing to learn")
     if not any(text and not text.isspace() for text in texts):
         raise RowFault("every assistant turn is empty")
-
-
-def shortened(value: Any) -> str:
-    """A value in a message: a string in quotes, its beginning if it is long; of anything else what it is."""
-    if not isinstance(value, str):
-        return kind(value)
-    return repr(value if len(value) <= 40 else value[:40] + "...")  # repr escapes what does not print

@@ -37,8 +37,8 @@ from finetune.data.encoding import encode_settings
 from finetune.data.forms import Form, FormName, find_form
 from finetune.data.lengths import Lengths
 from finetune.data.readers import Source, open_source
-from finetune.data.reading import Reader, sample_row
-from finetune.data.rows import RawChunk, Unit
+from finetune.data.reading import Reader, first_row, sample_row
+from finetune.data.rows import RawChunk, RowFault, Unit
 from finetune.data.worker import SCHEMA, ChunkRows, Teaching, Worker
 from finetune.errors import DataError
 from finetune.runfolder import staged
@@ -46,7 +46,7 @@ from finetune.runfolder import staged
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1  # of the files below; another one is not read
+_VERSION = 2  # of the files below; another one is not read
 _ROWS, _LEDGER = "rows.arrow", "ledger.json"
 _POSITIONS_KEPT = 8
 _ABANDONED_SECONDS = 24 * 3600
@@ -186,13 +186,20 @@ def form_of(reader: Reader, reading: Reading) -> Form:
     """
     sample = sample_row(reader)
     if not sample:
-        raise DataError(
-            "not one of the first rows can be read",
-            where=reader.where,
-            allowed="rows that are objects with named columns",
-            fix="correct the file; `finetune data check` names the rows once some can be read",
-        )
+        raise _unreadable(reader)
     return find_form(sample, reading.format, columns=reading.columns, roles=reading.roles, where=reader.where)
+
+
+def _unreadable(reader: Reader) -> DataError:
+    """Why the first row cannot be read, which is why none can."""
+    position, row = first_row(reader)
+    fault = row if isinstance(row, RowFault) else RowFault("an object without a column")
+    return DataError(
+        f"not one of the first rows can be read; {reader.locate(position)}: {fault}",
+        where=reader.where,
+        allowed="rows that are objects with named columns",
+        fix=fault.fix or "correct the file",
+    )
 
 
 def _read_ledger(path: Path) -> Ledger:

@@ -5,7 +5,8 @@ turn, with the generation prompt, is what the model is given to answer; the conv
 should have become. Where the first is the beginning of the second, and the second of the whole, the turn is what lies
 between. A template for which that does not hold is refused, and so is one that writes a header before the answer but
 leaves it out of the generation prompt: the header would be learnt, and be missing when the model is asked. The spans
-are those of TRL's marked versions of the same templates, where TRL's begin after the generation prompt.
+are those of TRL's marked versions of the same templates, where TRL's begin after the generation prompt. Space that a
+template writes after the token that ends a turn belongs to the span here; `rendering.py` takes it off.
 """
 
 from __future__ import annotations

@@ -148,13 +148,17 @@ def _parse_line(line: bytes) -> Any:
     try:
         value = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return RowFault("not UTF-8")
+        return RowFault("not UTF-8", fix=SAVE_AS_UTF8)
     except RowFault as fault:
         return fault
     return value if isinstance(value, dict) else _NO_OBJECT
 
 
-_NO_OBJECT = RowFault("valid JSON, but not an object")
+SAVE_AS_UTF8 = "save the file as UTF-8; for one that Windows wrote: `iconv -f CP1252 -t UTF-8 FILE > NEW`"
+_ONE_A_LINE = "write one object a line (`jq -c . FILE > NEW.jsonl`), or one list of all rows into a .json file"
+_NO_OBJECT = RowFault(
+    "valid JSON, but not an object", fix="name the file .json if it is one list of all rows, or write one object a line"
+)
 
 
 def parse_json(text: str) -> Any:
@@ -167,8 +171,8 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as fault:
         if fault.pos >= len(text.rstrip()) or fault.msg.startswith("Unterminated"):
-            raise RowFault("not valid JSON: it ends in the middle of a value") from None
-        raise RowFault(f"not valid JSON: {fault.msg}") from None
+            raise RowFault("not valid JSON: it ends in the middle of a value", fix=_ONE_A_LINE) from None
+        raise RowFault(f"not valid JSON: {fault.msg}", fix=_ONE_A_LINE) from None
     except RecursionError:
         raise RowFault("not valid JSON: nested too deeply") from None
     except ValueError:  # Python reads no integer of more than 4300 digits
@@ -194,6 +198,11 @@ def sample_row(reader: Reader, *, among: int = 100) -> dict[str, Any]:
             if sample.get(column) is None:
                 sample[column] = value
     return sample
+
+
+def first_row(reader: Reader) -> tuple[int, Any]:
+    """Position and value, or `RowFault`, of the first row that there is."""
+    return next(row for chunk, _ in reader.chunks(0) for row in rows_of(chunk))
 
 
 def digest(*parts: str) -> str:

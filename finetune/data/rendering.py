@@ -125,6 +125,7 @@ class Renderer:
             )
         if not self._is_marked and not add_generation_prompt:
             spans = derive_spans(lambda part, prompt: self._run(part, prompt)[0], hidden, text)
+        spans = [self._to_its_end(text, *span) for span in spans]
         if shown:
             pieces[::2] = [piece.translate(shown) for piece in pieces[::2]]
         return Rendered(pieces, spans)
@@ -139,6 +140,13 @@ class Renderer:
         )
         texts, spans = rendered
         return texts[0], spans[0] if self._is_marked else []
+
+    def _to_its_end(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """A turn up to the control token that ends it: the new line that many templates write after it is nobody's."""
+        last = None
+        for last in self._special.finditer(text, start, end):  # noqa: B007
+            pass
+        return (start, last.end()) if last is not None and text[last.end() : end].isspace() else (start, end)
 
     def _hide(self, messages: Turns) -> tuple[Turns, dict[int, str]]:
         """The messages without control tokens, and what each stand-in character is for."""

@@ -13,22 +13,12 @@ from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
-from finetune.data.forms import SHAREGPT_ROLES, check_conversation, content_of, role_of, train_of
-from finetune.data.rows import Conversation, Message, Role
+from finetune.data.forms import check_conversation, role_of, train_of
+from finetune.data.messages import text_of
+from finetune.data.rows import Conversation, Message
 from finetune.data.turns import Form, Turn, turns_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_OBVIOUS_ROLES: Mapping[str, str] = {
-    **SHAREGPT_ROLES,
-    **{role: role for role in ("system", "user", "assistant")},
-    "prompter": "user",  # OpenAssistant
-    "instruction": "user",
-    "question": "user",
-    "ai": "assistant",
-    "answer": "assistant",
-    "response": "assistant",
-    "developer": "system",
-}
 
 
 def repair(row: Any, form: Form) -> tuple[Conversation, list[str]]:
@@ -38,7 +28,7 @@ def repair(row: Any, form: Form) -> tuple[Conversation, list[str]]:
         RowFault: the row cannot be corrected.
     """
     done: list[str] = []
-    turns = [Turn(_role(turn.role, form, done), turn.content, turn.train) for turn in turns_of(row, form)]
+    turns = [Turn(role_of(turn.role, form), turn.content, turn.train) for turn in turns_of(row, form)]
     turns = _without_null(turns, done)
     conversation: Conversation = [
         {"role": turn.role, "content": _text(turn.content, done), "train": train_of(turn.train)} for turn in turns
@@ -53,15 +43,6 @@ def repair(row: Any, form: Form) -> tuple[Conversation, list[str]]:
 
 
 # ---- turn by turn ---------------------------------------------------------------------------------------------------
-
-
-def _role(role: Any, form: Form, done: list[str]) -> Role:
-    if isinstance(role, str) and role not in form.roles:
-        obvious = _OBVIOUS_ROLES.get(role.strip().lower())
-        if obvious is not None:
-            done.append("role name replaced by the usual one")
-            return role_of(obvious, Form(form.name, form.columns, {obvious: obvious}))
-    return role_of(role, form)
 
 
 def _without_null(turns: list[Turn], done: list[str]) -> list[Turn]:
@@ -85,8 +66,8 @@ def _without_null(turns: list[Turn], done: list[str]) -> list[Turn]:
 def _text(content: Any, done: list[str]) -> str:
     if isinstance(content, list):
         parts = [{**part, "text": _mended(part["text"], done)} if _has_text(part) else part for part in content]
-        return content_of(parts)
-    return content_of(_mended(content, done) if isinstance(content, str) else content)
+        return text_of(parts)
+    return text_of(_mended(content, done) if isinstance(content, str) else content)
 
 
 def _has_text(part: Any) -> bool:

@@ -32,7 +32,14 @@ Conversation = list[Message]
 
 
 class RowFault(Exception):
-    """Why one row cannot be used; the text is the same for every row with the same fault."""
+    """Why one row cannot be used; the text is the same for every row with the same fault.
+
+    `fix` says what to do where a whole file has the fault.
+    """
+
+    def __init__(self, reason: str, *, fix: str | None = None) -> None:
+        super().__init__(reason)
+        self.fix = fix
 
 
 @dataclass(frozen=True)

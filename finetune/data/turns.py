@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from finetune.data.messages import kind
 from finetune.data.reading import parse_json
-from finetune.data.rows import RowFault
+from finetune.data.rows import Role, RowFault
 
 FormName = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "human_text"]
 
@@ -24,12 +25,16 @@ class Form:
 
     Attributes:
         columns: our name for a column, or a key of a turn, to the user's.
-        roles: every role name that the rows may use, to ours.
+        roles: every role name that the rows may use, to ours; see `known_role`.
     """
 
     name: FormName
     columns: Mapping[str, str]
-    roles: Mapping[str, str]
+    roles: Mapping[str, Role]
+
+    def known_role(self, name: str) -> Role | None:
+        """Ours for a role's name as it is, or else for its name in small letters."""
+        return self.roles.get(name) or self.roles.get(name.strip().lower())
 
 
 class Turn(NamedTuple):
@@ -64,12 +69,6 @@ def turns_of(row: Any, form: Form) -> list[Turn]:
     if not isinstance(text, str):
         raise RowFault(f"`{form.columns['text']}` is {kind(text)}, not a string")
     return _chatml_turns(text, form) if form.name == "chatml_text" else _human_turns(text, form)
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {list: "a list", dict: "a mapping", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
 # ---- forms with a list of turns -------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ def _with_system(row: Mapping[str, Any], form: Form, turns: list[Turn]) -> list[
     if not isinstance(system, str):
         raise RowFault(f"`{form.columns['system']}` is {kind(system)}, not a string")
     first = turns[0]
-    if isinstance(first.role, str) and form.roles.get(first.role) == "system":
+    if isinstance(first.role, str) and form.known_role(first.role) == "system":
         if first.content != system:
             raise RowFault(f"`{form.columns['system']}` and the system message differ")
         return turns

@@ -24,7 +24,11 @@ from finetune.recipe import Recipe
 _BINS = 24
 _SHOWN = 8
 _FEW_SUPERVISED = 0.02  # below this share, nearly all of a step's time goes to tokens that are not learnt
-_LEAKED = 0.01  # share of the held-out conversations
+_ENDS = (
+    "set data.template to one that writes the tokenizer's eos_token after every answer, or set eos_token in "
+    "tokenizer_config.json to the token that the template writes there"
+)
+_UNCUT = "set data.too_long: truncate, drop or split"
 
 
 def document(
@@ -114,14 +118,14 @@ def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, st
             add(
                 "error",
                 f"{name}: no supervised turn ends with the end of sequence, so the model would never learn to stop",
-                "set data.template to one that ends the assistant's turns, or data.too_long: truncate",
+                _ENDS if not part["too_long"]["truncated"] else f"{_UNCUT}, or {_ENDS}",
             )
         elif part["turns_with_end"] < part["turns"]:
             missing = part["turns"] - part["turns_with_end"]
             add(
                 "warning",
                 f"{name}: {missing:,} of {part['turns']:,} supervised turns do not end with the end of sequence",
-                "set data.too_long: truncate, drop or split",
+                _UNCUT if part["too_long"]["truncated"] else _ENDS,
             )
         if 0 < part["supervised_share"] < _FEW_SUPERVISED:
             add(

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finetune.data.messages import ROLES, ContentFault, text_of
 from finetune.errors import DataError
 from finetune.serve.refusal import Refusal
 
 if TYPE_CHECKING:
     from finetune.infer.engine import Engine
-
-# OpenAI's newer name for what a template calls the system.
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 def chat_ids(engine: Engine, messages: list[Any]) -> tuple[int, ...]:
@@ -47,21 +45,14 @@ def _message(message: Any, where: str) -> dict[str, str]:
 
 
 def _content(content: Any, where: str) -> str:
-    """A text, or the texts of content parts as paragraphs of their own."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise Refusal(400, f"{where} is neither a text nor a list of parts", param=where)
-    texts = []
-    for number, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            message = f"{where}.{number} has type {kind!r:.80}; allowed: text"
-            raise Refusal(400, message, param=f"{where}.{number}.type", code="unsupported_value")
-        if not isinstance(part.get("text"), str):
-            raise Refusal(400, f"{where}.{number}.text is not a text", param=f"{where}.{number}.text")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    """The text, as training reads it."""
+    try:
+        return text_of(content)
+    except ContentFault as fault:
+        at = ".".join(str(step) for step in (where, fault.part, fault.key) if step is not None)
+        message = f"{at}: {fault}; allowed: a string, or a list of parts of type text"
+        code = "unsupported_value" if fault.key == "type" else None
+        raise Refusal(400, message, param=at, code=code) from None
 
 
 def prompt_ids(engine: Engine, prompt: Any) -> list[tuple[int, ...]]:

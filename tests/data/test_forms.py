@@ -190,8 +190,22 @@ def test_a_turn_that_is_not_to_be_learnt(flag: Any, train: bool) -> None:
 
 def test_content_in_parts_is_joined_as_mistral_common_joins_it() -> None:
     # mistral_common.protocol.instruct.normalize joins the text chunks of a message by "\n\n".
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image_url": None}]
+    parts = [{"type": "text", "text": text, "image_url": None} for text in ("a", "", "b")]
     assert read({"messages": [user(parts), assistant()]})[0][1] == "a\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("User", "Assistant"), ("Human", "GPT"), ("human", "gpt"), ("USER ", "Model")]
+)
+def test_usual_names_of_the_speakers_are_known_in_every_form(first: str, second: str) -> None:
+    expected = [("system", "s", True), ("user", "a", True), ("assistant", "b", True)]
+    said = [("developer", "s"), (first, "a"), (second, "b")]
+    assert read({"messages": [{"role": role, "content": text} for role, text in said]}) == expected
+    assert read({"conversations": [{"from": role, "value": text} for role, text in said]}) == expected
+    assert read({"text": "".join(f"<|im_start|>{role}\n{text}<|im_end|>" for role, text in said)}) == expected
+    # What the recipe says comes first.
+    swapped = read({"messages": [{"role": "gpt", "content": "a"}, assistant()]}, roles={"gpt": "user"})
+    assert swapped[0] == ("user", "a", True)
 
 
 def test_a_column_that_holds_json_text() -> None:
@@ -300,7 +314,10 @@ def test_names_that_mean_nothing() -> None:
         ([{"role": "system", "content": "s"}] * 2, "a system message that is not the first turn"),
         ([{"role": "user"}, assistant()], "a turn is not a mapping with `role` and `content`"),
         (["a", "b"], "a turn is not a mapping with `role` and `content`"),
-        ([{"role": "bot", "content": "a"}, assistant()], "role 'bot' is unknown"),
+        (
+            [{"role": "Der Kritiker", "content": "a"}, assistant()],
+            "role 'Der Kritiker' is unknown; if it is the user's, set data.roles: {\"Der Kritiker\": user}",
+        ),
         ([{"role": "x" * 999, "content": "a"}], f"role '{'x' * 40}...' is unknown"),
         ([{"role": ["user"], "content": "a"}, assistant()], "a role is a list, not a string"),
         ([user(), assistant(train=0.5)], "a turn's `train`, `weight` or `loss` is neither 0 nor 1"),
@@ -326,7 +343,10 @@ def test_a_conversation_that_teaches_nothing_sound(messages: Any, fault: str) ->
         ("plain <|im_start|>user\na<|im_end|>", "`text` is not ChatML from its beginning to its end"),
         (OASST_TOP1["text"] + "<|im_start|>user\nunfinished", "`text` is not ChatML from its beginning to its end"),
         ("<|im_start|>user\na\n<|im_start|>assistant\nb<|im_end|>", "a turn of `text` has no <|im_end|>"),
-        ("<|im_start|>critic\na<|im_end|><|im_start|>assistant\nb<|im_end|>", "role 'critic' is unknown"),
+        (
+            "<|im_start|>critic\na<|im_end|><|im_start|>assistant\nb<|im_end|>",
+            "role 'critic' is unknown; if it is the user's, set data.roles: {critic: user}",
+        ),
         (5, "`text` is a number, not a string"),
         (None, "`text` is missing"),
     ],

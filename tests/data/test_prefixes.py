@@ -43,6 +43,27 @@ def test_spans_are_those_of_the_marked_template(name: str) -> None:
         ]
 
 
+@pytest.mark.parametrize(
+    ("turn", "end"),
+    [  # Zephyr, ChatML and Llama 3: what comes after the end of a turn is not the assistant's
+        ("{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}", "</s>"),
+        ("{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}", "<|im_end|>"),
+        ("{{ '<|start|>' + m.role + '<|start|>\n\n' + m.content | trim + '<|eot_id|>' }}", "<|eot_id|>"),
+    ],
+)
+def test_a_turn_ends_with_the_token_that_ends_it(turn: str, end: str) -> None:
+    head = turn.partition(" + m.content")[0].replace("m.role", "'assistant'") + " }}"
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{head}{{% endif %}}"
+    marked = template.replace(turn, f"{{% generation %}}{turn}{{% endgeneration %}}")
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"{text}\n"} for i, text in enumerate("abcd")]
+    rendered = Renderer(template, NAMES, [*SPECIAL, "<|start|>"]).render(messages)
+    text = "".join(rendered.pieces)
+    blank = "" if "trim" in turn else "\n"
+    assert [text[start:stop] for start, stop in rendered.spans] == [f"b{blank}{end}", f"d{blank}{end}"]
+    ends = [text[:stop] for _, stop in Renderer(marked, NAMES, [*SPECIAL, "<|start|>"]).render(messages).spans]
+    assert all(before.endswith(end) for before in ends)
+
+
 @pytest.mark.parametrize("source", [MISTRAL_V1, MISTRAL_V3])
 def test_mistral_templates_without_their_markers(source: str) -> None:
     bare = source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")

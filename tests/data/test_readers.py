@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from finetune.data.hub import DatasetReader, StreamReader
+from finetune.data.pipeline import Reading, form_of
 from finetune.data.readers import Reader, Source, open_source, rows_of, sample_row
 from finetune.data.rows import RawChunk, RowFault
 from finetune.errors import DataError
@@ -542,3 +543,43 @@ def test_a_file_that_is_damaged_further_on(tmp_path: Path) -> None:
     write(tmp_path / "b.arrow", rows)
     (tmp_path / "b.arrow").write_bytes((tmp_path / "b.arrow").read_bytes()[:-300_000])
     assert "the file is damaged after row" in refusal(tmp_path / "b.arrow")
+
+
+# ---- files of which nothing can be read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", '{"messages": []}\n'.encode("utf-16"), ("the file is UTF-16", "`iconv -f UTF-16 -t UTF-8")),
+        ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), ("the file is UTF-16",)),
+        ("a.jsonl", b'[{"a": 1}]', ("a.jsonl line 1: valid JSON, but not an object", "name the file .json")),
+        (
+            "a.jsonl",
+            b'{\n  "a": 1\n}\n',
+            ("a.jsonl line 1: not valid JSON: it ends in the middle", "one object a line"),
+        ),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d",
+            ("pointer of git-lfs", "git lfs pull"),
+        ),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", ("pointer of git-lfs",)),
+        (
+            "a.csv",
+            b"prompt,completion\nO\xf9,l\xe0\n",
+            ("a.csv row 1: bytes that cannot be read", "save the file as UTF-8"),
+        ),
+        ("a.jsonl", b"{}\n{}\n", ("a.jsonl line 1: an object without a column",)),
+    ],
+    ids=["utf16", "utf16-csv", "list", "pretty", "lfs", "lfs-parquet", "cp1252", "empty-objects"],
+)
+def test_the_reason_of_the_first_row_where_none_can_be_read(
+    tmp_path: Path, name: str, content: bytes, says: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    reading = Reading(Source(str(tmp_path / name)))
+    with pytest.raises(DataError) as caught:
+        form_of(open_source(reading.source), reading)
+    assert caught.value.where == str(tmp_path / name)
+    assert all(part in str(caught.value) for part in says), caught.value

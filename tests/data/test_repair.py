@@ -54,7 +54,7 @@ SOUND = (("s", " S "), ("u", "a\x00"), ("a", ""), ("u", "\n"), ("a", "b"))
         (
             [("Human", "a"), ("Assistant ", "b"), ("prompter", "c"), ("GPT", "d")],
             [("u", "a"), ("a", "b"), ("u", "c"), ("a", "d")],
-            ["role name replaced by the usual one"],
+            [],
         ),
         (
             [("u", "x\ud83dy \ude00"), ("a", "b\udfff")],
@@ -108,7 +108,10 @@ def test_a_sound_row_of_another_form_is_what_training_reads() -> None:
     [
         (turns(("u", "a")), "no assistant turn, so nothing to learn"),
         (turns(("u", "a"), ("a", " ")), "no assistant turn, so nothing to learn"),
-        (turns(("u", "a"), ("critic", "b")), "role 'critic' is unknown"),
+        (
+            turns(("u", "a"), ("critic", "b")),
+            "role 'critic' is unknown; if it is the user's, set data.roles: {critic: user}",
+        ),
         (turns(("u", "a"), ("tool", "5"), ("a", "b")), "a turn of role 'tool': tool use is not trained here"),
         (turns(("u", 5), ("a", "b")), "the content of a turn is a number, not a string"),
         (turns(("a", "b")), "no assistant turn, so nothing to learn"),

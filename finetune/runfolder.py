@@ -309,12 +309,15 @@ def staged(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 class full_disk_explained:
     """Turns whatever a library raises when the disk is full into one message.
 
+    Args:
+        then: what can be done once there is space.
+
     Raises:
         OutputError: says where.
     """
 
-    def __init__(self, where: Path | str):
-        self.where = where
+    def __init__(self, where: Path | str, *, then: str | None = None):
+        self.where, self.then = where, then
 
     def __enter__(self) -> None:
         pass
@@ -325,7 +328,7 @@ class full_disk_explained:
             raise OutputError(
                 "no space left on the disk",
                 where=str(self.where),
-                fix="free some space, or choose another output folder; a training run then continues with --resume",
+                fix="free some space" + (f"; {self.then}" if self.then else ", or choose another output folder"),
             ) from error
 
 

@@ -63,6 +63,8 @@ from finetune.runfolder import (
     write_json,
     write_text,
 )
+from finetune.signals import Signals
+from finetune.stopping import Stopping
 from finetune.summary import show_census, show_router, show_summary, summarize
 from finetune.trainable import (
     FusedLoraLinear4bit,
@@ -87,6 +89,7 @@ class Prepared:
     progress: ProgressCallback
     speed: SpeedCallback
     router: RouterCallback
+    stopping: Stopping
 
 
 def train(
@@ -96,12 +99,42 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     random_weights: bool = False,
+    goes_on: str | None = None,
 ) -> dict[str, Any]:
-    """Runs a recipe; returns the summary that `--json` prints. Arguments and errors are those of `prepare`."""
-    ready = prepare(recipe, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
-    metrics = run_steps(ready, recipe)
+    """Runs a recipe; returns the summary that `--json` prints. Arguments and errors are those of `prepare`.
 
-    # Save.
+    Args:
+        goes_on: the command that resumes the run.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT; what was trained is in a checkpoint.
+        FinetuneError: also where the loss or its gradient was not finite for several steps.
+    """
+    with Signals() as signals:
+        ready = prepare(
+            recipe, report, resume=resume, overwrite=overwrite, random_weights=random_weights, signals=signals
+        )
+        signals.goes_on = goes_on
+        with signals.steps():
+            metrics = run_steps(ready, recipe)
+        if ready.stopping.stopped:
+            PartialState().wait_for_everyone()  # the main process has saved
+            ready.stopping.explain(step=ready.trainer.state.global_step, goes_on=goes_on)
+        summary = _save(ready, recipe, report, metrics)
+        signals.goes_on = None
+
+        # Push: from the main process, when the others have nothing to wait for.
+        if summary and recipe.output.push_to_hub is not None and not random_weights:
+            if ready.router.stopped_by is None:
+                summary |= {"pushed": push_after_training(recipe, report)}
+            else:
+                folder = ready.run.root
+                report.line(f"Not pushed, because an alarm stopped the run; to push it anyway: finetune push {folder}")
+    return summary
+
+
+def _save(ready: Prepared, recipe: Recipe, report: Report, metrics: dict[str, float]) -> dict[str, Any]:
+    """Writes what was trained and sums up; the summary is the main process's, and empty in the others."""
     summary: dict[str, Any] = {}
     trainer, run = ready.trainer, ready.run
     tuned = trainer.tuned_tensors()
@@ -122,13 +155,6 @@ def train(
         show_summary(summary, report)
         write_json(run.root / "summary.json", summary)
     PartialState().wait_for_everyone()
-
-    # Push: from the main process, when the others have nothing to wait for.
-    if summary and recipe.output.push_to_hub is not None and not random_weights:
-        if ready.router.stopped_by is None:
-            summary |= {"pushed": push_after_training(recipe, report)}
-        else:
-            report.line(f"Not pushed, because an alarm stopped the run; to push it anyway: finetune push {run.root}")
     return summary
 
 
@@ -139,6 +165,7 @@ def prepare(
     resume: bool = False,
     overwrite: bool = False,
     random_weights: bool = False,
+    signals: Signals | None = None,
 ) -> Prepared:
     """Everything up to the first step; the output folder is claimed.
 
@@ -146,6 +173,7 @@ def prepare(
         resume: continue from the last whole checkpoint of the same recipe's run.
         overwrite: replace a run that the output folder holds.
         random_weights: take only the shape from `model.path`, to measure speed and memory.
+        signals: what may stop the run between two steps.
 
     Raises:
         FinetuneError: whatever the user can mend, before the first step where possible.
@@ -239,6 +267,7 @@ def prepare(
     # The output folder: taken now, given back if TRL refuses.
     speed = SpeedCallback()
     progress = ProgressCallback()
+    stopping = Stopping(signals or Signals(), tell=progress.warn if main else lambda line: None, rows=rows.named)
     router = watch_router(
         model, arch, recipe, (rows.train, rows.held_out), run, loaded.tokenizer, tell=progress.warn, main=main
     )
@@ -248,6 +277,7 @@ def prepare(
         JsonlCallback(run.metrics, extra=[router.vectors]),
         speed,
         *logger_callbacks(recipe, run, router.vectors),
+        stopping,
     ]
     claim = claimed(run.root, settings, resume=resume, overwrite=overwrite) if main else contextlib.nullcontext()
     with claim:
@@ -268,11 +298,12 @@ def prepare(
 
     trainer.base, trainer.plan, trainer.tokens_per_batch = loaded.base, plan, recipe.data.tokens_per_batch
     trainer.router_learning_rate, trainer.auxiliary = recipe.trainable.router_learning_rate, auxiliary
+    trainer.stopping = stopping
     if loaded.model.config._attn_implementation == VARLEN:
         trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
-    return Prepared(trainer, run, checkpoint, memory, census, arch, progress, speed, router)
+    return Prepared(trainer, run, checkpoint, memory, census, arch, progress, speed, router, stopping)
 
 
 def run_steps(ready: Prepared, recipe: Recipe) -> dict[str, float]:

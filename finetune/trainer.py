@@ -29,6 +29,7 @@ from finetune.errors import FinetuneError
 from finetune.model import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
+from finetune.stopping import Stopping
 from finetune.trainable import load_non_moe, save_adapter, save_non_moe, trained_tensors
 
 
@@ -47,6 +48,7 @@ class MoeTrainer(SFTTrainer):
     _held_out: torch.Tensor  # sum of negative log-likelihoods, number of supervised tokens
     router_learning_rate: float | None = None  # None: the run's
     auxiliary: AuxiliaryLoss | None = None
+    stopping: Stopping | None = None
     _ahead: list[Any] | None = None  # all micro-batches of a step whose first has not run yet
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -74,7 +76,10 @@ class MoeTrainer(SFTTrainer):
         if not self.model.training:
             tokens = (inputs["labels"][:, 1:] != -100).sum()
             self._held_out = self._held_out + torch.stack([loss.detach().double() * tokens, tokens]).cpu()
-        elif self.auxiliary is not None:
+            return result
+        if self.stopping is not None:
+            self.stopping.loss(loss)
+        if self.auxiliary is not None:
             # Parts add up to the loss; data parallelism takes the mean of gradients, and upstream divides a loss by the
             # number of micro-batches unless it was normalized over all of them.
             normalized = num_items_in_batch is not None and self.model_accepts_loss_kwargs
@@ -87,7 +92,16 @@ class MoeTrainer(SFTTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._ahead = None if self.auxiliary is None else batches
+        if self.stopping is not None:
+            self.stopping.begin(batches)
         return batches, items
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Upstream's, which comes between clipping and the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.stopping is not None and self.accelerator.scaler is None:
+            self.stopping.gradient(norm, self.optimizer.optimizer, model.parameters())
+        return norm
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Upstream's; routers with a learning rate of their own in groups of their own, behind the others."""
@@ -187,7 +201,19 @@ class MoeTrainer(SFTTrainer):
         return trained_tensors(self.accelerator.unwrap_model(self.model))
 
     def save_tuned(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Writes adapter or non-MoE tensors, tokenizer and `base.json`: all that loading needs besides the base."""
+        """Writes adapter or non-MoE tensors, tokenizer and `base.json`: all that loading needs besides the base.
+
+        Raises:
+            FinetuneError: a tensor holds NaN or infinity.
+        """
+        broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise FinetuneError(
+                f"{len(broken)} of {len(tensors)} trained tensors hold NaN or infinity after step "
+                f"{self.state.global_step}: nothing is written",
+                where=", ".join(broken[:3]) + (" and more" if len(broken) > 3 else ""),
+                fix="lower training.learning_rate and start again; a checkpoint from before is not touched",
+            )
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             save_adapter(model, folder, tensors)
@@ -211,7 +237,7 @@ class MoeTrainer(SFTTrainer):
         assert self.args.output_dir is not None
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with full_disk_explained(folder):
+            with full_disk_explained(folder, then="the run then continues with --resume"):
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save:

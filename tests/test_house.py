@@ -17,8 +17,19 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 # `evaluate` stands above `export`, because a merge measures its fidelity; `train` ends by pushing, with `export`.
 ROWS = (
     ("errors", "console"),
-    ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl"),
-    ("quant", "data", "trainable", "routing", "attention", "fused_layers", "activations", "memory", "progress"),
+    ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl", "signals"),
+    (
+        "quant",
+        "data",
+        "trainable",
+        "routing",
+        "attention",
+        "fused_layers",
+        "activations",
+        "memory",
+        "progress",
+        "stopping",
+    ),
     ("model",),
     ("datacheck", "routerwatch", "preflight", "trainer", "summary", "evaluate", "infer", "loggers"),
     ("routerstudy", "export"),
@@ -31,7 +42,8 @@ ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib"}
 HEAVY |= {"wandb", "tensorboard", "trackio"}
 # What must answer in well under a second: a wrong recipe, `--help`, the arithmetic of a preflight.
-LIGHT = {"__init__", "__main__", "errors", "console", "recipe", "arch", "checkpoint", "runfolder", "memory", "cli"}
+LIGHT = {"__init__", "__main__", "errors", "console", "recipe", "arch", "checkpoint", "runfolder", "signals"}
+LIGHT |= {"memory", "cli"}
 
 
 def imports(source: str, *, top_level_only: bool = False) -> Iterator[str]:

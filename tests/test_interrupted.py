@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from finetune.export.resumable import OutputFile, Partial
 from finetune.runfolder import folder_bytes
 from finetune.train import disk_bytes
-from finetune.trainer import MoeTrainer
 from tests.conftest import REPOSITORY
 from tests.running import contents, refused, run_finetune
 
@@ -105,7 +104,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint(
         ran = run_finetune("train", recipe)
     assert ran.status == 2
     assert f"{NO_SPACE}\n  where: {run}/checkpoints/checkpoint-4\n" in ran.stderr
-    assert "a training run then continues with --resume" in ran.stderr
+    assert "free some space; the run then continues with --resume" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert [folder.name for folder in run.glob("checkpoints/*-*")] == ["checkpoint-2"]
     assert not list(run.rglob("*.partial"))
@@ -166,34 +165,6 @@ def test_an_interrupted_merge_says_how_it_goes_on(
     assert stopped.stderr.endswith("interrupted; the same command goes on from what is there\n")
     assert "Traceback" not in stopped.stderr
     assert not (tmp_path / "merged").exists()
-
-
-def test_an_interrupted_run_continues(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = MoeTrainer.training_step
-
-    def interrupted(self: MoeTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, *args, **kwargs)
-
-    recipe, run = write_recipe(training=SAVES, router={"figures": False}), tmp_path / "run"
-    # A test runner may ignore the signal.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(MoeTrainer, "training_step", interrupted)
-            stopped = run_finetune("train", recipe)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert stopped.status == 130
-    assert stopped.stderr.endswith("interrupted; the run continues with --resume\n")
-    assert "Traceback" not in stopped.stderr
-    assert steps(run) == [1, 2, 3]
-    assert not (run / "adapter").exists()
-    resumed = run_finetune("train", recipe, "--resume", "--json")
-    assert resumed.status == 0, resumed.stderr
-    assert resumed.document["steps"] == 6
-    assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_online_logging_without_an_account(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ import typer
 from finetune.console import Report
 from finetune.errors import FinetuneError
 from finetune.runfolder import full_disk_explained
+from finetune.signals import Interrupted, is_main
 
 
 @contextlib.contextmanager
@@ -22,7 +24,7 @@ def reporting(as_json: bool, debug: bool, *, goes_on: str | None = None) -> Iter
     """Gives a command its report, and turns a user's mistake into one message and exit status 2.
 
     Args:
-        goes_on: how what Ctrl+C cuts off is gone on with, for commands that keep what was done.
+        goes_on: what to say after Ctrl+C, for commands that keep what was done.
     """
     report = Report(as_json=as_json)
     try:
@@ -30,9 +32,13 @@ def reporting(as_json: bool, debug: bool, *, goes_on: str | None = None) -> Iter
             yield report
     except FinetuneError as error:
         fail(error, debug)
+    except Interrupted as stop:
+        if is_main():
+            sys.stderr.write(f"{stop.what}; to go on:\n  {stop.goes_on}\n" if stop.goes_on else f"{stop.what}\n")
+        raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {goes_on}\n" if goes_on else "interrupted\n")
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def fail(error: FinetuneError, debug: bool) -> NoReturn:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,17 +25,36 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune by a recipe; exit status 1 where an alarm stopped it."""
-    with reporting(as_json, debug, goes_on="the run continues with --resume") as report:
+    """Fine-tune by a recipe; exit status 1 where an alarm stopped it.
+
+    SIGTERM and Ctrl+C end it after the step that is running, with a checkpoint: exit status 143 and 130. A second one
+    ends it at once.
+    """
+    flags = {"--random-weights": random_weights, "--json": as_json, "--debug": debug}
+    settings = [f"--set={setting}" for setting in overrides or ()]
+    goes_on = resuming_command([str(recipe), *settings, *(flag for flag, given in flags.items() if given)])
+    with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
         from finetune.train import train as run
 
-        summary = run(loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights)
+        summary = run(
+            loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights, goes_on=goes_on
+        )
         if summary:
             report.finish(summary)
     if summary and summary["stopped_by"] is not None:
         raise typer.Exit(1)
+
+
+def resuming_command(arguments: Sequence[str]) -> str:
+    """The command that resumes a run with these arguments; that of the launcher, where one has started this process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = Path(f"/proc/{os.getppid()}/cmdline")
+        if parent.is_file():
+            words = parent.read_text(encoding="utf-8", errors="replace").rstrip("\0").split("\0")
+            return shlex.join([*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
+    return shlex.join(["finetune", "train", *arguments, "--resume"])
 
 
 def preflight(

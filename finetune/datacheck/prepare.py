@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,22 @@ class PreparedData:
     leaked_rows: list[str]  # held-out conversations that are in train too
     near_leaks: int | None  # held-out rows that are near one of train; None where nothing near is looked for
     cached: bool
+
+    def named(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Where the rows of training that have these tokens were read: `train.jsonl line 3`; not those cut by packing.
+
+        Args:
+            rows: tokens, without padding.
+        """
+        wanted = {np.asarray(row, np.int32).tobytes() for row in rows}
+        lengths = sorted({len(row) for row in rows})
+        found: list[str] = []
+        for source, chosen in self.parts[0].pairs():
+            tokens, positions = (source.dataset.data.column(name).to_numpy() for name in ("tokens", "position"))
+            for index in chosen[np.isin(tokens[chosen], lengths)].tolist():
+                if np.asarray(source.dataset[index]["input_ids"], np.int32).tobytes() in wanted:
+                    found.append(source.ledger.at(int(positions[index])))
+        return list(dict.fromkeys(found))
 
 
 def max_length_of(recipe: Recipe) -> int | None:

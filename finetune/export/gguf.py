@@ -27,12 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, role_of
 from finetune.errors import ModelError, OutputError
+from finetune.export.gguf_config import ROPE_FREQS, describe_config, require_written, rope_divisors
 from finetune.export.resumable import OutputFile, Part, Place, resumable
 from finetune.export.serving import write_serving
+from finetune.export.shards import as_bytes
 from finetune.export.source import MergeSource
 from finetune.export.standard import MERGE_FILE
 from finetune.runfolder import write_json
@@ -62,7 +64,8 @@ def require_gguf(source: MergeSource, type: str) -> None:
     """Checks what a GGUF needs before anything is read.
 
     Raises:
-        ModelError: another family than Mixtral, or a width that the type's blocks do not divide.
+        ModelError: another family than Mixtral, a config of which a GGUF cannot say everything, or a width that the
+            type's blocks do not divide.
         OutputError: the type does not exist, or a package is missing.
     """
     if type not in GGUF_TYPES:
@@ -79,6 +82,7 @@ def require_gguf(source: MergeSource, type: str) -> None:
             allowed="mixtral",
             fix="merge with --format bf16, and convert that folder with llama.cpp's convert_hf_to_gguf.py",
         )
+    require_written(source.config, AutoConfig.from_pretrained(source.folder), where=str(source.folder))
     needed = {"gguf": "pip install 'moe-qlora[gguf]'"}
     if type in QUANTIZER_TYPES:
         needed["llama_cpp"] = "pip install llama-cpp-python, or choose --gguf-type q8_0"
@@ -228,6 +232,10 @@ def _lay_out(
         else:
             shapes[tensor_name(name)] = shape
     plain = {tensor_name(name) for name in source.shapes if role_of(name) in ("norm", "router")}
+    divisors = rope_divisors(arch, AutoConfig.from_pretrained(source.folder))
+    if divisors is not None:
+        shapes[ROPE_FREQS] = tuple(divisors.shape)
+        plain.add(ROPE_FREQS)
     sizes = {n: prod(s) * 4 if n in plain else prod(s) // block * block_bytes for n, s in shapes.items()}
 
     writer = gguf.GGUFWriter(None, "llama")
@@ -245,6 +253,8 @@ def _lay_out(
 
     dtype = torch.float16 if type == "f16" else torch.float32
     parts = []
+    if divisors is not None:
+        parts.append(Part((Place(file, starts[ROPE_FREQS], sizes[ROPE_FREQS]),), lambda: [as_bytes(divisors)]))
     for name in source.shapes:
         if role_of(name) == "experts":
             layer, projection = _expert_place(name)
@@ -317,26 +327,11 @@ def _describe(
     import gguf
 
     arch: MoeArch = source.arch
-    config = source.config
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 1e6)}
     writer.add_name(title)
     writer.add_type("model")
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(arch.layers)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(arch.hidden)
-    writer.add_feed_forward_length(arch.intermediate)
-    writer.add_head_count(arch.heads)
-    writer.add_head_count_kv(arch.kv_heads)
-    writer.add_key_length(arch.head_dim)
-    writer.add_value_length(arch.head_dim)
-    writer.add_rope_dimension_count(arch.head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(arch.experts)
-    writer.add_expert_used_count(arch.top_k)
-    writer.add_vocab_size(arch.vocab)
+    describe_config(writer, arch, source.config, AutoConfig.from_pretrained(source.folder))
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         saved = json.loads((Path(scratch) / "tokenizer.json").read_text(encoding="utf-8"))

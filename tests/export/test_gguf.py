@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -18,9 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.models.mixtral.modeling_mixtral import rotate_half
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, rotate_half
 
+from finetune.arch import MoeArch
+from finetune.errors import ModelError
 from finetune.export.gguf import heads_in_pairs, spm_tokens, without_generation_tags
+from finetune.export.gguf_config import describe_config, require_written, rope_divisors
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
 from tests.export.tunings import tuned
 from tests.models import tiny_model
@@ -160,6 +165,54 @@ def test_pairs_rotate_as_halves_do() -> None:
     torch.testing.assert_close(scores[0], scores[1])
 
 
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 0.1 * math.log(4) + 1},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def llama_cpp_angles(keys: dict[str, Any], divisors: Tensor | None) -> tuple[Tensor, float]:
+    """float64 angles of position 1 and the factor on cosine and sine, as `ggml_rope_cache_init` computes them."""
+    size, base = keys["rope.dimension_count"], keys["rope.freq_base"]
+    pair = torch.arange(size // 2, dtype=torch.float64)
+    plain = base ** (-2 * pair / size) / (1 if divisors is None else divisors.double())
+    scale = 1 / keys.get("rope.scaling.factor", 1.0)
+    if keys.get("rope.scaling.type", "none") != "yarn":
+        return plain * scale, 1.0
+    context = keys["rope.scaling.original_context_length"]
+    low, high = (size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
+    low, high = max(0, math.floor(low)), min(size - 1, math.ceil(high))
+    ramp = 1 - ((pair - low) / max(0.001, high - low)).clamp(0, 1)
+    return plain * scale * (1 - ramp) + plain * ramp, 1 + 0.1 * math.log(1 / scale)
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_llama_cpp_turns_by_the_angles_of_the_config(kind: str) -> None:
+    """Its formula on what is written gives the frequencies by which transformers' model turns."""
+    given = {"rope_theta": 10000.0, "rope_type": kind, **ROPES[kind]}
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    config = MixtralConfig(**sizes, max_position_embeddings=512, rope_parameters=given)
+    rotary = MixtralRotaryEmbedding(config)
+    fields, arch = config.to_dict(), MoeArch.from_config(config.to_dict())
+    require_written(fields, config, where="base")
+    writer = gguf.GGUFWriter(None, "llama")
+    describe_config(writer, arch, fields, config)
+    keys = {key.removeprefix("llama."): found.value for key, found in writer.kv_data[0].items()}
+    angles, factor = llama_cpp_angles(keys, rope_divisors(arch, config))
+    torch.testing.assert_close(angles.float(), rotary.inv_freq, rtol=1e-5, atol=0)
+    assert factor == pytest.approx(rotary.attention_scaling)
+    if kind != "default":
+        plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+        assert not torch.allclose(angles.float(), plain, rtol=1e-2), "the scaling would not be missed"
+
+
 def test_llama_cpps_tokenizer_finds_the_same_tokens(tmp_path: Path) -> None:
     """Its algorithm: of all neighbours, the pair whose joined token has the highest score is joined, leftmost first."""
     from transformers import AutoTokenizer
@@ -233,6 +286,54 @@ def test_what_no_gguf_can_hold_is_refused(adapter: Path, tmp_path: Path, monkeyp
     refused(tmp_path, *args, "q4_k_m", says=("the GGUF type q4_k_m " + missing[0], missing[1]))
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(tmp_path, *args, "f16", says=("the GGUF type f16 needs the package gguf", "pip install 'moe-qlora[gguf]'"))
+
+
+def test_every_field_of_the_config_is_written_or_refused_by_name() -> None:
+    """None is left out in silence: of MixtralConfig each is known, and another value or an unknown one is an error."""
+    config = MixtralConfig(max_position_embeddings=512)
+    require_written(config.to_dict(), config, where="base")
+    require_written({**config.to_dict(), "sliding_window": 512}, config, where="base")
+    for key, value in (
+        ("sliding_window", 256),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("norm_topk_prob", False),
+        ("attn_logit_softcapping", 30.0),
+    ):
+        with pytest.raises(ModelError, match=f"a GGUF cannot say {key}: {value!r}"):
+            require_written({**config.to_dict(), key: value}, config, where="base")
+    for kind, parameters in (
+        ("dynamic", {"factor": 2.0}),
+        ("longrope", {"factor": 2.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}),
+        ("yarn", {**ROPES["yarn"], "attention_factor": 1.0}),
+        ("yarn", {**ROPES["yarn"], "beta_fast": 16}),
+        ("yarn", {**ROPES["yarn"], "truncate": False}),
+        ("linear", {"factor": 2.0, "partial_rotary_factor": 0.5}),
+    ):
+        rope = {"rope_theta": 1e4, "rope_type": kind, **parameters}
+        scaled = MixtralConfig(head_dim=128, max_position_embeddings=512, rope_parameters=rope)
+        with pytest.raises(ModelError, match=r"a GGUF cannot say rope_parameters\."):
+            require_written(scaled.to_dict(), scaled, where="base")
+
+
+def test_scaled_frequencies_stand_in_the_file(adapter: Path, small_mixtral: Path, tmp_path: Path) -> None:
+    """As llama.cpp's converter has llama3's, a tensor; the merge of what no GGUF can say is refused."""
+    base = tmp_path / "base"
+    shutil.copytree(small_mixtral, base)
+    saved = {**json.loads((base / "config.json").read_text()), "head_dim": 16}
+    saved["rope_parameters"] = {"rope_theta": 1e4, "rope_type": "llama3", **ROPES["llama3"]}
+    (base / "config.json").write_text(json.dumps(saved))
+    args = ("merge", adapter, "--base", base, "--output", tmp_path / "merged", "--format", "gguf")
+    ran = run_finetune(*args)
+    assert ran.status == 0, ran.stderr
+    (found,) = (tensor for tensor in read(tmp_path / "merged").tensors if tensor.name == "rope_freqs.weight")
+    config = MixtralConfig.from_pretrained(base)
+    expected = 1e4 ** (-torch.arange(0, 16, 2) / 16) / MixtralRotaryEmbedding(config).inv_freq
+    torch.testing.assert_close(torch.from_numpy(found.data.copy()), expected)
+    saved["rope_parameters"] = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    (base / "config.json").write_text(json.dumps(saved))
+    says = ("a GGUF cannot say rope_parameters.rope_type: 'dynamic'", "default, linear, llama3, yarn", "--format bf16")
+    refused(tmp_path, *args[:-3], tmp_path / "other", "--format", "gguf", says=says)
 
 
 def test_other_families_and_tokenizers_are_refused(adapter: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 # `evaluate` stands above `export`, because a merge measures its fidelity; `train` ends by pushing, with `export`.
 ROWS = (
     ("errors", "console"),
-    ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl", "signals"),
+    ("recipe", "arch", "kernels", "checkpoint", "runfolder", "jsonl", "signals", "web"),
     (
         "quant",
         "data",

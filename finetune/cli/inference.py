@@ -134,6 +134,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,
     max_body_mib: Annotated[float, typer.Option(min=0.001, help="Size of a request.")] = 8.0,
+    max_connections: Annotated[int, typer.Option(min=1, help="Clients that are connected at once.")] = 1000,
     kv_gib: Annotated[float | None, typer.Option(help="Memory for keys and values; what is free by default.")] = None,
     residency: ResidencyOption = "auto",
     device_gib: DeviceGib = None,
@@ -141,6 +142,14 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="Holds the key that clients must show; else FINETUNE_API_KEY.", show_default=False),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A Host header to answer besides this machine's own names; * for any."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages that may ask, as https://app.example.org; * for any."),
     ] = None,
     device: Device = "auto",
     debug: Debug = False,
@@ -173,5 +182,8 @@ def serve(
             ),
             max_waiting=max_waiting,
             max_body_mib=max_body_mib,
+            max_connections=max_connections,
             key_file=api_key_file,
+            allowed_hosts=allowed_host or (),
+            cors_origins=cors_origin or (),
         )

@@ -112,13 +112,29 @@ class ChatEncoder:
         rows = [next(fine) if isinstance(row, Rendered) else row for row in rendered]
         return [row if isinstance(row, Encoded) else Refused(number, str(row)) for number, row in enumerate(rows)]
 
+    def encode_unfinished(self, messages: Turns) -> list[int]:
+        """Ids of a conversation whose last message is to go on: all up to the end of its text.
+
+        Raises:
+            Refused: as `encode_each`; or the template does not write the last message as it stands.
+        """
+        assert self._renderer is not None, "conversations need a chat template"
+        try:
+            rendered = self._renderer.render_unfinished(messages)
+        except TemplateRefusal as refusal:
+            raise Refused(0, str(refusal)) from None
+        return self._plain_ids(rendered)
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text without control tokens, whatever it spells.
 
         Raises:
             Refused: the tokenizer makes control tokens of it.
         """
-        [row] = self._encode_rendered([Rendered([text], [])])
+        return self._plain_ids(Rendered([text], []))
+
+    def _plain_ids(self, rendered: Rendered) -> list[int]:
+        [row] = self._encode_rendered([rendered])
         if isinstance(row, Leak):
             raise Refused(0, str(row))
         return [int(i) for i in row.ids]

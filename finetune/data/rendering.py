@@ -18,13 +18,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.learnt import Turns
 from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
+
+T = TypeVar("T")
 
 
 def _own(name: str) -> str:
@@ -42,6 +44,9 @@ _STRIPS_ANSWERS = {
 # As transformers looks for it before it warns that the mask will be empty.
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16: no character there has a meaning
+_MARKS = range(0xE000, 0xF900)  # nor in this range, whose characters are in no alias
+# What is kept of conversations of the same shape, so that nobody fills the memory with ever new shapes.
+_KEPT_SHAPES, _KEPT_MESSAGES = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,25 @@ class Renderer:
             raise TemplateRefusal(f"the chat template is not Jinja: {fault.message}, line {fault.lineno}") from None
         except TemplateError as fault:
             raise TemplateRefusal(f"the chat template refuses a conversation: {fault}") from None
+
+    def render_unfinished(self, messages: Turns) -> Rendered:
+        """Renders a conversation up to the end of the last message's text, which is to go on; without spans.
+
+        A mark behind that text says where it ends in what the template writes, which also keeps a space at its end.
+
+        Raises:
+            TemplateRefusal: see `render`; or the last message is written twice, or not at all.
+        """
+        taken = set(self._template).union(*(message["content"] for message in messages))
+        mark = next((char for char in map(chr, _MARKS) if char not in taken), None)
+        if mark is None:
+            raise TemplateRefusal("a conversation uses every private character of Unicode's first plane")
+        last = {**messages[-1], "content": messages[-1]["content"] + mark}
+        pieces = self.render([*messages[:-1], last], add_generation_prompt=True).pieces
+        at = [number for number, piece in enumerate(pieces) if mark in piece]
+        if len(at) != 1 or pieces[at[0]].count(mark) != 1:
+            raise TemplateRefusal("the chat template does not write the last message once, so it cannot go on")
+        return Rendered([*pieces[: at[0]], pieces[at[0]].partition(mark)[0]], [])
 
     def render_by_template(self, messages: Turns, *, add_generation_prompt: bool = False) -> Rendered:
         """Renders a conversation by any template; the truth that a form must agree with.
@@ -170,19 +194,23 @@ class Renderer:
         """The control tokens that the template writes around such messages: the same roles, the same emptiness."""
         shapes = [(m["role"], HARMLESS if m["content"].strip() else m["content"][:1]) for m in messages]
         key = (add_generation_prompt, *shapes)
-        if key not in self._controls:
+        found = self._controls.get(key)
+        if found is None:
             alike = [{"role": role, "content": text} for role, text in shapes]
-            self._controls[key] = self._special.findall(self._run(alike, add_generation_prompt)[0])
-        return self._controls[key]
+            found = self._special.findall(self._run(alike, add_generation_prompt)[0])
+            _keep(self._controls, key, found)
+        return found
 
     def _fill_form(self, messages: Turns, add_generation_prompt: bool) -> Rendered:
         strips = _STRIPS_ANSWERS[self._template]
         texts = [m["content"].rstrip(" ") if strips and m["role"] == "assistant" else m["content"] for m in messages]
         roles = [m["role"] for m in messages]
         key = (add_generation_prompt, *roles, *map(bool, texts))
-        if key not in self._forms:
-            self._forms[key] = self._make_form(roles, texts, add_generation_prompt)
-        return self._forms[key].fill(texts)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._make_form(roles, texts, add_generation_prompt)
+            _keep(self._forms, key, form)
+        return form.fill(texts)
 
     def _make_form(self, roles: list[str], texts: list[str], add_generation_prompt: bool) -> _Form:
         """Renders one private character in place of every text, and remembers where it went."""
@@ -200,3 +228,10 @@ class Renderer:
         ]
         placed = [0, *accumulate(char in number_of for char in text)]
         return _Form(pieces, order, [(bound - placed[bound], placed[bound]) for span in spans for bound in span])
+
+
+def _keep(kept: dict[tuple[object, ...], T], shape: tuple[object, ...], made: T) -> None:
+    if len(shape) <= 2 * _KEPT_MESSAGES:
+        if len(kept) >= _KEPT_SHAPES:
+            kept.clear()
+        kept[shape] = made

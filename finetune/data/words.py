@@ -68,19 +68,19 @@ class WordTokenizer:
         """Ids, and True for those of the spans; None for a row with a span that begins or ends inside a word."""
         if self._size > _KEPT_BYTES:
             self._kept, self._size = dict(self._controls), 0
+        kept = self._kept  # another thread may begin anew meanwhile
         cut = [_segments(row) for row in rows]
-        self._keep(word for segments in cut if segments is not None for words, _ in segments for word in words)
-        return [None if segments is None else self._join(segments) for segments in cut]
+        self._keep((word for parts in cut if parts is not None for words, _ in parts for word in words), kept)
+        return [None if segments is None else self._join(segments, kept) for segments in cut]
 
-    def _keep(self, words: Iterable[str]) -> None:
+    def _keep(self, words: Iterable[str], kept: dict[str, bytes]) -> None:
         """Encodes those words that are new."""
-        new = list(set(words).difference(self._kept))
+        new = list(set(words).difference(kept))
         for word, encoding in zip(new, self._model.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            self._kept[word] = np.array(encoding.ids, dtype=np.int32).tobytes()
+            kept[word] = np.array(encoding.ids, dtype=np.int32).tobytes()
             self._size += 5 * len(word) + _ENTRY_BYTES
 
-    def _join(self, segments: list[Segment]) -> Encoded:
-        kept = self._kept
+    def _join(self, segments: list[Segment], kept: dict[str, bytes]) -> Encoded:
         stretches = [b"".join([kept[word] for word in words]) for words, _ in segments]
         ids = np.frombuffer(b"".join(stretches), dtype=np.int32).copy()
         lengths = [len(stretch) // ids.itemsize for stretch in stretches]

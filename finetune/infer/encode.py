@@ -11,15 +11,25 @@ from finetune.model import LoadedModel
 
 
 def encode_text(loaded: LoadedModel, text: str) -> list[int]:
-    """Ids of a text to go on from, with the beginning-of-sequence token."""
+    """Ids of a text to go on from, with the beginning-of-sequence token.
+
+    Raises:
+        DataError: the tokenizer makes control tokens of it.
+    """
     tokenizer: Any = loaded.tokenizer
-    return [tokenizer.bos_token_id, *encoder_of(tokenizer).encode_text(text)]
+    try:
+        return [tokenizer.bos_token_id, *encoder_of(tokenizer).encode_text(text)]
+    except Refused as refusal:
+        raise refusal.error("prompt") from None
 
 
 def encode_messages(
-    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], *, where: str = "messages"
+    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], *, where: str = "messages", continues: bool = False
 ) -> list[int]:
     """Ids of a conversation of role and content, up to where the answer begins.
+
+    Args:
+        continues: the answer goes on in the last message, which is the assistant's.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses the conversation.
@@ -31,8 +41,11 @@ def encode_messages(
             where=loaded.base.path,
             fix="use --raw (or /v1/completions of a server) to continue a text as it stands",
         )
+    plain = [dict(message) for message in messages]
     try:
-        [encoded] = encoder_of(tokenizer).encode([[dict(message) for message in messages]], add_generation_prompt=True)
+        if continues:
+            return encoder_of(tokenizer).encode_unfinished(plain)
+        [encoded] = encoder_of(tokenizer).encode([plain], add_generation_prompt=True)
     except Refused as refusal:
         raise refusal.error(where) from None
     return [int(token) for token in encoded.ids]

@@ -183,13 +183,16 @@ class Engine:
         finally:
             ticket.cancel()
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continues: bool = False) -> tuple[int, ...]:
         """Ids of a conversation of role and content, up to where the answer begins.
+
+        Args:
+            continues: the answer goes on in the last message, which is the assistant's.
 
         Raises:
             DataError: no chat template, or one that refuses the conversation.
         """
-        return tuple(encode_messages(self.loaded, messages))
+        return tuple(encode_messages(self.loaded, messages, continues=continues))
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text with the beginning-of-sequence token; a control token spelled out in it stays text."""

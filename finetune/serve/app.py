@@ -1,14 +1,14 @@
 """The paths: models, the two completions, health and metrics.
 
-A body is read here piece by piece, so that one that is too large is refused before it is in memory, and becomes token
-ids on a thread of its own, so that a long prompt does not hold up the answers of others.
+A body is read here piece by piece, so that one that is too large is refused before it is in memory. `encoding.py` makes
+of it what the engine is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,13 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from finetune.infer.request import Request as EngineRequest
-from finetune.serve.asked import Asked, ChatAsked, CompletionAsked, read_asked
+from finetune.serve.asked import ChatAsked, CompletionAsked
 from finetune.serve.chat_form import ChatForm
 from finetune.serve.completion_form import CompletionForm
 from finetune.serve.desk import Desk
+from finetune.serve.encoding import Encoding
 from finetune.serve.gate import Gate, refused
-from finetune.serve.prompts import chat_ids, prompt_ids
 from finetune.serve.refusal import Refusal
 from finetune.serve.replies import StreamedReply, WholeReply
 from finetune.serve.token_texts import TokenTexts
@@ -31,17 +30,23 @@ from finetune.serve.token_texts import TokenTexts
 BODY_SECONDS = 60.0
 
 
-def make_app(desk: Desk, *, max_body_bytes: int, key: bytes | None) -> ASGIApp:
+def make_app(
+    desk: Desk,
+    *,
+    max_body_bytes: int,
+    key: bytes | None,
+    hosts: Collection[str] | None = None,
+    origins: Collection[str] = (),
+) -> ASGIApp:
     """The application around a desk.
 
     Args:
         max_body_bytes: of one request.
-        key: what clients have to show, except to /health; None: nothing.
+        key, hosts, origins: see `Gate`.
     """
     engine, created = desk.engine, int(time.time())
     texts = TokenTexts(engine.tokenizer)
-    # One thread: prompts are encoded one after the other, and half a second is the longest (32k tokens).
-    encoding = ThreadPoolExecutor(1, "encoding")
+    encoding = Encoding(desk)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     def told(name: str) -> dict[str, Any]:
@@ -75,14 +80,13 @@ def make_app(desk: Desk, *, max_body_bytes: int, key: bytes | None) -> ASGIApp:
 
     async def reply(request: Request, kind: type[ChatAsked] | type[CompletionAsked]) -> Response:
         began = time.monotonic()
-        desk.require_service()
-        desk.require_room()
-        try:
-            body = await _read_body(request, max_body_bytes)
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
-        loop = asyncio.get_running_loop()
-        asked, requests = await loop.run_in_executor(encoding, _understand, desk, body, kind)
+        with desk.entering():
+            try:
+                body = await _read_body(request, max_body_bytes)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody reads it
+            with desk.holding_a_place():
+                asked, requests = await encoding.understand(body, kind)
         answers = desk.submit(requests, live=bool(asked.stream), began=began)
         with_logprobs = requests[0].sampling.logprobs is not None
         form = (ChatForm if kind is ChatAsked else CompletionForm)(texts, told=with_logprobs)
@@ -111,22 +115,28 @@ def make_app(desk: Desk, *, max_body_bytes: int, key: bytes | None) -> ASGIApp:
     async def on_bug(request: Request, error: Exception) -> Response:
         return refused(Refusal(500, "an error in the server; its log has more", code="internal_error"))
 
-    return Gate(app, desk, key=key)
+    return Gate(app, desk, key=key, hosts=hosts, origins=origins)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """The request's body.
 
     Raises:
-        Refusal: it is not JSON, larger than `limit` bytes, or takes longer than `BODY_SECONDS`.
+        Refusal: it is not JSON by its headers, larger than `limit` bytes, or takes longer than `BODY_SECONDS`.
         ClientDisconnect: the client left.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
+    charset = parameters.strip().partition("charset=")[2].strip("\"' ") or "utf-8"
+    coding = request.headers.get("content-encoding", "identity").lower()
+    for name, value, allowed in (
         # A page in a browser may send other types to this machine without asking it first.
-        raise Refusal(
-            415, f"the content-type is {kind!r:.80}; allowed: application/json", code="unsupported_media_type"
-        )
+        ("content-type", kind.strip(), ("application/json",)),
+        ("charset", charset, ("utf-8", "utf8", "us-ascii", "ascii")),
+        ("content-encoding", coding, ("identity",)),
+    ):
+        if value not in allowed:
+            message = f"the {name} is {value!r:.80}; allowed: {allowed[0]}"
+            raise Refusal(415, message, code="unsupported_media_type")
     too_large = Refusal(413, f"the body is too large; allowed: {limit} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
@@ -141,27 +151,3 @@ async def _read_body(request: Request, limit: int) -> bytes:
     except TimeoutError:
         raise Refusal(408, f"the body took longer than {BODY_SECONDS:.0f} s", code="request_timeout") from None
     return bytes(body)
-
-
-def _understand(
-    desk: Desk, body: bytes, kind: type[ChatAsked] | type[CompletionAsked]
-) -> tuple[Asked, list[EngineRequest]]:
-    """What a body asks of the engine, prompt by prompt, `n` requests for each.
-
-    Raises:
-        Refusal: a body that cannot be understood, an unknown model, a prompt that is too long.
-    """
-    asked = read_asked(body, kind)
-    model = desk.require_model(asked.model)
-    samplings = asked.samplings()
-    if isinstance(asked, ChatAsked):
-        where, prompts = "messages", [chat_ids(desk.engine, asked.messages)]
-    else:
-        assert isinstance(asked, CompletionAsked)
-        where, prompts = "prompt", prompt_ids(desk.engine, asked.prompt)
-    longest = max(len(ids) for ids in prompts)
-    if longest >= desk.engine.max_length:
-        message = f"the prompt has {longest} tokens; allowed: fewer than {desk.engine.max_length}"
-        raise Refusal(400, message, param=where, code="context_length_exceeded")
-    continues = isinstance(asked, CompletionAsked)
-    return asked, [EngineRequest(ids, sampling, model, continues) for ids in prompts for sampling in samplings]

@@ -1,22 +1,31 @@
-"""The body of a request, checked: OpenAI's fields that mean something here, ours beside them, and what is refused.
+"""The body of a request, checked: OpenAI's fields that mean something here, and ours beside them.
 
-A field that would change the answer and cannot be honoured is refused unless its value asks for nothing; fields that
-only accompany a request are ignored. An unknown field is ignored as well, except one that looks like a misspelt known
-one: a `max_token` that does nothing would be found out late.
+What becomes of all other fields says `fields.py`.
 """
 
 from __future__ import annotations
 
-import difflib
+import codecs
 import secrets
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from finetune.errors import DataError
 from finetune.infer.request import Sampling
+from finetune.serve.fields import (
+    CHAT_REFUSED,
+    COMPLETION_REFUSED,
+    HARMLESS,
+    STREAM_OPTIONS_HARMLESS,
+    STREAM_OPTIONS_REFUSED,
+    Neutral,
+    refuse_extras,
+)
 from finetune.serve.refusal import Refusal
 
+MAX_MESSAGES = 2048  # as OpenAI's
 MAX_CHOICES = 128
 MAX_STOPS = 16
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -24,48 +33,16 @@ SEEDS = 2**63
 # Odd, so that the seeds of up to 2^63 choices differ; the golden ratio spreads them.
 SEED_STEP = 0x9E3779B97F4A7C15
 
-# What cannot be done here, and the values besides null that do not ask for it.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    # Extensions of other servers that clients send.
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "prompt_logprobs": (),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-}
-HARMLESS: tuple[str, ...] = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-HARMLESS += ("prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity", "prediction")
-
 
 def _one_as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Whole = Annotated[int, Field(ge=-SEEDS, lt=SEEDS)]  # what a number of tokens could be
+
+
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool | None = None
 
@@ -74,18 +51,19 @@ class Asked(BaseModel):
     """Fields of both endpoints; null is the same as silence."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+    refused: ClassVar[Neutral]
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: int | None = None
+    max_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    seed: Whole | None = None
     stop: Annotated[Annotated[list[str], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_one_as_list)] = None
     # Ours, named as elsewhere.
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -135,10 +113,34 @@ class Asked(BaseModel):
 
 
 class ChatAsked(Asked):
-    messages: list[Any]
-    max_completion_tokens: int | None = None
+    refused = CHAT_REFUSED
+
+    messages: Annotated[list[Any], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    def continues(self) -> bool:
+        """Whether the last message is the assistant's, so that the answer goes on in it.
+
+        Raises:
+            Refusal: the request says otherwise.
+        """
+        last = self.messages[-1]
+        by_assistant = isinstance(last, dict) and last.get("role") == "assistant"
+        for name, value in (
+            ("continue_final_message", self.continue_final_message),
+            ("add_generation_prompt", None if self.add_generation_prompt is None else not self.add_generation_prompt),
+        ):
+            if by_assistant and value is False:
+                message = f"the last message is the assistant's, so the answer goes on in it; {name} says otherwise"
+                raise Refusal(400, f"{message}: leave it out, or end with a user's message", param=name)
+            if not by_assistant and value is True:
+                message = f"{name} wants an answer that goes on in the last message, which is not the assistant's"
+                raise Refusal(400, f"{message}: leave it out, or end with a message of the assistant", param=name)
+        return by_assistant
 
     def length(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -155,8 +157,10 @@ class ChatAsked(Asked):
 
 
 class CompletionAsked(Asked):
+    refused = COMPLETION_REFUSED
+
     prompt: Any
-    logprobs: int | None = None
+    logprobs: Whole | None = None
 
     def length(self) -> int | None:
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
@@ -168,32 +172,60 @@ class CompletionAsked(Asked):
 AskedT = TypeVar("AskedT", bound=Asked)
 
 
-def read_asked(body: bytes, kind: type[AskedT]) -> AskedT:
+def read_asked(body: bytes, kind: type[AskedT], *, containers: int) -> AskedT:
     """The body's fields.
 
+    Args:
+        containers: lists and objects that it may have; two million of them take two seconds to read, for all.
+
     Raises:
-        Refusal: not JSON, a field of the wrong type or outside its range, one that cannot be honoured or is misspelt.
+        Refusal: too many of them, not JSON, a field of the wrong type or outside its range, one that cannot be
+            honoured or is not known.
     """
+    if body.count(b"[") + body.count(b"{") > containers:
+        raise Refusal(400, f"the body has too many lists and objects; allowed: {containers}")
     try:
-        asked = kind.model_validate_json(body)
+        asked = kind.model_validate(_read_json(body))
     except ValidationError as error:
         [fault, *_] = error.errors(include_url=False, include_input=False)
-        param = ".".join(str(part) for part in fault["loc"]) or None
+        param = ".".join(str(part)[:100] for part in fault["loc"]) or None
         if fault["type"] == "missing":
             raise Refusal(400, f"{param} is missing", param=param) from None
         said = fault["msg"][0].lower() + fault["msg"][1:]
         raise Refusal(400, f"{param or 'the body'}: {said}", param=param) from None
-    _refuse_extras(asked.model_extra or {}, [*kind.model_fields, *REFUSED, *HARMLESS])
-    if asked.stream_options is not None and not asked.stream:
-        raise Refusal(400, "stream_options needs stream=true", param="stream_options")
+    refuse_extras(asked.model_extra or {}, kind.refused, HARMLESS, kind.model_fields)
+    options = asked.stream_options
+    if options is not None:
+        known = (STREAM_OPTIONS_REFUSED, STREAM_OPTIONS_HARMLESS, StreamOptions.model_fields)
+        refuse_extras(options.model_extra or {}, *known, where="stream_options.")
+        if not asked.stream:
+            raise Refusal(400, "stream_options needs stream=true", param="stream_options")
     return asked
 
 
-def _refuse_extras(extras: dict[str, Any], known: list[str]) -> None:
-    for name, value in extras.items():
-        if name in REFUSED:
-            if value is not None and value not in REFUSED[name]:
-                others = ", ".join(["leaving it out", *(repr(neutral) for neutral in REFUSED[name])])
-                raise Refusal(400, f"{name} is not supported; allowed: {others}", param=name, code="unsupported_value")
-        elif name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
-            raise Refusal(400, f"there is no {name}; did you mean {near[0]}?", param=name, code="unknown_parameter")
+def _read_json(body: bytes) -> dict[str, Any]:
+    """The object that a body is.
+
+    Raises:
+        Refusal: another encoding than UTF-8, with or without its mark, or not an object of JSON.
+    """
+    for mark, name in ((b"\x1f\x8b", "gzip"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+        if body.startswith(mark):
+            raise Refusal(400, f"the body is {name}; allowed: JSON in UTF-8, not compressed")
+    body = body.removeprefix(codecs.BOM_UTF8)
+    try:
+        document = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        said = "not UTF-8" if not _is_utf8(body) else str(error)
+        raise Refusal(400, f"the body: invalid JSON: {said}") from None
+    if not isinstance(document, dict):
+        raise Refusal(400, "the body: is not an object with fields")
+    return document
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,8 +16,10 @@ from finetune.infer.loading import parse_adapters
 from finetune.infer.settings import EngineSettings
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
+from finetune.serve.gate import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
-from finetune.serve.server import Server, bind, is_local, listen, url_of
+from finetune.serve.server import Server
+from finetune.web.addresses import bind, is_local, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +40,10 @@ def serve(
     settings: EngineSettings,
     max_waiting: int,
     max_body_mib: float,
+    max_connections: int,
     key_file: Path | None,
+    allowed_hosts: Sequence[str],
+    cors_origins: Sequence[str],
 ) -> None:
     """Serves a model until SIGTERM or SIGINT.
 
@@ -46,29 +52,34 @@ def serve(
         adapters: `NAME=PATH`, each a further model.
         name: of the model, its folder's by default.
         max_waiting: answers that may wait beyond those that decode at once.
+        max_connections: clients that are connected at once.
         key_file: holds the key that clients must show.
+        allowed_hosts, cors_origins: see `gate.py`.
 
     Raises:
-        FinetuneError: an adapter, key file, address or model that cannot be used.
+        FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used.
     """
     named = parse_adapters(adapters)
     key = read_key(key_file, os.environ)
+    origins = read_origins(cors_origins)
     with closing(bind(host, port)) as bound:
+        hosts = read_hosts(allowed_hosts, bound, key)
         if key is None and not is_local(bound):
             report.line(f"warning: {host} is open to other machines, and no --api-key-file is given")
         engine = Engine.load(path, adapters=named, name=name, base=base, device=device, settings=settings)
         engine.encode_text("warm")  # makes the encoder, which takes half a second
+        gc.freeze()  # what is loaded stays; looking through it for garbage would hold up every answer
         desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
-        app = make_app(desk, max_body_bytes=int(max_body_mib * 2**20), key=key)
+        app = make_app(desk, max_body_bytes=int(max_body_mib * 2**20), key=key, hosts=hosts, origins=origins)
 
         def ready() -> None:
-            report.line(f"serving {', '.join(engine.names)} on {url_of(bound)} (Ctrl+C stops)")
+            report.line(f"serving {', '.join(engine.names)} on {url_of(bound)}/v1 (Ctrl+C stops)")
 
-        server = Server(app, desk, ready=ready)
+        server = Server(app, desk, max_connections=max_connections, ready=ready)
         try:
-            listen(bound)
             server.run(sockets=[bound])
         finally:
+            gc.unfreeze()
             engine.close(drain=not server.stopped_at_once)
 
 

@@ -2,13 +2,15 @@
 
 A waiting request costs little, but a client rather hears at once that it is one too many than after its own timeout.
 So requests are counted here: those beyond what decodes at once are waiting, whichever of the engine's limits they
-wait for.
+wait for. A request counts as one of them once its body is there, while it is encoded. A stop waits for all that was let
+in, also for those whose body is still on its way.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from finetune.errors import DataError
@@ -28,16 +30,18 @@ class Desk:
         max_waiting: answers that may wait beyond those that decode at once.
 
     Attributes:
-        open: answers that wait or run.
-        stopping: no new work is taken.
+        open: answers that wait or run, and requests that are being encoded.
+        entered: requests that were let in and are not yet handed to the engine.
+        stopping: no new work is let in.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, *, max_waiting: int):
         self.engine = engine
         self.metrics = metrics
         self.capacity = engine.settings.max_batch + max_waiting
-        self.open = 0
+        self.open = self.entered = 0
         self.stopping = False
+        self._stopped_at_once = False
         self._bridge: Bridge | None = None
         self._unfinished: set[Answers] = set()
 
@@ -67,17 +71,45 @@ class Desk:
             raise Refusal(404, message, param="model", code="model_not_found")
         return name
 
-    def require_room(self, count: int = 1) -> None:
-        """Raises Refusal unless so many answers more may run or wait."""
+    def require_capacity(self, count: int) -> None:
+        """Raises Refusal for more answers than there can ever be room for."""
         if count > self.capacity:
             message = f"n times prompts asks for {count} answers; allowed: up to {self.capacity}"
             raise Refusal(400, message, param="n")
+
+    def require_room(self, count: int = 1) -> None:
+        """Raises Refusal unless so many answers more may run or wait."""
         if self.open + count > self.capacity:
             message = f"{self.open} answers run or wait, of {self.capacity} at most; try again later"
             raise Refusal(429, message, code="rate_limit_exceeded")
 
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """A request until it is handed to the engine.
+
+        Raises:
+            Refusal: the server is stopping, full, or its engine has failed.
+        """
+        self.require_service()
+        self.require_room()
+        self.entered += 1
+        try:
+            yield
+        finally:
+            self.entered -= 1
+
+    @contextmanager
+    def holding_a_place(self) -> Iterator[None]:
+        """While a request is encoded; raises Refusal where there is no place left."""
+        self.require_room()
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
     def submit(self, requests: Sequence[Request], *, live: bool, began: float) -> Answers:
-        """Hands requests to the engine.
+        """Hands requests to the engine; what was let in before a stop is still taken.
 
         Args:
             live: whether their tokens are read as they come.
@@ -87,7 +119,8 @@ class Desk:
             Refusal: the engine is full, has failed, or refuses one of them; none runs then.
         """
         assert self._bridge is not None, "connect comes first"
-        self.require_service()
+        if self._stopped_at_once or self.engine.failure is not None:
+            self.require_service()
         self.require_room(len(requests))
         answers = Answers(
             self._bridge, len(requests), live=live, done=lambda answer: self._done(answers, answer, began)
@@ -111,6 +144,7 @@ class Desk:
 
     def cancel_all(self) -> None:
         """Ends every answer where it is."""
+        self._stopped_at_once = True
         for answers in self._unfinished:
             answers.cancel()
 

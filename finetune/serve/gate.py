@@ -1,17 +1,33 @@
-"""What every request passes: the key, and the count by status."""
+"""What every request passes: the host's name, the page it comes from, the key, and the count by status.
+
+Without a key, on an address that only this machine reaches, a page of the web must not reach in: the Host header has to
+name this machine (see `web/addresses.py`). With a key, or on an address that others reach, any name will do unless
+`--allowed-host` lists them: no page knows the key, and nobody here knows what others call this machine.
+
+A page of another origin is allowed by `--cors-origin`; without it no CORS header is sent, and a preflight is refused.
+"""
 
 from __future__ import annotations
 
 import hmac
+import re
+import socket
+from collections.abc import Collection
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finetune.errors import FinetuneError
 from finetune.serve.desk import Desk
 from finetune.serve.refusal import Refusal
+from finetune.web.addresses import host_name, is_local, is_local_name
 
 ENDPOINTS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
 _LEFT = 499  # nginx's status of a client that left before its response began
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", re.IGNORECASE)
+_PREFLIGHT_SECONDS = 600  # how long a browser may remember an answer
 
 
 class Gate:
@@ -19,10 +35,30 @@ class Gate:
 
     Args:
         key: what a client has to show, except to /health; None: nothing.
+        hosts: names besides this machine's own that a Host header may have; None: any.
+        origins: pages of these may ask, `*` for all.
     """
 
-    def __init__(self, app: ASGIApp, desk: Desk, *, key: bytes | None):
-        self._app, self._desk, self._key = app, desk, key
+    def __init__(
+        self,
+        app: ASGIApp,
+        desk: Desk,
+        *,
+        key: bytes | None,
+        hosts: Collection[str] | None = None,
+        origins: Collection[str] = (),
+    ):
+        self._app, self._desk, self._key, self._hosts, self._origins = app, desk, key, hosts, origins
+        self._inner: ASGIApp = self._with_key
+        if origins:
+            self._inner = CORSMiddleware(
+                self._with_key,
+                allow_origins=list(origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                allow_private_network=True,
+                max_age=_PREFLIGHT_SECONDS,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "websockets and lifespan are off"
@@ -35,13 +71,34 @@ class Gate:
             await send(message)
 
         try:
-            if self._key is None or scope["path"] == "/health" or self._shows_key(scope):
-                await self._app(scope, receive, watched)
-            else:
-                refusal = Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
-                await refused(refusal)(scope, receive, watched)
+            refusal = self._refusal(scope)
+            await (self._inner if refusal is None else refused(refusal))(scope, receive, watched)
         finally:
             self._desk.metrics.count(_endpoint(scope["path"]), status)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        headers = Headers(scope=scope)
+        if self._hosts is not None:
+            given = headers.getlist("host")
+            name = host_name(given[0]) if len(given) == 1 else None
+            if name is None or not (is_local_name(name) or name in self._hosts):
+                shown = ", ".join(given) or "missing"
+                message = f"the Host header is {shown!r:.200}; allowed: localhost, 127.0.0.1, [::1]"
+                message += "".join(f", {host}" for host in sorted(self._hosts)) + "; --allowed-host adds a name"
+                return Refusal(403, message, code="host_not_allowed")
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            origin = headers.get("origin", "")
+            if "*" not in self._origins and origin not in self._origins:
+                message = f"pages of {origin!r:.200} may not ask this server; --cors-origin allows an origin"
+                return Refusal(403, message, code="origin_not_allowed")
+        return None
+
+    async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._key is None or scope["path"] == "/health" or self._shows_key(scope):
+            await self._app(scope, receive, send)
+        else:
+            refusal = Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
+            await refused(refusal)(scope, receive, send)
 
     def _shows_key(self, scope: Scope) -> bool:
         assert self._key is not None
@@ -53,6 +110,45 @@ class Gate:
 def refused(refusal: Refusal) -> Response:
     """The response to what is refused."""
     return Response(refusal.body(), refusal.status, refusal.headers(), "application/json")
+
+
+def read_hosts(given: Collection[str], bound: socket.socket, key: bytes | None) -> frozenset[str] | None:
+    """`Gate.hosts` for `--allowed-host`.
+
+    Raises:
+        FinetuneError: one that is no host name.
+    """
+    names = set()
+    for text in given:
+        name = "*" if text == "*" else host_name(text)
+        if name is None:
+            raise FinetuneError(
+                f"{text!r} is no host name",
+                where="--allowed-host",
+                allowed="a name such as models.example.org, without http:// and without a path; * for any",
+                fix="give the name that clients write between http:// and the next slash",
+            )
+        names.add(name)
+    if "*" in names or (not names and (key is not None or not is_local(bound))):
+        return None
+    return frozenset(names)
+
+
+def read_origins(given: Collection[str]) -> tuple[str, ...]:
+    """`Gate.origins` for `--cors-origin`.
+
+    Raises:
+        FinetuneError: one that is no origin.
+    """
+    for text in given:
+        if _ORIGIN.fullmatch(text) is None:
+            raise FinetuneError(
+                f"{text!r} is no origin",
+                where="--cors-origin",
+                allowed="https://app.example.org, http://localhost:3000 and the like, without a path; * for any",
+                fix="give scheme, host and port as the browser's address line shows them",
+            )
+    return tuple(text.lower() for text in given)
 
 
 def _endpoint(path: str) -> str:

@@ -48,4 +48,5 @@ class Refusal(Exception):
         """Besides the type: when to try again, how to authenticate."""
         if self.status in (429, 503):
             return {"retry-after": str(RETRY_SECONDS)}
-        return {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        named = {401: {"www-authenticate": "Bearer"}, 415: {"accept-encoding": "identity"}}
+        return named.get(self.status, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -14,6 +15,11 @@ from finetune.infer.request import Event, FinishedEvent, Request, TokenEvent
 from tests.conftest import REPOSITORY
 
 MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"
+
+
+@cache
+def bundled_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
 
 
 @dataclass
@@ -37,7 +43,7 @@ class FakeEngine:
     max_length = 256
 
     def __init__(self, *, max_batch: int = 4):
-        self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.tokenizer = bundled_tokenizer()
         self.settings: Any = _Settings(max_batch)
         self.failure: BaseException | None = None
         self._held = False
@@ -57,7 +63,7 @@ class FakeEngine:
             self._work.notify()
         return ticket
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continues: bool = False) -> tuple[int, ...]:
         return self.encode_text("".join(message["content"] for message in messages))
 
     def encode_text(self, text: str) -> tuple[int, ...]:

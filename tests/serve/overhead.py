@@ -63,7 +63,8 @@ async def stream_all(port: int, clients: int, tokens: int) -> dict[str, float]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         fields = {"prompt": prompt_of(client), "max_tokens": tokens, "temperature": 0, "stream": True}
         body = json.dumps({**fields, "ignore_eos": True})
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += "connection: close\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
         data = await reader.read(-1)
         writer.close()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
+from finetune.serve.gate import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
-from finetune.serve.server import Server, bind, listen, url_of
+from finetune.serve.server import Server
+from finetune.web.addresses import bind, url_of
 
 if TYPE_CHECKING:
     import openai
@@ -41,14 +43,22 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(
-    engine: Any, *, max_waiting: int = 256, body_bytes: int = 2**20, key: bytes | None = None
+    engine: Any,
+    *,
+    max_waiting: int = 256,
+    body_bytes: int = 2**20,
+    key: bytes | None = None,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    max_connections: int = 1000,
 ) -> Iterator[Serving]:
     desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
     bound, ready = bind("127.0.0.1", 0), threading.Event()
-    listen(bound)
-    server = Server(make_app(desk, max_body_bytes=body_bytes, key=key), desk, ready=ready.set)
+    gate: Any = {"key": key, "hosts": read_hosts(hosts, bound, key), "origins": read_origins(origins)}
+    app = make_app(desk, max_body_bytes=body_bytes, **gate)
+    server = Server(app, desk, max_connections=max_connections, ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    url = url_of(bound)
+    url = url_of(bound) + "/v1"
     thread.start()
     assert ready.wait(20)
     try:

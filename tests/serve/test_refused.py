@@ -5,6 +5,7 @@ The engine is a fake, since nothing here reaches it.
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import socket
@@ -15,13 +16,17 @@ import httpx
 import openai
 import pytest
 
-from finetune.serve.asked import HARMLESS, REFUSED
+from finetune.serve.asked import ChatAsked, CompletionAsked
+from finetune.serve.fields import HARMLESS, REFUSED, refuse_extras
+from finetune.serve.refusal import Refusal
 from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, serving
 
 KEY = "correct horse".replace(" ", "-")
 BODY_BYTES = 100_000
 USER = [{"role": "user", "content": "Hi"}]
+PREFILL = [*USER, {"role": "assistant", "content": "Well"}]
+LONGEST = "This model's maximum context length is 256 tokens. However, your messages "
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 
 
@@ -74,12 +79,50 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"frequency_penalty": -1}, "frequency_penalty", "not supported"),
         ({"best_of": 2}, "best_of", "not supported"),
         ({"max_token": 2}, "max_token", "did you mean max_tokens?"),
-        ({"messages": []}, "messages", "at least one"),
+        *(
+            ({name: value}, name, f"{name} is not supported")
+            for name, value in (
+                ("grammar", "root ::= x"),
+                ("json_schema", {"type": "object"}),
+                ("include_stop_str_in_output", True),
+                ("truncate_prompt_tokens", 5),
+                ("typical_p", 0.5),
+                ("mirostat", 2),
+                ("chat_template_kwargs", {"enable_thinking": False}),
+                ("functions", [{"name": "f"}]),
+                ("reasoning_effort", "high"),
+                ("repeat_penalty", 1.1),
+                ("add_special_tokens", True),
+                ("n_predict", 5),
+                ("min_tokens", True),
+            )
+        ),
+        ({"some_servers_extension": 1}, "some_servers_extension", "leave it out"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "",
+        ),
+        ({"messages": [{**USER[0], "images": ["x"]}]}, "messages.0.images", "not supported"),
+        ({"messages": [{**USER[0], "reasoning_content": "x"}]}, "messages.0.reasoning_content", "not supported"),
+        ({"messages": [{**USER[0], "contents": "x"}]}, "messages.0.contents", "did you mean content?"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages.0.content.0.x",
+            "",
+        ),
+        ({"add_generation_prompt": False}, "add_generation_prompt", "which is not the assistant's"),
+        ({"continue_final_message": True}, "continue_final_message", "which is not the assistant's"),
+        ({"messages": PREFILL, "continue_final_message": False}, "continue_final_message", "says otherwise"),
+        ({"messages": PREFILL, "add_generation_prompt": True}, "add_generation_prompt", "says otherwise"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": USER * 2049}, "messages", "at most 2048 items"),
         ({"messages": ["Hi"]}, "messages.0", "not an object"),
         ({"messages": [{"role": "tool", "content": "4"}]}, "messages.0.role", "system, developer, user, assistant"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type", "parts of type text"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "null, not a string"),
-        ({"messages": [{"role": "user", "content": "Hi " * 256}]}, "messages", "fewer than 256"),
+        ({"messages": [{"role": "user", "content": "Hi " * 256}]}, "messages", f"{LONGEST}resulted in 258 tokens."),
+        ({"messages": [{"role": "user", "content": "a" * 5000}]}, "messages", f"{LONGEST}resulted in 5000 characters"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -97,7 +140,8 @@ def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
         **{name: values[0] for name, values in REFUSED.items() if values},
         **dict.fromkeys(REFUSED.keys() - {"tool_choice"}),
         **dict.fromkeys(HARMLESS, "x"),
-        **{"temperature": None, "stop": None, "n": 100, "seed": -1, "top_k": -1, "some_servers_extension": 1},
+        **{"temperature": None, "stop": None, "n": 100, "seed": -1, "top_k": -1, "add_special_tokens": False},
+        **{"add_generation_prompt": True, "continue_final_message": False},
         **{"tools": [], "frequency_penalty": 0.0, "response_format": {"type": "text"}},
     }
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
@@ -113,7 +157,7 @@ def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
     [
         (b"", None, "invalid JSON"),
         (b"{", None, "invalid JSON"),
-        (b"\xff\xfe", None, "invalid JSON"),
+        (b"\xff\xfe", None, "the body is UTF-16"),
         (b"[" * 50_000, None, "invalid JSON"),
         (b"[]", None, "an object"),
         (b"{}", "prompt", "prompt is missing"),
@@ -124,12 +168,22 @@ def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
         (b'{"prompt": [true]}', "prompt", "a mixed list"),
         (b'{"prompt": [1, 32000]}', "prompt", "token id 32000; allowed: 0 to 31999"),
         (b'{"prompt": [1, -1]}', "prompt", "token id -1"),
-        (b'{"prompt": "a", "temperature": NaN}', "temperature", "nan"),
+        (b'{"prompt": "a", "temperature": NaN}', None, "invalid JSON: expected value"),
+        (b'{"prompt": "a", "user": NaN}', None, "invalid JSON"),
+        (b'{"prompt": "a", "temperature": 1e400}', "temperature", "temperature is inf"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", None, "number out of range"),
+        (b'{"prompt": "a", "top_k": ' + b"1" * 400 + b"}", "top_k", "less than"),
+        (b'{"prompt": [' + b"1" * 400 + b"]}", "prompt", "token id 1111"),
+        (b'{"prompt": "\xff"}', None, "not UTF-8"),
+        (b'{"prompt": "\\ud800"}', None, "hex escape"),
+        ('{"prompt": "a"}'.encode("utf-16"), None, "the body is UTF-16; allowed: JSON in UTF-8"),
+        (gzip.compress(b'{"prompt": "a"}'), None, "the body is gzip"),
+        (b'{"prompt": [' + b"[1]," * 10_000 + b"[1]]}", "n", "10001 answers"),
         (b'{"prompt": "a", "logprobs": 21}', "logprobs", "0 to 20"),
         (b'{"prompt": "a", "echo": true}', "echo", "not supported"),
         (b'{"prompt": "a", "suffix": "b"}', "suffix", "not supported"),
         (b'{"prompt": ["a", "b", "c"], "n": 100}', "n", "300 answers; allowed: up to 260"),
-        (json.dumps({"prompt": [5] * 256}).encode(), "prompt", "256 tokens"),
+        (json.dumps({"prompt": [5] * 256}).encode(), "prompt", "your prompt resulted in 256 tokens."),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -140,11 +194,56 @@ def test_a_completion_body(served: Serving, body: bytes, param: str | None, says
     assert says in error["message"]
 
 
-def test_a_body_that_is_not_declared_as_json(served: Serving) -> None:
-    # What a form on some page in a browser could send to this machine.
-    response = post(served, content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        # What a form on some page in a browser could send to this machine.
+        ({"content-type": "text/plain"}, "the content-type is 'text/plain'; allowed: application/json"),
+        ({"content-type": "application/json; charset=latin-1"}, "the charset is 'latin-1'; allowed: utf-8"),
+        ({"content-encoding": "gzip"}, "the content-encoding is 'gzip'; allowed: identity"),
+        ({"content-encoding": "deflate"}, "the content-encoding is 'deflate'"),
+    ],
+)
+def test_a_body_that_is_not_declared_as_json(served: Serving, headers: dict[str, str], says: str) -> None:
+    response = post(served, content=b'{"prompt": "a"}', headers=headers)
     assert response.status_code == 415
-    assert "allowed: application/json" in error_of(response)["message"]
+    assert says in error_of(response)["message"]
+
+
+def test_a_byte_order_mark_and_a_charset_are_no_reason(served: Serving) -> None:
+    headers = {"content-type": 'application/json; charset="UTF-8"'}
+    response = post(served, content=b"\xef\xbb\xbf" + b'{"prompt": "a", "max_tokens": 2}', headers=headers)
+    assert response.json()["choices"][0]["text"] == "0 1 "
+
+
+def test_tools_that_are_not_to_be_called(served: Serving) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    fields: dict[str, Any] = {"model": "fake", "messages": USER, "max_tokens": 2, "tools": [tool]}
+    [choice] = served.client(KEY).chat.completions.create(**fields, tool_choice="none").choices
+    assert (choice.message.content, choice.message.tool_calls) == ("0 1 ", None)
+    with pytest.raises(openai.BadRequestError, match="tool_choice: 'none' has the model answer without them"):
+        served.client(KEY).chat.completions.create(**fields)
+
+
+def test_every_field_of_openais_own_client_has_its_place() -> None:
+    from openai.types import completion_create_params as text
+    from openai.types.chat import chat_completion_stream_options_param as options
+    from openai.types.chat import completion_create_params as chat
+
+    assert set(options.ChatCompletionStreamOptionsParam.__annotations__) == {"include_usage", "include_obfuscation"}
+    for asked, theirs in ((ChatAsked, chat), (CompletionAsked, text)):
+        fields = set(theirs.CompletionCreateParamsBase.__annotations__)
+        known = set(asked.model_fields) | set(asked.refused) | HARMLESS
+        assert fields <= known
+        assert not set(asked.model_fields) & (set(asked.refused) | HARMLESS)
+    assert not HARMLESS & set(REFUSED)
+
+
+def test_a_true_is_not_a_one() -> None:
+    refuse_extras({"best_of": 1, "echo": False, "typical_p": 1.0}, REFUSED, HARMLESS, ())
+    for extras in ({"best_of": True}, {"echo": 0}):
+        with pytest.raises(Refusal, match="is not supported"):
+            refuse_extras(extras, REFUSED, HARMLESS, ())
 
 
 def test_too_large_by_its_own_word(served: Serving) -> None:

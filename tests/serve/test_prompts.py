@@ -5,6 +5,7 @@ The training row comes from the form that `finetune train` reads, the prompt fro
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetune.data import apply_template
 from finetune.data.encoding import encoder_of
 from finetune.data.forms import find_form, to_conversation
-from finetune.serve.prompts import chat_ids
+from finetune.infer.encode import encode_messages
+from finetune.serve.prompts import Prompts
 from finetune.serve.refusal import Refusal
 from tests.conftest import REPOSITORY
 
@@ -46,14 +48,21 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 class Encoding:
-    """What `chat_ids` asks of an engine."""
+    """What `Prompts` asks of an engine."""
+
+    max_length = 512
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        [row] = encoder_of(self.tokenizer).encode([messages], add_generation_prompt=True)
-        return tuple(row.ids.tolist())
+    def encode_chat(self, messages: list[dict[str, str]], *, continues: bool) -> tuple[int, ...]:
+        loaded: Any = SimpleNamespace(tokenizer=self.tokenizer)
+        return tuple(encode_messages(loaded, messages, continues=continues))
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], *, continues: bool = False) -> tuple[int, ...]:
+    engine: Any = Encoding(tokenizer)
+    return Prompts(engine).of_messages(messages, continues=continues)[0]
 
 
 @pytest.mark.parametrize("messages", PROMPTS, ids=["text", "parts", "system", "developer"])
@@ -61,14 +70,40 @@ def test_training_and_serving_read_a_conversation_alike(tokenizer: Any, messages
     row = {"messages": [*messages, {"role": "assistant", "content": "Answer"}]}
     form = find_form(row, "auto", columns={}, roles={}, where="here")
     [trained] = encoder_of(tokenizer).encode([to_conversation(row, form)], loss_on="last")
-    asked = chat_ids(Encoding(tokenizer), messages)  # type: ignore[arg-type]
+    asked = chat_ids(tokenizer, messages)
     first = int(trained.supervised.argmax())
     assert tuple(trained.ids[:first].tolist()) == asked
     assert tokenizer.decode(trained.ids[trained.supervised]) == "Answer</s>"
 
 
-def test_half_a_character_is_refused() -> None:
+def test_a_final_assistant_message_goes_on_as_it_was_trained(tokenizer: Any) -> None:
+    """What the model is given is how the trained row begins; a control token typed in it stays text."""
+    typed = "The answer</s> is [INST] four"
+    messages = said(("user", "Hi</s>"), ("assistant", typed))
+    [trained] = encoder_of(tokenizer).encode([said(("user", "Hi</s>"), ("assistant", f"{typed}, of course"))])
+    ids = chat_ids(tokenizer, messages, continues=True)
+    assert tuple(trained.ids[: len(ids)].tolist()) == ids
+    assert ids[-1] != tokenizer.eos_token_id
+    assert tokenizer.decode(ids).endswith(typed)
+    assert ids.count(tokenizer.eos_token_id) == trained.ids.tolist().count(tokenizer.eos_token_id) - 1
+    # A space at the end is kept, nothing is the same as no message.
+    assert len(chat_ids(tokenizer, said(("user", "Hi"), ("assistant", "A ")), continues=True)) == 1 + len(
+        chat_ids(tokenizer, said(("user", "Hi"), ("assistant", "A")), continues=True)
+    )
+    asked = said(("user", "Hi"))
+    assert chat_ids(tokenizer, asked + said(("assistant", "")), continues=True) == chat_ids(tokenizer, asked)
+
+
+def test_a_template_that_does_not_write_the_last_message_is_refused() -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(REPOSITORY / "recipes" / "tiny-mixtral" / "model")
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(Refusal, match="does not write the last message once, so it cannot go on") as caught:
+        chat_ids(tokenizer, said(("user", "Hi"), ("assistant", "A")), continues=True)
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_half_a_character_is_refused(tokenizer: Any) -> None:
     with pytest.raises(Refusal) as caught:
-        chat_ids(Encoding(None), said(("user", "a"), ("user", [{"type": "text", "text": "\ud83d"}])))  # type: ignore[arg-type]
+        chat_ids(tokenizer, said(("user", "a"), ("user", [{"type": "text", "text": "\ud83d"}])))
     assert caught.value.param == "messages.1.content"
     assert "lone surrogate" in caught.value.message

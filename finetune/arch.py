@@ -6,11 +6,15 @@ or finds the experts of a model asks a `MoeArch`; nothing here imports torch, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from finetune.errors import ModelError
+from finetune.values import Count, FileSchema, Number, check_object
 
 # The fused expert parameters of a transformers >= 5 experts module, [E, out, in] each.
 GATE_UP_PROJ, DOWN_PROJ = "gate_up_proj", "down_proj"
@@ -40,7 +44,103 @@ _COMMON_KEYS = (
     "num_key_value_heads",
     "num_experts_per_tok",
     "vocab_size",
+    "max_position_embeddings",
 )
+
+# Names that people ask LoRA for and do not get: names, reason, way out.
+_REFUSED_TARGETS = (
+    (
+        {*EXPERT_PROJECTIONS, "experts", "w1", "w2", "w3", "gate_proj", "up_proj", "mlp", "block_sparse_moe"},
+        "the experts are frozen in 4 bits, LoRA trains the attention only",
+        "remove it",
+    ),
+    (
+        {"gate", "router"},
+        "LoRA trains the attention only, a router trains in full or not at all",
+        "remove it, and set trainable.router: true to train the routers too",
+    ),
+    (
+        {"lm_head", "head", "embed_tokens", "embeddings", "embedding"},
+        "embeddings and head do not take LoRA here",
+        "remove it, or train them with trainable.method: non_moe",
+    ),
+    ({"all-linear"}, "it would attach to the router and to the experts", "name the projections"),
+)
+
+# Far beyond every model; a wrong digit is found here, and not by a loop over a billion layers.
+_Few = Annotated[int, Field(gt=0, le=10_000)]
+_Size = Annotated[int, Field(gt=0, le=2**24)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
+_Dtype = Literal["float32", "float16", "bfloat16", "float64"] | None
+
+
+class _RopeFile(FileSchema):
+    """`rope_parameters`, or `rope_scaling` of earlier releases."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: _Positive | None = None
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    attention_factor: _Positive | None = None
+    beta_fast: _Positive | None = None
+    beta_slow: _Positive | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    low_freq_factor: _Positive | None = None
+    high_freq_factor: _Positive | None = None
+    short_factor: list[_Positive] | None = None
+    long_factor: list[_Positive] | None = None
+    original_max_position_embeddings: Count | None = None
+    truncate: bool | None = None
+
+
+class _ConfigFile(FileSchema):
+    """config.json of the supported models. What must be there `from_config` says; here is what each key may be."""
+
+    architectures: list[str] | None = None
+    hidden_size: _Size
+    num_hidden_layers: _Few
+    num_attention_heads: _Few
+    num_key_value_heads: _Few | None = None
+    num_experts_per_tok: _Few
+    num_local_experts: _Few | None = None
+    num_experts: _Few | None = None
+    vocab_size: _Size
+    max_position_embeddings: Count
+    intermediate_size: _Size | None = None
+    moe_intermediate_size: _Size | None = None
+    head_dim: Annotated[int, Field(gt=0, le=2**16, multiple_of=2)] | None = None
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    attention_dropout: _Share = 0.0
+    router_jitter_noise: Number = 0.0
+    router_aux_loss_coef: Number = 0.0
+    clip_qkv: _Positive | None = None
+    rope_theta: _Positive | None = None
+    rope_parameters: _RopeFile | None = None
+    rope_scaling: _RopeFile | None = None
+    sliding_window: Count | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    use_cache: bool = True
+    use_sliding_window: bool = False
+    norm_topk_prob: bool = False
+    output_router_logits: bool = False
+    output_hidden_states: bool | None = None
+    output_attentions: bool | None = None
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: Count = 1
+    bos_token_id: _TokenId | None = None
+    eos_token_id: _TokenId | list[_TokenId] | None = None
+    pad_token_id: _TokenId | None = None
+    dtype: _Dtype = None
+    torch_dtype: _Dtype = None
+    num_labels: _Few | None = None
+    quantization_config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,60 +169,69 @@ class MoeArch:
         """Reads the shape from a model config as a mapping (`config.to_dict()` or a parsed config.json).
 
         Raises:
-            ModelError: the model type is not one of `SUPPORTED_MODEL_TYPES`, not every layer is sparse, attention
-                has biases, or keys are missing.
+            ModelError: the model type is not one of `SUPPORTED_MODEL_TYPES`, keys are missing or of the wrong type, not
+                every layer is sparse, or attention has biases.
         """
         model_type = config.get("model_type")
-        if model_type not in _KEYS:
+        if not isinstance(model_type, str) or model_type not in _KEYS:
             raise ModelError(
                 f"model type {model_type!r} is not a mixture of experts that this toolkit quantizes",
                 where=where,
                 allowed=", ".join(SUPPORTED_MODEL_TYPES),
                 fix="use a Mixtral, Qwen3-MoE or OLMoE checkpoint",
             )
-        dense_layers = list(config.get("mlp_only_layers") or [])
-        if dense_layers or config.get("decoder_sparse_step", 1) != 1:
+        experts_key, intermediate_key = _KEYS[model_type]
+        # Not defaulted here: transformers' defaults differ from class to class, and every saved config has them.
+        missing = [key for key in (*_COMMON_KEYS, intermediate_key) if key not in config]
+        missing += [intermediate_key] if config.get(intermediate_key, 0) is None else []
+        # transformers' own attribute_map lets Qwen3-MoE and OLMoE configs carry either key.
+        experts_key = experts_key if config.get(experts_key) is not None else "num_local_experts"
+        if config.get(experts_key) is None:
+            missing.append(_KEYS[model_type][0])
+        fix = "use the config.json that belongs to the checkpoint"
+        if missing:
+            raise ModelError(f"the config lacks {', '.join(missing)}", where=where, fix=fix)
+        checked = check_object(config, _ConfigFile, kind=ModelError, name="config.json", where=where, fix=fix)
+        if checked.mlp_only_layers or checked.decoder_sparse_step != 1:
             raise ModelError(
-                f"this {model_type} mixes dense and sparse layers (mlp_only_layers={dense_layers}, "
-                f"decoder_sparse_step={config.get('decoder_sparse_step', 1)})",
+                f"this {model_type} mixes dense and sparse layers (mlp_only_layers={checked.mlp_only_layers or []}, "
+                f"decoder_sparse_step={checked.decoder_sparse_step})",
                 where=where,
                 allowed="models whose every layer holds experts",
                 fix="use a checkpoint without dense layers",
             )
-        if config.get("attention_bias"):
+        if checked.attention_bias:
             raise ModelError(
                 f"this {model_type} has biases in its attention projections",
                 where=f"{where}: attention_bias",
                 allowed="false",
                 fix="use a checkpoint without attention biases",
             )
-        experts_key, intermediate_key = _KEYS[model_type]
-        # Not defaulted here: transformers' defaults differ from class to class, and every saved config has them.
-        missing = [key for key in (*_COMMON_KEYS, intermediate_key) if key not in config]
-        # transformers' own attribute_map lets Qwen3-MoE and OLMoE configs carry either key.
-        experts = config.get(experts_key) or config.get("num_local_experts")
-        if missing or not experts:
-            raise ModelError(
-                f"the config lacks {', '.join(missing + ([] if experts else [experts_key]))}",
-                where=where,
-                fix="use the config.json that belongs to the checkpoint",
-            )
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or hidden // heads
+        heads, kv_heads = checked.num_attention_heads, checked.num_key_value_heads or checked.num_attention_heads
+        head_dim = checked.head_dim or checked.hidden_size // heads
+        experts, top_k = config[experts_key], checked.num_experts_per_tok
+        faults = {
+            f"num_attention_heads is {heads}, and num_key_value_heads {kv_heads} does not divide it": heads % kv_heads,
+            f"num_experts_per_tok is {top_k}, and there are {experts} experts": top_k > experts,
+            f"the heads have {head_dim} elements, and rotary embedding needs an even number": head_dim % 2
+            or not head_dim,
+        }
+        for what, is_so in faults.items():
+            if is_so:
+                raise ModelError(f"config.json contradicts itself: {what}", where=where, fix=fix)
         qk_norm = {"mixtral": 0, "qwen3_moe": 2 * head_dim, "olmoe": (heads + kv_heads) * head_dim}[model_type]
         return cls(
             model_type=model_type,
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
+            layers=checked.num_hidden_layers,
+            hidden=checked.hidden_size,
             intermediate=config[intermediate_key],
             experts=experts,
-            top_k=config["num_experts_per_tok"],
+            top_k=top_k,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            vocab=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
+            vocab=checked.vocab_size,
+            tied=checked.tie_word_embeddings,
             qk_norm=qk_norm,
         )
 
@@ -141,6 +250,14 @@ class MoeArch:
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of one expert's fused matrices; gate's rows come before up's."""
         return {GATE_UP_PROJ: (2 * self.intermediate, self.hidden), DOWN_PROJ: (self.hidden, self.intermediate)}
+
+    def hub_expert_shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name and (out, in) of every expert's matrix in the hub's checkpoints."""
+        for layer in range(self.layers):
+            for expert in range(self.experts):
+                for projection, (out, in_) in self.expert_shapes().items():
+                    names = hub_expert_names(self.model_type, layer, expert, projection)
+                    yield from ((name, (out // len(names), in_)) for name in names)
 
     @property
     def attention_params(self) -> int:
@@ -241,3 +358,24 @@ def role_of(name: str) -> str:
     if "lm_head" in name:
         return "head"
     return "other"
+
+
+@dataclass(frozen=True)
+class NoLora:
+    """Why a module cannot be a LoRA target, and what to do instead."""
+
+    what: str
+    fix: str
+
+
+def why_no_lora(target: str) -> NoLora | None:
+    """What is wrong with a name as a LoRA target; None for an attention projection."""
+    if target in ATTENTION_PROJECTIONS:
+        return None
+    name = target.rsplit(".", 1)[-1]
+    for names, reason, fix in _REFUSED_TARGETS:
+        if name in names:
+            return NoLora(f"cannot train {target!r} with LoRA: {reason}", fix)
+    near = difflib.get_close_matches(name, ATTENTION_PROJECTIONS, n=1)
+    what = f"cannot train {target[:60]!r} with LoRA: the attention has no projection of that name"
+    return NoLora(what, f"did you mean {near[0]!r}?" if near else "remove it")

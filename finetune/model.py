@@ -11,26 +11,36 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from pydantic import ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.arch import MoeArch, router_path
 from finetune.attention import read_packing, resolve_attention
-from finetune.checkpoint import check_model_folder, incomplete, read_json, require_every_expert
+from finetune.checkpoint import (
+    blamed_on,
+    check_model_folder,
+    check_tokenizer_files,
+    incomplete,
+    read_json,
+    require_every_expert,
+)
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
 from finetune.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
 from finetune.kernels.stacks import ExpertStorage
 from finetune.quant import Moe4bitConfig, QuantizedExperts
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
+from finetune.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.trainable import check_tuned, load_adapter, load_non_moe, read_adapter_kind
 from finetune.trainable.files import LORA_CONFIG
+from finetune.values import check_object
 
 BASE_FILE = "base.json"
 ExpertsOn = Literal["device", "host"]
@@ -47,10 +57,13 @@ class BaseSpec:
     saved folder), or in a base.json from before it was recorded.
     """
 
-    path: str
-    revision: str | None = None
+    # base.json holds these fields and no others.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    path: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+    revision: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     attention: AttentionStorage = "nf4"
-    fingerprint: str = ""
+    fingerprint: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     experts: ExpertStorage = "nf4"
     quantizing_dtype: QuantizingDtype | None = None
 
@@ -65,16 +78,14 @@ class BaseSpec:
                 where=str(folder),
                 fix="name the base with --base, or give a folder that `finetune train` saved",
             )
-        content = read_json(folder / BASE_FILE, kind=AdapterError)
-        try:
-            return cls(**content)
-        except TypeError:
-            raise AdapterError(
-                f"{BASE_FILE} has the keys {sorted(content)}",
-                where=str(folder),
-                allowed=", ".join(field.name for field in fields(cls)),
-                fix="use the adapter folder as `finetune train` wrote it",
-            ) from None
+        return check_object(
+            read_json(folder / BASE_FILE, kind=AdapterError),
+            cls,
+            kind=AdapterError,
+            name=BASE_FILE,
+            where=str(folder / BASE_FILE),
+            fix="use the adapter folder as `finetune train` wrote it; keys of a newer release need that release",
+        )
 
 
 @dataclass(frozen=True)
@@ -123,14 +134,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a folder or hub id, without loading weights.
+    """config.json of a folder or hub id, checked, without loading weights.
 
     Raises:
-        ModelError: unknown folder or hub id.
+        ModelError: unknown folder or hub id, or a config that describes no supported model.
     """
     if _is_local(path):
         folder = Path(path)
-        return read_json(folder / "config.json") if folder.is_dir() else check_model_folder(folder)
+        config = read_json(folder / "config.json") if folder.is_dir() else check_model_folder(folder)
+        MoeArch.from_config(config, where=path)
+        return config
     try:
         return AutoConfig.from_pretrained(path, revision=revision).to_dict()
     except (OSError, ValueError) as error:
@@ -143,13 +156,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ModelError: no tokenizer there.
     """
-    file = Path(path) / "tokenizer.json"
-    if file.is_file():
-        # The library's own error for a damaged file is a bare `Exception`.
-        read_json(file)
+    check_tokenizer_files(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+        with blamed_on("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except ModelError as error:
         raise ModelError(
             f"no tokenizer could be read: {_first_line(error)}",
             where=path,
@@ -175,8 +186,12 @@ def check_base(
     config = check_model_folder(Path(base.path)) if local and weights else read_config(base.path, base.revision)
     arch = MoeArch.from_config(config, where=base.path)
     _require_same_storage(config, base)
+    skeleton = build_skeleton(config, base.path)
+    if local:
+        check_generation_config(Path(base.path))
     if local and weights:
         require_every_expert(Path(base.path), arch.experts)
+        require_fitting_weights(Path(base.path), arch, skeleton, quantized=base.attention == "nf4")
     known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     # With a slash it is a kernel on the hub.
     if attn_implementation not in known and "/" not in attn_implementation:

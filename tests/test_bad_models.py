@@ -177,7 +177,10 @@ def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
     [
         (_remove("base.json"), ("there is no base.json", "where: ", "adapter", "fix: ")),
         (_spoil("base.json"), ("base.json is not valid JSON", "base.json", "copy the file again")),
-        (_edit("base.json", colour="red"), ("base.json has the keys ['attention', 'colour'", "`finetune train` wrote")),
+        (
+            _edit("base.json", colour="red"),
+            ("base.json does not fit: `colour` cannot be a key", "no key of this release", "newer"),
+        ),
         (_remove("adapter_model.safetensors"), ("adapter_model.safetensors is missing", "holds: README.md, ", "give")),
         (_spoil("adapter_model.safetensors"), ("adapter_model.safetensors is truncated", "copy the file again")),
         (

@@ -319,7 +319,7 @@ def test_another_base_by_width_and_by_depth(adapter: Path):
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is ['mlp.experts.gate_up_proj']"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}"),
-        ({"r": None}, "r is None"),
+        ({"r": None}, "`r` cannot be null"),
         ({"target_modules": ["q_proj", "w1"]}, "cannot train 'w1' with LoRA: the experts are frozen"),
         ({"target_modules": ["gate"]}, "cannot train 'gate' with LoRA: LoRA trains the attention only"),
     ],

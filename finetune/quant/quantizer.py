@@ -85,7 +85,6 @@ class Moe4bitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         arch = MoeArch.from_config(model.config.to_dict(), where=type(model).__name__)
-        _require_silu(model)
         _require_multiples_of_block(arch)
         for layer in range(arch.layers):
             experts = QuantizedExperts(
@@ -227,16 +226,6 @@ def _linear4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
     )
-
-
-def _require_silu(model: PreTrainedModel) -> None:
-    if model.config.hidden_act != "silu":
-        raise ModelError(
-            f"experts with activation {model.config.hidden_act!r} are not supported",
-            where="config.json: hidden_act",
-            allowed="silu",
-            fix="use a checkpoint with SwiGLU experts",
-        )
 
 
 def _require_multiples_of_block(arch: MoeArch) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune.recipe.faults import Fault, KeyPath, dotted, nearest, shown
+from finetune.recipe.faults import Fault, nearest
 from finetune.recipe.schema import SELF_MADE, DataSource, PushSection, Recipe
 from finetune.recipe.training import open_fields
+from finetune.values import KeyPath, allowed_words, dotted, shown
 
 
 def _sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[KeyPath, type[BaseModel]]]:
@@ -30,13 +31,6 @@ _TRAINING: KeyPath = ("training",)
 _OPTIONAL: Mapping[KeyPath, type[BaseModel]] = {("output", "push_to_hub"): PushSection}
 # Lists of sections.
 _ITEMS: Mapping[KeyPath, type[BaseModel]] = {("data", "more"): DataSource}
-_PLAIN = {
-    "a valid boolean": "true or false",
-    "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid string": "text",
-    "a valid tuple": "a list",
-}
 
 
 def fill_empty_sections(values: dict[str, Any]) -> None:
@@ -89,8 +83,7 @@ def _wrong_value(path: KeyPath, value: object, message: str, context: Mapping[st
     if path in _SECTIONS or path in _OPTIONAL or path == _TRAINING:
         what = f"`{dotted(path)}` is a section, and cannot be {shown(value)}"
         return Fault(path, what, "a mapping: one indented key a line", f"write keys under `{dotted(path)}:`")
-    allowed = message.removeprefix("Input should be ")
+    allowed = allowed_words(message)
     choices = str(context.get("expected", "")).replace(" or ", ", ").replace("'", "").split(", ")
-    close = nearest(value, ("true", "false") if allowed == "a valid boolean" else choices)
-    allowed = _PLAIN.get(allowed, allowed)
+    close = nearest(value, ("true", "false") if allowed == "true or false" else choices)
     return Fault(path, f"`{dotted(path)}` cannot be {shown(value)}", allowed, f"write `{close}`" if close else None)

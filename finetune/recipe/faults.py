@@ -11,14 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from finetune.errors import FinetuneError
-
-KeyPath = tuple[str | int, ...]
-"""Keys and list positions from the top of a recipe: `("trainable", "lora", "target_modules", 0)`."""
+from finetune.values import KeyPath, dotted
 
 OVERRIDE = "--set "
 """How the place of a value given on the command line starts."""
-
-_LONGEST_SHOWN = 60
 
 # What spelling alone gets wrong: "gpu" looks like "cpu". Booleans are YAML 1.1's.
 _SYNONYMS = {
@@ -40,26 +36,6 @@ class Fault:
     what: str
     allowed: str | None = None
     fix: str | None = None
-
-
-def dotted(path: KeyPath) -> str:
-    """`trainable.lora.target_modules[0]`, as a user writes it."""
-    text = ""
-    for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
-    return text
-
-
-def shown(value: object) -> str:
-    """A value as YAML would spell it, on one short line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:

@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from finetune.errors import FinetuneError, RecipeError
 from finetune.recipe import yaml12
 from finetune.recipe.explain import explain, fill_empty_sections
-from finetune.recipe.faults import located, shown
+from finetune.recipe.faults import located
 from finetune.recipe.overrides import apply_overrides
 from finetune.recipe.schema import Recipe
+from finetune.values import shown
 
 _LARGEST = 1_000_000  # bytes; a recipe has about a thousand, a checkpoint given by mistake many millions
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.recipe import yaml12
-from finetune.recipe.faults import OVERRIDE, dotted, shown
+from finetune.recipe.faults import OVERRIDE
+from finetune.values import dotted, shown
 
 
 def apply_overrides(document: yaml12.Document, overrides: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.arch import ATTENTION_PROJECTIONS, why_no_lora
 from finetune.recipe.faults import Fault
 from finetune.recipe.training import check_training, training_schema
 
@@ -75,6 +76,16 @@ class LoraSection(Section):
     """Rank-stabilized scaling."""
     use_dora: bool = False
     """Weight-decomposed adapters: a magnitude per output besides."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _attention_only(cls, given: Any) -> Any:
+        names = [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []
+        path, allowed = ("trainable", "lora", "target_modules"), ", ".join(ATTENTION_PROJECTIONS)
+        refused = [no for name in names if isinstance(name, str) and (no := why_no_lora(name)) is not None]
+        if refused:
+            raise _custom([Fault(path, no.what, allowed, no.fix) for no in refused])
+        return given
 
     @field_validator("target_modules")
     @classmethod

@@ -12,8 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.recipe.faults import Fault, KeyPath, nearest, shown
+from finetune.recipe.faults import Fault, nearest
 from finetune.recipe.training_fields import UNKNOWN, Accepts, TrainingField, training_fields
+from finetune.values import KeyPath, shown
 
 # On top of TRL's defaults. TRL's lr of 2e-5 is for full fine-tuning; seed and logging_steps are TRL's, made visible.
 DEFAULTS: Mapping[str, Any] = {
@@ -26,7 +27,8 @@ DEFAULTS: Mapping[str, Any] = {
     "logging_nan_inf_filter": False,
 }
 
-# Fields of SFTConfig that mean something else here: the activation plan does what TRL's switch would do.
+# Fields of SFTConfig that mean something else here: the activation plan does what TRL's switch would do, and no value
+# comes from another file.
 OURS: Mapping[str, TrainingField] = {
     "gradient_checkpointing": TrainingField(
         "gradient_checkpointing",
@@ -35,6 +37,13 @@ OURS: Mapping[str, TrainingField] = {
         "What the backward pass computes again instead of keeping it. full: every layer (least memory). none: nothing. "
         "auto: only what does not fit into the memory that `memory.budget_gib` allows, planned before the first step. "
         "The gradients are the same. true means full, false means none.",
+    ),
+    "accelerator_config": TrainingField(
+        "accelerator_config",
+        Accepts(("object", "null")),
+        None,
+        "Keys of accelerate's AcceleratorConfig, such as split_batches. TRL also takes a JSON file; a recipe "
+        "says everything itself.",
     ),
 }
 _CHECKPOINTING = {True: "full", False: "none"}

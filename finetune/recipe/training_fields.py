@@ -312,7 +312,7 @@ def _is(value: object, name: str) -> bool:
         case "integer":
             return isinstance(value, int) and not isinstance(value, bool)
         case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            return type(value) is int or (isinstance(value, float) and math.isfinite(value))
         case "string":
             return isinstance(value, str)
         case "object":

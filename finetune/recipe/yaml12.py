@@ -26,7 +26,7 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 from finetune.errors import FinetuneError
-from finetune.recipe.faults import KeyPath, dotted, shown
+from finetune.values import KeyPath, dotted, shown
 
 _DEEPEST = 32  # a recipe is four levels deep; the bound keeps a hostile file from exhausting the stack
 _TAG = "tag:yaml.org,2002:"
@@ -181,9 +181,13 @@ class _Converter:
             return None
         if kind == "bool" and text.lower() in ("true", "false"):
             return text.lower() == "true"
-        # Python refuses decimal text of more than 4300 digits, both ways.
+        # Python refuses decimal text of more than 4300 digits, both ways; whatever reads a recipe's number has 64 bits.
         if kind == "int" and len(text) < 1000 and re.fullmatch(f"{_INT}|{_HEX_OR_OCTAL}", text):
-            return int(text, base=0) if text[1:2] in ("x", "o") else int(text)
+            number = int(text, base=0) if text[1:2] in ("x", "o") else int(text)
+            if -(2**63) <= number < 2**63:
+                return number
+            self._fault(node, path, f"{shown(text)} is too large", "whole numbers of 64 bits", "write a smaller number")
+            return 0
         if kind == "float" and re.fullmatch(_FLOAT, text) and math.isfinite(float(text)):
             return float(text)
         if kind in ("int", "float"):

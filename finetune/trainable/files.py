@@ -13,7 +13,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from finetune.checkpoint import read_json, read_tensor_infos
+from finetune.checkpoint import read_adapter_config, read_tensor_infos
 from finetune.errors import AdapterError, OutputError
 
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +38,7 @@ def check_tuned(folder: Path) -> None:
         AdapterError: a file is missing or corrupt.
     """
     if read_adapter_kind(folder) == "lora":
-        read_json(folder / LORA_CONFIG, kind=AdapterError)
+        read_adapter_config(folder / LORA_CONFIG)
         read_shapes(folder / LORA_TENSORS)
     else:
         read_shapes(folder / NON_MOE_TENSORS)

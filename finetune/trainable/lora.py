@@ -8,7 +8,6 @@ which stays for the base with the adapter switched off.
 
 from __future__ import annotations
 
-import difflib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, ROUTER, MoeArch, is_router, role_of
-from finetune.checkpoint import read_json
+from finetune.arch import ATTENTION_PROJECTIONS, ROUTER, MoeArch, is_router, role_of, why_no_lora
+from finetune.checkpoint import blamed_on, read_adapter_config
 from finetune.errors import AdapterError
 from finetune.trainable.files import (
     LORA_CONFIG,
@@ -37,25 +37,6 @@ from finetune.trainable.files import (
 from finetune.trainable.lora_layers import register_lora_layers
 from finetune.trainable.masters import trainable_count
 
-# Names that people ask LoRA for and do not get: names, reason, way out.
-_REFUSED_TARGETS = (
-    (
-        {*EXPERT_PROJECTIONS, "experts", "w1", "w2", "w3", "gate_proj", "up_proj", "mlp", "block_sparse_moe"},
-        "the experts are frozen in 4 bits, LoRA trains the attention only",
-        "remove it",
-    ),
-    (
-        {"gate", "router"},
-        "LoRA trains the attention only, a router trains in full or not at all",
-        "remove it, and set trainable.router: true to train the routers too",
-    ),
-    (
-        {"lm_head", "head", "embed_tokens", "embeddings", "embedding"},
-        "embeddings and head do not take LoRA here",
-        "remove it, or train them with trainable.method: non_moe",
-    ),
-    ({"all-linear"}, "it would attach to the router and to the experts", "name the projections"),
-)
 # What an adapter may name as `modules_to_save`: both are exactly the routers of the supported models.
 _ROUTERS = ([ROUTER], [ROUTER.rsplit(".", 1)[-1]])
 # Settings of a LoRA adapter that would reach beyond, or shape unevenly, plain LoRA on every layer's attention.
@@ -81,18 +62,9 @@ def check_targets(names: Sequence[str], *, where: str = "trainable.lora.target_m
     if not targets:
         raise AdapterError("no target module is named, so nothing would train", where=where, allowed=allowed)
     for target in targets:
-        if target not in ATTENTION_PROJECTIONS:
-            reason, fix = _why_refused(target.rsplit(".", 1)[-1])
-            raise AdapterError(f"cannot train {target!r} with LoRA: {reason}", where=where, allowed=allowed, fix=fix)
+        if (refusal := why_no_lora(target)) is not None:
+            raise AdapterError(refusal.what, where=where, allowed=allowed, fix=refusal.fix)
     return targets
-
-
-def _why_refused(name: str) -> tuple[str, str]:
-    for names, reason, fix in _REFUSED_TARGETS:
-        if name in names:
-            return reason, fix
-    near = difflib.get_close_matches(name, ATTENTION_PROJECTIONS, n=1)
-    return "the attention has no projection of that name", f"did you mean {near[0]!r}?" if near else "remove it"
 
 
 def add_attention_lora(
@@ -181,7 +153,7 @@ def read_saved(model: PreTrainedModel, folder: Path) -> SavedLora:
     """
     arch = MoeArch.from_config(model.config.to_dict())
     require_file(folder / LORA_CONFIG)
-    config = read_json(folder / LORA_CONFIG, kind=AdapterError)
+    config = read_adapter_config(folder / LORA_CONFIG)
     _require_plain_lora(config, folder / LORA_CONFIG)
     found = read_shapes(folder / LORA_TENSORS)
     targets = _saved_targets(config, found, where=str(folder / LORA_CONFIG))
@@ -195,7 +167,17 @@ def read_saved(model: PreTrainedModel, folder: Path) -> SavedLora:
         fix=f"load it onto the base it was trained on ({config.get('base_model_name_or_path')})",
     )
     count = arch.lora_params(r, targets, dora=dora, router=router)
-    return SavedLora(register_lora_layers(LoraConfig.from_pretrained(str(folder))), expected, count)
+    with blamed_on(folder / LORA_CONFIG, kind=AdapterError):
+        saved = register_lora_layers(LoraConfig.from_pretrained(str(folder)))
+        matched = {path for path, _ in model.named_modules() if check_target_module_exists(saved, path)}
+    held = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in found if ".lora_" in name}
+    if matched != held:
+        raise AdapterError(
+            f"target_modules names {len(matched)} modules of this model, and the weights are those of {len(held)}",
+            where=str(folder / LORA_CONFIG),
+            fix="use the adapter folder as it was saved",
+        )
+    return SavedLora(saved, expected, count)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:

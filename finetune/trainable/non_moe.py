@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.arch import MoeArch, role_of
+from finetune.checkpoint import NonMoeFile, NotJson, parse_json, read_header
 from finetune.errors import AdapterError, FinetuneError
-from finetune.trainable.files import NON_MOE_CONFIG, NON_MOE_TENSORS, read_shapes, require_same, writing
+from finetune.trainable.files import NON_MOE_CONFIG, NON_MOE_TENSORS, Shapes, require_file, require_same, writing
 from finetune.trainable.masters import trainable_count, trained_tensors
+from finetune.values import check_object
 
 
 def unfreeze_non_moe(model: nn.Module, arch: MoeArch, *, router: bool = False) -> None:
@@ -83,16 +85,12 @@ def load_non_moe(
         FinetuneError: the attention is quantized.
     """
     path = Path(folder) / NON_MOE_TENSORS
-    found = read_shapes(path)
+    about, found = read_non_moe(path)
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "non_moe" not in metadata:
-            raise AdapterError("the file does not say which base it belongs to", where=str(path), fix="save it again")
-        about = json.loads(metadata["non_moe"])
-        fix = f"load it onto the base it was trained on ({about['base']})"
-        if base is not None and dict(base) != about["base"]:
+        fix = f"load it onto the base it was trained on ({about.base})"
+        if base is not None and dict(base) != about.base:
             raise AdapterError(f"the tuned weights belong to another base than {dict(base)}", where=str(path), fix=fix)
-        tuned = _non_moe_parameters(model, router=about["router"])
+        tuned = _non_moe_parameters(model, router=about.router)
         expected = {name: tuple(parameter.shape) for name, parameter in tuned.items()}
         require_same(found, expected, path, what="the tuned weights do not fit this model", fix=fix)
         for name, parameter in tuned.items():
@@ -102,6 +100,28 @@ def load_non_moe(
     for name, parameter in model.named_parameters():
         if role_of(name) == "router" and name not in tuned:
             parameter.data = parameter.data.to(dtype or torch.float32)
+
+
+def read_non_moe(path: Path) -> tuple[NonMoeFile, Shapes]:
+    """What `non_moe.safetensors` says of itself, and the names and shapes of its tensors.
+
+    Raises:
+        AdapterError: it is missing or corrupt, or does not say which base it belongs to.
+    """
+    require_file(path)
+    header = read_header(path, kind=AdapterError)
+    if "non_moe" not in header.metadata:
+        raise AdapterError("the file does not say which base it belongs to", where=str(path), fix="save it again")
+    where = f"{path}: metadata"
+    try:
+        content = parse_json(header.metadata["non_moe"].encode())
+    except (NotJson, UnicodeEncodeError) as error:
+        what = f"{path.name} does not say in valid JSON what it holds: {error}"
+        raise AdapterError(what, where=where, fix="copy the file again") from None
+    about = check_object(
+        content, NonMoeFile, kind=AdapterError, name=NON_MOE_CONFIG, where=where, fix="use the file as it was saved"
+    )
+    return about, {info.name: info.shape for info in header.tensors}
 
 
 def _non_moe_parameters(model: nn.Module, *, router: bool) -> dict[str, nn.Parameter]:

@@ -75,7 +75,7 @@ REFUSED = {
     ),
     "intermediate": ("mixtral", {"intermediate_size": 100}, ["input dimension 100 of down_proj"]),
     "attention width": ("mixtral", {"head_dim": 40}, ["input dimension 160 of o_proj"]),
-    "activation": ("olmoe", {"hidden_act": "gelu"}, ["activation 'gelu'", "allowed: silu", "hidden_act"]),
+    "activation": ("olmoe", {"hidden_act": "gelu"}, ["`hidden_act` cannot be 'gelu'", "allowed: hidden_act: 'silu'"]),
     "dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}, ["mixes dense and sparse layers (mlp_only_layers=[1]"]),
     "sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step=2", "every layer holds experts"]),
     "biases": ("qwen3_moe", {"attention_bias": True}, ["biases in its attention", "attention_bias"]),

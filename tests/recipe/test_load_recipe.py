@@ -255,6 +255,24 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
             "q_proj named twice\n  where: r.yaml:9: trainable.lora.target_modules\n  fix: name each module once",
         ),
         (
+            "trainable:\n  lora:\n    target_modules: all-linear",
+            "cannot train 'all-linear' with LoRA: it would attach to the router and to the experts\n"
+            "  where: r.yaml:9: trainable.lora.target_modules\n"
+            "  allowed: q_proj, k_proj, v_proj, o_proj\n  fix: name the projections",
+        ),
+        (
+            "trainable:\n  lora:\n    target_modules: [w1, q_proj]",
+            "cannot train 'w1' with LoRA: the experts are frozen in 4 bits, LoRA trains the attention only\n"
+            "  where: r.yaml:9: trainable.lora.target_modules\n"
+            "  allowed: q_proj, k_proj, v_proj, o_proj\n  fix: remove it",
+        ),
+        (
+            "trainable:\n  lora:\n    target_modules: [q_proj, qproj]",
+            "cannot train 'qproj' with LoRA: the attention has no projection of that name\n"
+            "  where: r.yaml:9: trainable.lora.target_modules\n"
+            "  allowed: q_proj, k_proj, v_proj, o_proj\n  fix: did you mean 'q_proj'?",
+        ),
+        (
             "logging: offline",
             "`logging` is a section, and cannot be 'offline'\n  where: r.yaml:7: logging\n"
             "  allowed: a mapping: one indented key a line\n  fix: write keys under `logging:`",

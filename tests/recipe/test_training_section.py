@@ -111,6 +111,11 @@ def test_checkpointing_is_one_of_three_words(given: object, meant: str) -> None:
             "  allowed: no | steps | epoch | best\n  fix: write `epoch`",
         ),
         (
+            "accelerator_config: x",
+            "`training.accelerator_config` cannot be 'x'\n  where: r.yaml:8: training.accelerator_config\n"
+            "  allowed: a mapping | null",
+        ),
+        (
             "bf16: yes",
             "`training.bf16` cannot be 'yes'\n  where: r.yaml:8: training.bf16\n"
             "  allowed: true or false | null\n  fix: write `true`",

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from finetune.recipe import yaml12
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | NAMES
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | NAMES
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=12
 )
@@ -131,6 +137,8 @@ def test_the_first_of_two_equal_keys_is_kept_for_further_checks() -> None:
         ("a: -.inf", "'-.inf' is not a usable number", "f:1: a"),
         ("a: 1e999", "'1e999' is not a usable number", "f:1: a"),
         ("a: " + "9" * 5000, "9... is not a usable number", "f:1: a"),
+        ("a: " + "9" * 900, "9... is too large", "f:1: a"),
+        ("a: 0x" + "f" * 16, "'0xffffffffffffffff' is too large", "f:1: a"),
         ("a: !!int x", "'x' is not a usable number", "f:1: a"),
         ('a: "\\uD800"', "'\\ud800' holds a character that no file can hold", "f:1: a"),
         ('a: "x\\0"', "'x\\x00' holds a character that no file can hold", "f:1: a"),

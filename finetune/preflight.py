@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import replace
@@ -17,7 +18,7 @@ from finetune.activations import ActivationPlan, plan_activations
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
 from finetune.data import IGNORED, Reading, Source, Teaching, apply_template, encode_source
-from finetune.errors import FinetuneError
+from finetune.errors import DeviceError, FinetuneError
 from finetune.fused_layers import wants_fused_layers
 from finetune.kernels.experts_matmul import choose_backend
 from finetune.memory import CUDA_CONTEXT, GIB, MemoryEstimate, Run, estimate, recompute_seconds, total
@@ -43,11 +44,11 @@ _BESIDE_WEIGHTS = 8 * 2**20
 def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None = None) -> MemoryEstimate:
     """Estimates the recipe on `device`, with the activation plan that it will train with.
 
-    The plan may use what `memory.budget_gib` allows and what is free. On a CPU, whose memory is not looked at, `auto`
-    keeps everything unless the recipe has a budget: recomputation only takes time there.
+    The plan may use what `memory.budget_gib` allows and what is free: of a GPU now, of a CPU's memory at all, because
+    what other programs hold there comes and goes.
 
     Args:
-        device_bytes: memory of the device; asked of the GPU when not given, unknown on a CPU.
+        device_bytes: memory of the device; asked of the machine when not given.
 
     Raises:
         ModelError: the model's config cannot be read or is no supported mixture of experts.
@@ -57,6 +58,8 @@ def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None 
     arch = MoeArch.from_config(config, where=recipe.model.path)
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = _usable_bytes(device)
+    elif device_bytes is None and device.type == "cpu":
+        device_bytes = _host_bytes()
     budget, usable = recipe.memory.budget_gib, device_bytes
     if budget is not None:
         usable = min(int(budget * GIB), usable or int(budget * GIB))
@@ -163,6 +166,32 @@ def _usable_bytes(device: torch.device) -> int:
     """What this process may use of a GPU: what is free, what it holds already, and its context, which it has by now."""
     free, whole = torch.cuda.mem_get_info(device)
     return min(whole, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT)
+
+
+def _host_bytes() -> int:
+    """What one process may use of this machine's memory at most: its share of it, or of its control group's limit."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # none on other systems; "max" where there is no limit
+            found.append(int(limit.read_text(encoding="utf-8")))
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def require_fits(memory: MemoryEstimate, *, where: str) -> None:
+    """Refuses a run that needs more than it may use. What a shard (FSDP) needs is not estimated.
+
+    Raises:
+        DeviceError: says both numbers, and what would fit.
+    """
+    if memory.fits or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    assert memory.device_bytes is not None, "what is not known fits"
+    raise DeviceError(
+        f"the run does not fit: it needs {gib(memory.total_bytes)} and may use {gib(memory.device_bytes)}",
+        where=where,
+        allowed=f"micro-batches of at most {memory.largest_micro_batch}" if memory.largest_micro_batch else None,
+        fix="; or ".join((*memory.advice, "try it all the same with --force")),
+    )
 
 
 def show_memory(memory: MemoryEstimate, report: Report) -> None:

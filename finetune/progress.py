@@ -7,8 +7,9 @@ How: on a terminal a rich progress bar on standard error, redrawn from the train
 otherwise one plain line per log. The numbers come from `logs`, whoever put them there. Nothing of the terminal's state
 is changed (the cursor stays visible), so a process killed at any moment leaves nothing to mend.
 
-Tokens/s counts the time of training only: evaluating and saving are taken out. It is also put into `logs` as
-`tokens_per_second`, so this callback comes before those that write.
+Tokens/s counts the time of training only: evaluating and saving are taken out, and the device's work is in, because a
+log waits for it. It is also put into `logs` as `tokens_per_second`, so this callback comes before those that write, and
+over the whole run it is the callback's own `tokens_per_second`.
 
 Leaves out: the trainer's own progress callbacks; remove them (`PrinterCallback` and transformers' `ProgressCallback`).
 """
@@ -84,6 +85,7 @@ class ProgressCallback(TrainerCallback):
         self._start, self._first_step, self._other, self._mark = 0.0, 0, 0.0, 0.0
         # TRL's num_tokens counts over the life of its trainer, so these two are never reset.
         self._tokens, self._tokens_at = 0.0, 0.0
+        self._warm: tuple[float, float] | None = None  # both, at the end of the first window
         self._eval_start, self._eval_done, self._eval_said = 0.0, 0, 0.0
 
     # ---- events -----------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self._training = True
         self._start = self._mark = self.clock()
-        self._first_step, self._other, self._tokens_at = state.global_step, 0.0, 0.0
+        self._first_step, self._other, self._tokens_at, self._warm = state.global_step, 0.0, 0.0, None
         if state.is_world_process_zero and self.console.is_interactive:
             self._train_task = self._open().add_task(
                 "train", total=state.max_steps, completed=state.global_step, left=""
@@ -122,6 +124,7 @@ class ProgressCallback(TrainerCallback):
             if busy > self._tokens_at:
                 logs["tokens_per_second"] = (logs["num_tokens"] - self._tokens) / (busy - self._tokens_at)
             self._tokens, self._tokens_at = logs["num_tokens"], busy
+            self._warm = self._warm or (self._tokens, self._tokens_at)
         if not state.is_world_process_zero:
             return
         numbers = _numbers(logs)
@@ -184,6 +187,13 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self._training = False
         self.close()
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of this training without its first logged window, which is warm-up; None where nothing else was logged."""
+        if self._warm is None or self._tokens_at <= self._warm[1]:
+            return None
+        return (self._tokens - self._warm[0]) / (self._tokens_at - self._warm[1])
 
     # ---- the bar ----------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,23 +46,33 @@ def summarize(
     steps: int,
     trainable_parameters: int,
     tokens_per_second: float | None,
+    steps_skipped: int,
     metrics: dict[str, float],
+    saved_step: int,
     stopped_by: str | None = None,
 ) -> dict[str, Any]:
-    """Draws the figures and collects what a run has to say."""
+    """Draws the figures and collects what a run has to say.
+
+    Args:
+        steps_skipped: whose update was not applied.
+        saved_step: whose weights the adapter has; not the last one where the best is loaded at the end.
+    """
     figures = [str(path) for path in run_figures(run, run.figures)] if draw else []
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    evaluated = max((step for step in held_out if 0 < step <= saved_step), default=None)
     return {
         "output": str(run.root),
         "adapter": str(run.adapter),
         "metrics": str(run.metrics),
         "figures": figures,
         "steps": steps,
+        "steps_skipped": steps_skipped,
         "stopped_by": stopped_by,
         "train_loss": metrics.get("train_loss"),
-        "eval_loss_first": held_out[0] if held_out else None,
-        "eval_loss_last": held_out[-1] if held_out else None,
+        "eval_loss_first": held_out.get(0),  # of the model before its first step
+        "eval_loss_last": None if evaluated is None else held_out[evaluated],
+        "eval_step_last": evaluated,
         "tokens_per_second": tokens_per_second,
         "train_seconds": metrics.get("train_runtime"),
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -70,13 +81,25 @@ def summarize(
     }
 
 
+def held_out_loss(summary: Mapping[str, Any]) -> str | None:
+    """What was measured of it, and when: `5.413 before training, 4.200 after`."""
+    before, after, step = (summary.get(name) for name in ("eval_loss_first", "eval_loss_last", "eval_step_last"))
+    if step is None and after is not None:
+        before = None  # a run of an earlier version, whose first evaluation may have been any
+    said = [] if before is None else [f"{before:.3f} before training"]
+    if after is not None:
+        said.append(f"{after:.3f} after" + (f" step {step}" if step not in (None, summary["steps"]) else ""))
+    return ", ".join(said) or None
+
+
 def show_summary(summary: dict[str, Any], report: Report) -> None:
     rows = [("steps", f"{summary['steps']}")]
     if summary["stopped_by"] is not None:
         rows.append(("stopped by an alarm", summary["stopped_by"]))
-    if summary["eval_loss_first"] is not None:
-        change = f"{summary['eval_loss_first']:.3f} -> {summary['eval_loss_last']:.3f}"
-        rows.append(("held-out completion loss (nats)", change))
+    if summary["steps_skipped"]:
+        rows.append(("updates not applied (NaN or infinite)", f"{summary['steps_skipped']}"))
+    if (held_out := held_out_loss(summary)) is not None:
+        rows.append(("held-out completion loss (nats)", held_out))
     if summary["tokens_per_second"] is not None:
         rows.append(("tokens/s", f"{summary['tokens_per_second']:,.0f}"))
     if summary["peak_device_bytes"] is not None:

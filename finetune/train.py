@@ -45,7 +45,7 @@ from finetune.model import (
     resolve_device,
     resolve_dtype,
 )
-from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
+from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.progress import ProgressCallback
 from finetune.quant import Census, QuantizedExperts, require_quantized_experts, take_census
 from finetune.recipe import Recipe, provenance, resolved_yaml
@@ -73,7 +73,7 @@ from finetune.trainable import (
     trainable_count,
     unfreeze_non_moe,
 )
-from finetune.trainer import MoeTrainer, SpeedCallback
+from finetune.trainer import MoeTrainer
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class Prepared:
     census: Census
     arch: MoeArch
     progress: ProgressCallback
-    speed: SpeedCallback
     router: RouterCallback
     stopping: Stopping
 
@@ -99,6 +98,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     random_weights: bool = False,
+    force: bool = False,
     goes_on: str | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe; returns the summary that `--json` prints. Arguments and errors are those of `prepare`.
@@ -112,7 +112,13 @@ def train(
     """
     with Signals() as signals:
         ready = prepare(
-            recipe, report, resume=resume, overwrite=overwrite, random_weights=random_weights, signals=signals
+            recipe,
+            report,
+            resume=resume,
+            overwrite=overwrite,
+            random_weights=random_weights,
+            force=force,
+            signals=signals,
         )
         signals.goes_on = goes_on
         with signals.steps():
@@ -139,6 +145,8 @@ def _save(ready: Prepared, recipe: Recipe, report: Report, metrics: dict[str, fl
     trainer, run = ready.trainer, ready.run
     tuned = trainer.tuned_tensors()
     if trainer.is_world_process_zero():
+        best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+        saved_step = best or trainer.state.global_step
         with staged(run.adapter, replace=True) as folder:
             trainer.save_tuned(folder, tuned)
         summary = summarize(
@@ -146,8 +154,10 @@ def _save(ready: Prepared, recipe: Recipe, report: Report, metrics: dict[str, fl
             ready.census,
             draw=recipe.router.figures,
             steps=trainer.state.global_step,
+            steps_skipped=ready.stopping.skipped,
+            saved_step=saved_step,
             trainable_parameters=trainable_count(trainer.model),
-            tokens_per_second=ready.speed.tokens_per_second,
+            tokens_per_second=ready.progress.tokens_per_second,
             metrics=metrics,
             stopped_by=ready.router.stopped_by,
         )
@@ -165,6 +175,7 @@ def prepare(
     resume: bool = False,
     overwrite: bool = False,
     random_weights: bool = False,
+    force: bool = False,
     signals: Signals | None = None,
 ) -> Prepared:
     """Everything up to the first step; the output folder is claimed.
@@ -173,6 +184,7 @@ def prepare(
         resume: continue from the last whole checkpoint of the same recipe's run.
         overwrite: replace a run that the output folder holds.
         random_weights: take only the shape from `model.path`, to measure speed and memory.
+        force: go on where the estimate says that it does not fit.
         signals: what may stop the run between two steps.
 
     Raises:
@@ -208,6 +220,8 @@ def prepare(
     memory = preflight(recipe, device)
     if main:
         show_memory(memory, report)
+    if not force:
+        require_fits(memory, where=f"memory of {device}")
 
     # Data: before the weights, because most mistakes are here.
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
@@ -265,7 +279,6 @@ def prepare(
             module.keep_dequantized(loaded.model.dtype)
 
     # The output folder: taken now, given back if TRL refuses.
-    speed = SpeedCallback()
     progress = ProgressCallback()
     stopping = Stopping(signals or Signals(), tell=progress.warn if main else lambda line: None, rows=rows.named)
     router = watch_router(
@@ -275,7 +288,6 @@ def prepare(
         *([router] if recipe.router.log else []),
         progress,  # adds tokens_per_second, which the files below record
         JsonlCallback(run.metrics, extra=[router.vectors]),
-        speed,
         *logger_callbacks(recipe, run, router.vectors),
         stopping,
     ]
@@ -303,7 +315,7 @@ def prepare(
         trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
-    return Prepared(trainer, run, checkpoint, memory, census, arch, progress, speed, router, stopping)
+    return Prepared(trainer, run, checkpoint, memory, census, arch, progress, router, stopping)
 
 
 def run_steps(ready: Prepared, recipe: Recipe) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -274,39 +272,3 @@ def token_budget_loader(trainer: Any, budget: int, *, pad_to_multiple_of: int = 
         pin_memory=trainer.args.dataloader_pin_memory,
     )
     return prepare_data_loader(loader, trainer.accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-
-
-class SpeedCallback(TrainerCallback):
-    """Tokens per second of training steps alone: the first logged window is warm-up, evaluation and saving are out."""
-
-    def __init__(self) -> None:
-        self._seconds, self._begun = 0.0, 0.0
-        self._first: tuple[float, float] | None = None
-        self._last = (0.0, 0.0)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._begun = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._seconds += time.perf_counter() - self._begun
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None and "num_tokens" in logs and "loss" in logs:
-            self._last = (logs["num_tokens"], self._seconds)
-            self._first = self._first or self._last
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None until two windows were logged."""
-        if self._first is None or self._last[1] <= self._first[1]:
-            return None
-        return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,9 +81,9 @@ def test_recipe_as_json() -> None:
 
 
 def test_preflight_says_what_fits_and_what_to_change() -> None:
-    small, large = (
-        run_finetune("preflight", CLASSIC, "--set", SHAPE, "--gpu-gib", gib, "--json").document for gib in (24, 80)
-    )
+    ran = [run_finetune("preflight", CLASSIC, "--set", SHAPE, "--gpu-gib", gib, "--json") for gib in (24, 80)]
+    assert [each.status for each in ran] == [1, 0]
+    small, large = (each.document for each in ran)
     assert large["fits"]
     assert large["advice"] == []
     assert large["largest_micro_batch"] >= 2
@@ -94,7 +95,7 @@ def test_preflight_says_what_fits_and_what_to_change() -> None:
     assert small["advice"]
 
     shown = run_finetune("preflight", CLASSIC, "--set", SHAPE, "--gpu-gib", 24)
-    assert shown.status == 0
+    assert shown.status == 1
     assert "Preflight: memory of 2 x 1024 tokens" in shown.stdout
     assert "activations: 0 of 32 layers keep the gate_up output, 0 keep attention\n" in shown.stdout
     assert "does not fit: " in shown.stdout
@@ -103,9 +104,11 @@ def test_preflight_says_what_fits_and_what_to_change() -> None:
     assert shown.stderr == ""
 
 
-def test_preflight_without_a_device_size_only_counts(write_recipe: Callable[..., Path]) -> None:
+def test_preflight_on_a_cpu_looks_at_the_memory_of_the_machine(write_recipe: Callable[..., Path]) -> None:
     document = run_finetune("preflight", write_recipe(), "--json").document
-    assert document["device_bytes"] is None
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**28 < document["device_bytes"] <= whole
+    assert document["fits"]
     assert document["advice"] == []
     # r * (in + out) of q, k, v, o in two layers of hidden 64, kv width 32, in float32.
     lora = next(item for item in document["items"] if item["name"] == "LoRA")

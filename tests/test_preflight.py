@@ -7,6 +7,7 @@ through the steps.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from finetune.activations import ActivationPlan
 from finetune.arch import MoeArch
 from finetune.checkpoint import read_json
 from finetune.console import Report
+from finetune.console import gib as in_gib
 from finetune.fused_layers import wants_fused_layers
 from finetune.memory import GIB, MemoryEstimate, Run, estimate
 from finetune.model import load_tokenizer
-from finetune.preflight import disk_bytes, plan_of, preflight, show_memory
+from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.recipe import load_recipe
 from tests.conftest import REPOSITORY
+from tests.running import refused, run_finetune
 
 ROWS, BATCH = 100, 8  # 13 steps an epoch
 WEIGHTS = 13_631_488 * 4  # LoRA of rank 16 on Mixtral 8x7B, float32
@@ -96,13 +99,43 @@ def test_full_and_none_are_taken_at_their_word() -> None:
     assert (auto.largest_micro_batch or 0) > (none.largest_micro_batch or 0) > 0
 
 
-def test_on_a_cpu_auto_keeps_everything_unless_there_is_a_budget() -> None:
+def test_on_a_cpu_the_memory_of_the_machine_counts_and_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.preflight._host_bytes", lambda: 200 * GIB)
     free = classic(gib=None, device="cpu")
     assert plan_of(free) == ActivationPlan.none(32)
-    assert (free.device_bytes, free.largest_micro_batch, free.backend) == (None, None, "loop")
+    assert (free.device_bytes, free.backend, free.fits) == (200 * GIB, "loop", True)
     tight = classic("memory.budget_gib=30", gib=None, device="cpu")
     assert tight.device_bytes == 30 * GIB
     assert 0 < tight.keep_gate_up < 32
+    monkeypatch.setattr("finetune.preflight._host_bytes", lambda: 16 * GIB)
+    small = classic(gib=None, device="cpu")
+    assert not small.fits
+    assert plan_of(small) == ActivationPlan.full(32)
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_it_is_forced(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the estimate's own numbers and advice; nothing is read or written."""
+    monkeypatch.setattr("finetune.preflight._host_bytes", lambda: 3 * 2**20)
+    recipe = write_recipe(training={"max_steps": 1, "per_device_train_batch_size": 64})
+    estimated = run_finetune("preflight", recipe, "--json")
+    assert estimated.status == 1
+    document = estimated.document
+    says = [
+        f"the run does not fit: it needs {in_gib(document['total_bytes'])} and may use 3.0 MiB",
+        *document["advice"],
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.train.load_base", None)
+        ran = refused(tmp_path, "train", recipe, says=(*says, "where: memory of cpu", "with --force"))
+    assert document["advice"]
+    assert "set training.per_device_train_batch_size: " in ran.stderr
+    # What a shard needs is not estimated.
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_FSDP", "true")
+        require_fits(preflight(load_recipe(recipe), torch.device("cpu")), where="here")
+    assert run_finetune("train", recipe, "--force").status == 0
 
 
 def test_a_sharded_run_recomputes_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:

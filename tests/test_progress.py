@@ -96,11 +96,17 @@ def test_tokens_per_second_leaves_out_evaluation_and_saving_and_is_logged() -> N
     run.begin()
     run.steps(2, seconds=1.0)
     assert run.log(loss=1.0, num_tokens=1000)["tokens_per_second"] == pytest.approx(500)
+    assert run.callback.tokens_per_second is None
     run.evaluate(3, seconds=7.0)
     run.clock.now += 11.0
     run.event("on_save")
     run.steps(2, seconds=1.0)
     assert run.log(loss=1.0, num_tokens=4000)["tokens_per_second"] == pytest.approx(1500)
+    # That of the whole run is the same figure, without the first window.
+    assert run.callback.tokens_per_second == pytest.approx(1500)
+    run.steps(2, seconds=2.0)
+    run.log(loss=1.0, num_tokens=5000)
+    assert run.callback.tokens_per_second == pytest.approx(4000 / 6)
     # A trainer that does not count tokens shows no rate.
     run.steps(1, seconds=1.0)
     assert "tokens_per_second" not in run.log(loss=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -21,6 +22,7 @@ from finetune.errors import DeviceError
 from finetune.evaluate import completion_loss
 from finetune.model import load
 from finetune.recipe import load_recipe
+from finetune.summary import held_out_loss
 from finetune.train import out_of_memory_explained, prepare
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
@@ -70,6 +72,12 @@ def test_a_run_leaves_what_it_names(write_recipe: Write, tmp_path: Path) -> None
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     step = next(line for line in lines if "loss" in line)
     assert {"learning_rate", "num_tokens", "router/max_vio_worst", "router/layer_01/load"} <= set(step)
+    # One figure of speed: the summary's is that of the lines, each weighted by its time, without the first.
+    rates = [line["tokens_per_second"] for line in lines if "loss" in line]
+    tokens = [line["num_tokens"] for line in lines if "loss" in line]
+    counts = [after - before for before, after in itertools.pairwise(tokens)]
+    seconds = [count / rate for count, rate in zip(counts, rates[1:], strict=True)]
+    assert summary["tokens_per_second"] == pytest.approx(sum(counts) / sum(seconds), rel=1e-6)
     assert sum(step["router/layer_01/load"]) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -186,6 +194,22 @@ def test_held_out_loss_is_a_mean_over_tokens(write_recipe: Write, tmp_path: Path
         live.model, encode_source(Reading(Source(str(rows))), live.tokenizer, Teaching()).dataset, live.device
     )
     assert ran.document["eval_loss_last"] == pytest.approx(expected, rel=1e-5)
+    # Nothing was evaluated before the first step, so nothing is said of it.
+    assert ran.document["eval_loss_first"] is None
+    assert f"held-out completion loss (nats) │ {expected:.3f} after │" in " ".join(ran.stderr.split())
+
+
+def test_only_evaluations_that_were_made_are_told() -> None:
+    def told(first: float | None, last: float | None, step: int | None) -> str | None:
+        return held_out_loss({"steps": 8, "eval_loss_first": first, "eval_loss_last": last, "eval_step_last": step})
+
+    assert told(5.4134, 4.2, 8) == "5.413 before training, 4.200 after"
+    assert told(None, 4.2, 8) == "4.200 after"
+    assert told(None, 4.2, 6) == "4.200 after step 6"
+    assert told(5.4134, None, None) == "5.413 before training"
+    assert told(None, None, None) is None
+    # Summaries of earlier versions took the first evaluation for one before training.
+    assert held_out_loss({"steps": 8, "eval_loss_first": 5.0, "eval_loss_last": 5.0}) == "5.000 after"
 
 
 def test_auxiliary_loss_stands_apart(write_recipe: Write, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Continue the run in output.dir.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in output.dir.")] = False,
     random_weights: Annotated[bool, typer.Option(help="Only the shape of the model: to measure speed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train although the memory estimate says no.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -30,7 +31,7 @@ def train(
     SIGTERM and Ctrl+C end it after the step that is running, with a checkpoint: exit status 143 and 130. A second one
     ends it at once.
     """
-    flags = {"--random-weights": random_weights, "--json": as_json, "--debug": debug}
+    flags = {"--random-weights": random_weights, "--force": force, "--json": as_json, "--debug": debug}
     settings = [f"--set={setting}" for setting in overrides or ()]
     goes_on = resuming_command([str(recipe), *settings, *(flag for flag, given in flags.items() if given)])
     with reporting(as_json, debug) as report:
@@ -39,7 +40,13 @@ def train(
         from finetune.train import train as run
 
         summary = run(
-            loaded, report, resume=resume, overwrite=overwrite, random_weights=random_weights, goes_on=goes_on
+            loaded,
+            report,
+            resume=resume,
+            overwrite=overwrite,
+            random_weights=random_weights,
+            force=force,
+            goes_on=goes_on,
         )
         if summary:
             report.finish(summary)
@@ -64,7 +71,7 @@ def preflight(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Estimate the device memory of a recipe, without a GPU and without weights."""
+    """Estimate the memory of a recipe, without a GPU and without weights; exit status 1 where it does not fit."""
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
@@ -79,6 +86,8 @@ def preflight(
         memory = run(loaded, device, device_bytes=bytes_given)
         show_memory(memory, report)
         report.finish(memory.to_dict())
+    if not memory.fits:
+        raise typer.Exit(1)
 
 
 def quantize(

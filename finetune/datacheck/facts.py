@@ -84,18 +84,23 @@ def steps(schedule: Mapping[str, Any]) -> str:
     return f"{counts(schedule['steps'], 'step')}, {epochs} epoch" + ("" if epochs == "1" else "s")
 
 
+def elsewhere(schedule: Mapping[str, Any]) -> str:
+    """Said of a time on a device that is not this machine's."""
+    return "" if schedule["device_is_here"] else ", not measured on a GPU of this machine"
+
+
 def time(schedule: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and value of what is known of time and cost."""
     speed, hours, cost = schedule["tokens_per_second"], schedule["hours"], schedule["cost"]
     known = [("training", steps(schedule)), ("tokens of an epoch, with padding", f"{schedule['tokens_per_epoch']:,}")]
     if speed is None:
         known.append(
-            ("time", "not known: no measured speed of this model and method (`finetune bench train --out FILE`)")
+            ("time", "not known: no recorded speed of this model and method (`finetune bench train` measures one)")
         )
     else:
-        known.append(("speed", f"{speed:,.0f} tokens/s, measured on {schedule['measured_by']}"))
-    if hours is not None:
-        known.append(("time", duration(hours)))
+        device = schedule["device"]
+        known.append(("speed", f"{speed:,.0f} tokens/s, measured on {device} at {schedule['measured_rows']}"))
+        known.append(("time", f"{duration(hours)} on {device}{elsewhere(schedule)}"))
     if cost is not None:
         known.append(("cost", f"{cost:,.2f} at the price given"))
     return known

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.datacheck.facts import facts, flow, leaked, settings, steps, time
+from finetune.datacheck.facts import elsewhere, facts, flow, leaked, settings, steps, time
 from finetune.datacheck.histogram import histogram_of
 from finetune.datacheck.words import (
     compact,
@@ -76,7 +76,9 @@ def tiles(document: Mapping[str, Any]) -> list[Tile]:
     """The numbers of the first screen: those of the training rows."""
     train, schedule = document["parts"][0], document["schedule"]
     batches, hours, speed = train["batches"], schedule["hours"], schedule["tokens_per_second"]
-    pace = "; speed not measured" if speed is None else f" at {speed:,.0f} tokens/s"
+    pace = "; speed not measured"
+    if speed is not None:
+        pace = f" at {speed:,.0f} tokens/s on {schedule['device']}{elsewhere(schedule)}"
     cost = "" if schedule["cost"] is None else f"; cost {schedule['cost']:,.2f}"
     ends = train["turns_with_end"] / train["turns"] if train["turns"] else 0.0
     return [

@@ -1,7 +1,8 @@
 """How long a recipe trains: epochs, steps, and the time and cost by a speed that was measured.
 
-The speed is that of a line which `finetune bench train --out FILE` wrote for a model of the same shape and method: of
-those in `bench/results` beside the package, or in a file that is named. A speed is never guessed.
+The speeds are those that `finetune bench train` measured, a line each in `speeds.json`, which a test compares with
+`bench/results`; one of the same shape and method counts, and one of the GPU at hand before others. A speed is never
+guessed, and is never given without the name of the device that it is of.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finetune.arch import MoeArch
 from finetune.model import read_config
 from finetune.recipe import Recipe
 
-_RECORDED = Path(__file__).parents[2] / "bench" / "results"
+_RECORDED = Path(__file__).parent / "speeds.json"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Measured:
 
     tokens_per_second: float
     tokens_per_step: int
-    by: str
+    device: str
+    rows: str  # micro-batch and length
+    here: bool  # whether it is of the GPU of this machine
 
 
 def schedule(
@@ -56,7 +60,9 @@ def schedule(
         "steps": steps,
         "tokens_per_epoch": tokens_per_epoch,
         "tokens_per_second": None if measured is None else measured.tokens_per_second,
-        "measured_by": None if measured is None else measured.by,
+        "device": None if measured is None else measured.device,
+        "device_is_here": None if measured is None else measured.here,
+        "measured_rows": None if measured is None else measured.rows,
         "hours": hours,
         "cost": None if hours is None or price_per_hour is None else hours * processes * price_per_hour,
     }
@@ -67,27 +73,21 @@ def processes_of_run() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def nearest_speed(recipe: Recipe, *, tokens_per_step: int, folder: Path = _RECORDED) -> Measured | None:
-    """The recorded speed of the same shape and method, of the micro-batch nearest in size."""
+def nearest_speed(recipe: Recipe, *, tokens_per_step: int, recorded: Path = _RECORDED) -> Measured | None:
+    """The recorded speed of the same shape and method: of this machine's GPU where there is one, then of the
+    micro-batch nearest in size."""
     arch = MoeArch.from_config(read_config(recipe.model.path, recipe.model.revision), where=recipe.model.path)
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    wanted = (arch.model_type, arch.total_params, recipe.trainable.method)
     found = [
         Measured(
-            line["trainer"]["tokens_per_second"],
+            line["tokens_per_second"],
             line["tokens_per_step"],
-            f"{line['device']}, {line['batch']} x {line['length']} ({path.parent.name}/{path.name})",
+            line["device"],
+            f"{line['batch']} x {line['length']} tokens",
+            line["device"] == here,
         )
-        for path, line in _lines(folder)
-        if line["bench"] == "train"
-        and (line["model_type"], line["parameters"], line["method"])
-        == (arch.model_type, arch.total_params, recipe.trainable.method)
-        and not line["overrides_budget"]
+        for line in json.loads(recorded.read_text(encoding="utf-8"))
+        if (line["model_type"], line["parameters"], line["method"]) == wanted
     ]
-    return min(found, key=lambda m: abs(math.log(m.tokens_per_step / tokens_per_step)), default=None)
-
-
-def _lines(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
-    for path in sorted(folder.rglob("*.json")):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            line["overrides_budget"] = any("memory." in override for override in line.get("overrides", ()))
-            yield path, line
+    return min(found, key=lambda m: (not m.here, abs(math.log(m.tokens_per_step / tokens_per_step))), default=None)

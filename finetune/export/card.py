@@ -27,6 +27,7 @@ from finetune.model import BaseSpec
 from finetune.quant.config import QUANT_METHOD
 from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder
+from finetune.summary import held_out_loss
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FIDELITY = {
@@ -166,6 +167,7 @@ def _body(
         experts=EXPERT_FORMATS[base.experts],
         attention={"nf4": "NF4", "16bit": "16 bits"}[base.attention],
         run=facts.summary,
+        held_out=held_out_loss(facts.summary),
         data=_data(facts.data),
         versions=", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "transformers", "trl", "peft")),
         version=facts.packages["moe-qlora"],

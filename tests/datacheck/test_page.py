@@ -102,7 +102,7 @@ def test_the_counts_of_every_part(page: tuple[Node, dict, list]):
 def test_what_is_not_known_is_not_made_up():
     document = sound()
     document["leakage"] = None
-    document["schedule"] |= {"tokens_per_second": None, "measured_by": None, "hours": None, "cost": None}
+    document["schedule"] |= {"tokens_per_second": None, "device": None, "hours": None, "cost": None}
     document["max_length"] = None
     document["parts"] = document["parts"][:1]
     root = read_page(render_page(document, []))

@@ -10,6 +10,7 @@ import pytest
 from finetune.arch import MoeArch
 from finetune.checkpoint import read_json
 from finetune.datacheck import schedule as module
+from finetune.datacheck.facts import time
 from finetune.datacheck.schedule import nearest_speed, schedule
 from finetune.errors import ModelError
 from finetune.recipe import load_recipe
@@ -21,39 +22,49 @@ def recipe(*settings: str):
     return load_recipe(SHAPE / "qlora-attention-80gb.yaml", [f"model.path={SHAPE / 'shape'}", *settings])
 
 
-def line(folder: Path, name: str, **changes) -> None:
+def record(folder: Path, *changes: dict) -> Path:
     arch = MoeArch.from_config(read_json(SHAPE / "shape" / "config.json", kind=ModelError), where="shape")
     about = {
-        "bench": "train",
+        "device": "a GPU",
         "model_type": "mixtral",
         "parameters": arch.total_params,
         "method": "attention_lora",
-        "device": "a GPU",
         "batch": 2,
         "length": 1024,
         "tokens_per_step": 2048,
-        "overrides": [],
-        "trainer": {"tokens_per_second": 5000.0},
+        "tokens_per_second": 5000.0,
     }
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps(about | changes) + "\n", encoding="utf-8")
+    file = folder / "speeds.json"
+    file.write_text(json.dumps([about | change for change in changes]), encoding="utf-8")
+    return file
 
 
-def test_the_nearest_size_of_the_same_model_and_method_speaks(tmp_path):
-    line(tmp_path, "small.json")
-    line(tmp_path, "large.json", tokens_per_step=16384, trainer={"tokens_per_second": 9000.0})
-    line(tmp_path, "budget.json", overrides=["memory.budget_gib=34"], trainer={"tokens_per_second": 1.0})
-    line(tmp_path, "other.json", parameters=7, trainer={"tokens_per_second": 2.0})
-    line(tmp_path, "method.json", method="non_moe", trainer={"tokens_per_second": 3.0})
-    line(tmp_path, "peers.json", bench="peers", trainer={"tokens_per_second": 4.0})
-    assert nearest_speed(recipe(), tokens_per_step=2048, folder=tmp_path).tokens_per_second == 5000
-    assert nearest_speed(recipe(), tokens_per_step=9000, folder=tmp_path).tokens_per_second == 9000
-    assert nearest_speed(recipe(), tokens_per_step=2048, folder=tmp_path / "none") is None
+def test_the_nearest_size_of_the_same_model_and_method_speaks(tmp_path, monkeypatch):
+    recorded = record(
+        tmp_path,
+        {},
+        {"tokens_per_step": 16384, "tokens_per_second": 9000.0},
+        {"parameters": 7, "tokens_per_second": 2.0},
+        {"method": "non_moe", "tokens_per_second": 3.0},
+        {"device": "my GPU", "tokens_per_step": 2**20, "tokens_per_second": 700.0},
+    )
+
+    def speed(tokens_per_step: int) -> tuple[float, str, bool]:
+        found = nearest_speed(recipe(), tokens_per_step=tokens_per_step, recorded=recorded)
+        return found.tokens_per_second, found.device, found.here
+
+    assert speed(2048) == (5000, "a GPU", False)
+    assert speed(9000) == (9000, "a GPU", False)
+    # That of the GPU at hand says more than that of another size.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "my GPU")
+    assert speed(2048) == (700, "my GPU", True)
+    other = recipe("trainable.method=non_moe", "quantization.attention=16bit")
+    assert nearest_speed(other, tokens_per_step=1, recorded=record(tmp_path, {})) is None
 
 
 def test_hours_and_cost(tmp_path, monkeypatch):
-    line(tmp_path, "small.json")
-    monkeypatch.setattr(module.nearest_speed, "__kwdefaults__", {"folder": tmp_path})
+    monkeypatch.setattr(module.nearest_speed, "__kwdefaults__", {"recorded": record(tmp_path, {})})
     found = schedule(
         recipe("training.num_train_epochs=3", "training.gradient_accumulation_steps=4"),
         batches=500,
@@ -63,14 +74,26 @@ def test_hours_and_cost(tmp_path, monkeypatch):
     assert (found["steps"], found["epochs"]) == (3 * 125, 3)
     assert found["hours"] == pytest.approx(3 * 1_024_000 / 5000 / 3600)
     assert found["cost"] == pytest.approx(2.5 * found["hours"])
-    assert found["measured_by"].startswith("a GPU, 2 x 1024")
+    # Never a time without the device that it is of.
+    assert dict(time(found))["time"] == "11 min on a GPU, not measured on a GPU of this machine"
+    assert dict(time(found | {"device_is_here": True}))["time"] == "11 min on a GPU"
+    assert dict(time(found))["speed"] == "5,000 tokens/s, measured on a GPU at 2 x 1024 tokens"
 
 
-def test_the_recorded_speeds_of_mixtral_are_found():
-    found = nearest_speed(recipe(), tokens_per_step=8192)
-    assert found is not None
-    assert "H100" in found.by
-    assert "8 x 1024" in found.by
+def test_the_recorded_speeds_are_those_of_the_bench():
+    lines = [
+        json.loads(text)
+        for path in (SHAPE.parents[1] / "bench" / "results").rglob("*.json")
+        for text in path.read_text(encoding="utf-8").splitlines()
+    ]
+    measured = [line for line in lines if line["bench"] == "train" and not line["overrides"]]
+    recorded = json.loads(module._RECORDED.read_text(encoding="utf-8"))
+    names = ("device", "model_type", "parameters", "method", "batch", "length", "tokens_per_step")
+    expected = [
+        {name: line[name] for name in names} | {"tokens_per_second": line["trainer"]["tokens_per_second"]}
+        for line in measured
+    ]
+    assert sorted(recorded, key=str) == sorted(expected, key=str)
 
 
 def test_max_steps():

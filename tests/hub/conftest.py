@@ -67,6 +67,7 @@ def finished_run(saved_adapter: Path, small_mixtral: Path, tmp_path: Path) -> Pa
             "train_loss": 5.4,
             "eval_loss_first": 6.0,
             "eval_loss_last": 5.0,
+            "eval_step_last": 8,
             "tokens_per_second": 400.0,
             "peak_device_bytes": None,
             "trainable_parameters": 6144,

@@ -9,8 +9,10 @@ spot.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable
+from time import monotonic
 from types import FrameType
 
 import uvicorn
@@ -23,6 +25,8 @@ from finetune.web.protocol import LimitedProtocol
 
 # How long clients may take, once the answers have ended, to read what was sent, and to hear 503.
 FLUSH_SECONDS = 10
+# A launcher such as `timeout` signals the process and its group; what comes again within this time is the same signal.
+RELAYED_SECONDS = 1.0
 
 
 class ServeProtocol(LimitedProtocol):
@@ -62,6 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.stopped_at_once = False
         self._desk, self._ready = desk, ready
+        self._asked_at = -math.inf
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def begin_stop(self, *, at_once: bool = False) -> None:
@@ -77,7 +82,10 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.begin_stop(at_once=self._desk.stopping)
+        now = monotonic()
+        if now >= self._asked_at + RELAYED_SECONDS:
+            self._asked_at = now
+            self.begin_stop(at_once=self._desk.stopping)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,16 +99,18 @@ def started(model: Path, *args: object) -> Iterator[tuple[subprocess.Popen[str],
 
 
 def test_a_process_that_is_asked_to_stop_while_it_answers(talkative: Path, tmp_path: Path) -> None:
+    """20 streams are whole, though SIGTERM comes twice, as `timeout` and other launchers send it."""
     key = tmp_path / "key"
     key.write_text("secret\n")
-    with started(talkative, "--api-key-file", key, "--kv-gib", "0.25") as (process, url):
+    with (
+        started(talkative, "--api-key-file", key, "--kv-gib", "0.25") as (process, url),
+        ThreadPoolExecutor(20) as pool,
+    ):
         client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60)
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="guess").models.list()
-        fields: Any = {"model": "talkative", "prompt": "Once", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
-        answer = iter(client.completions.create(**fields, stream=True))
-        pieces = [next(answer)]
-        process.send_signal(signal.SIGTERM)
+        fields: Any = {"model": "talkative", "prompt": "Once", "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        fields |= {"stream": True, "stream_options": {"include_usage": True}}
         refusals: list[int] = []
 
         def ask_until_refused() -> None:
@@ -115,12 +120,57 @@ def test_a_process_that_is_asked_to_stop_while_it_answers(talkative: Path, tmp_p
             except openai.APIStatusError as error:
                 refusals.append(error.status_code)
 
+        answers = list(pool.map(lambda _: client.completions.create(**fields), range(20)))
         asking = threading.Thread(target=ask_until_refused)
         asking.start()
-        pieces.extend(answer)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        whole = list(pool.map(list, answers))
         asking.join(60)
-        assert pieces[-1].choices[0].finish_reason == "length"
+        assert [pieces[-2].choices[0].finish_reason for pieces in whole] == ["length"] * 20
+        assert [pieces[-1].usage.completion_tokens for pieces in whole] == [60] * 20
         assert refusals == [503]
         assert process.wait(60) == 0
         assert process.stdout is not None
         assert process.stdout.read() == ""
+
+
+@pytest.mark.slow
+def test_a_signal_as_soon_as_the_port_is_open(talkative: Path) -> None:
+    """20 clients that connect the moment they can, and SIGTERM at once: each hears an answer, whole or 503."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    body = b'{"prompt": "Once", "max_tokens": 20, "stream": true, "ignore_eos": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    command = [sys.executable, "-m", "finetune", "serve", str(talkative), "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
+        connections: list[socket.socket] = []
+        while len(connections) < 20:
+            assert process.poll() is None
+            with contextlib.suppress(ConnectionRefusedError):
+                connections.append(socket.create_connection(("127.0.0.1", port), timeout=60))
+                connections[-1].sendall(head + b"content-length: %d\r\n\r\n%s" % (len(body), body))
+        process.send_signal(signal.SIGTERM)
+        for connection in connections:
+            with connection:
+                data = b""
+                while not (data.endswith(b"0\r\n\r\n") or data.endswith(b"}}")):
+                    piece = connection.recv(2**16)
+                    assert piece, data
+                    data += piece
+            assert data.count(b'"finish_reason": "length"') == 1 or data.startswith(b"HTTP/1.1 503 ")
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--allowed-host", "http://models.example.org/", ("is no host name", "without http:// and without a path")),
+        ("--cors-origin", "app.example.org", ("is no origin", "https://app.example.org")),
+        ("--cors-origin", "https://app.example.org/path", ("is no origin", "without a path")),
+    ],
+)
+def test_a_name_or_an_origin_that_is_none(tmp_path: Path, option: str, value: str, says: tuple[str, ...]) -> None:
+    refused(tmp_path, "serve", MODEL, "--port", 0, option, value, says=(*says, option))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from finetune.serve.server import Server
 from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, eventually, serving
 
@@ -108,6 +111,53 @@ def test_stopping_lets_answers_finish_and_takes_no_more(engine: FakeEngine, serv
     served.thread.join(20)
     assert not served.thread.is_alive()
     assert not served.server.stopped_at_once
+
+
+def test_what_was_let_in_before_a_stop_is_answered(
+    engine: FakeEngine, served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose prompt is still being encoded, and one whose body is not there yet."""
+    encode, encodes, go_on = engine.encode_text, threading.Event(), threading.Event()
+
+    def slowly(text: str) -> tuple[int, ...]:
+        encodes.set()
+        go_on.wait(20)
+        return encode(text)
+
+    monkeypatch.setattr(engine, "encode_text", slowly)
+    body = b'{"prompt": "Hi", "max_tokens": 2}'
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("content-type", "application/json")
+    connection.putheader("content-length", str(len(body)))
+    connection.endheaders()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, served, max_tokens=3)
+        assert encodes.wait(20)
+        assert eventually(lambda: served.desk.entered == 2)
+        served.server.begin_stop()
+        time.sleep(0.3)
+        assert served.thread.is_alive()
+        go_on.set()
+        assert running.result(20).choices[0].text == "0 1 2 "  # type: ignore[attr-defined]
+    connection.send(body)
+    assert json.loads(connection.getresponse().read())["choices"][0]["text"] == "0 1 "
+    served.thread.join(20)
+    assert not served.thread.is_alive()
+
+
+def test_a_signal_that_is_passed_on_is_one_signal(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("finetune.serve.server.monotonic", lambda: now)
+    server = Server(served.server.config.app, served.desk)
+    server.handle_exit(signal.SIGTERM, None)
+    now += 0.5
+    server.handle_exit(signal.SIGTERM, None)
+    assert served.desk.stopping
+    assert not server.stopped_at_once
+    now += 1.0
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.stopped_at_once
 
 
 def test_stopping_at_once_tells_the_clients(engine: FakeEngine, served: Serving) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rensa import RMinHash
 
-from finetune.data.rows import Conversation
+from finetune.data.rows import Conversation, Message
 
 NEAR = 0.8
 SIGNATURE_VERSION = RMinHash.ALGORITHM_VERSION  # signatures of another version are not comparable
@@ -36,7 +36,7 @@ _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400
 _BREAK = "\x1f"  # is white space, so no text has one after normalization
 
 
-def content_key(conversation: Conversation) -> bytes:
+def content_key(conversation: Sequence[Message]) -> bytes:
     """16 bytes that are equal for conversations with the same roles and texts, but for white space."""
     parts = [part for m in conversation for part in (m["role"], " ".join(m["content"].split()))]
     return hashlib.blake2b(_BREAK.join(parts).encode(), digest_size=16).digest()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -109,7 +110,7 @@ class ChatEncoder:
             except TemplateRefusal as refusal:
                 rendered.append(refusal)
         fine = iter(self._encode_rendered([row for row in rendered if isinstance(row, Rendered)]))
-        rows = [next(fine) if isinstance(row, Rendered) else row for row in rendered]
+        rows = [_with_cut(next(fine), row) if isinstance(row, Rendered) else row for row in rendered]
         return [row if isinstance(row, Encoded) else Refused(number, str(row)) for number, row in enumerate(rows)]
 
     def encode_unfinished(self, messages: Turns) -> list[int]:
@@ -151,7 +152,7 @@ class ChatEncoder:
         assert self._renderer is not None, "conversations need a chat template"
         rendered = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
-            return Rendered(rendered.pieces, [])
+            return replace(rendered, spans=[])
         learnt = learnt_turns(messages, loss_on)
         if all(learnt):
             return rendered
@@ -161,7 +162,7 @@ class ChatEncoder:
                 "assistant turns, so it cannot be told which of them to learn"
             )
         spans = [span for span, is_learnt in zip(rendered.spans, learnt, strict=True) if is_learnt]
-        return Rendered(rendered.pieces, spans)
+        return replace(rendered, spans=spans)
 
     def _require_same_parse(self, tokenizer: PreTrainedTokenizerBase, specials: list[str]) -> None:
         """Aliases must be found exactly as the tokens themselves are where nobody typed any."""
@@ -170,6 +171,10 @@ class ChatEncoder:
         [row] = self._tokenizer.encode([Rendered([*pieces, ""], [])])
         if isinstance(row, Leak) or row.ids.tolist() != native["input_ids"]:
             raise _unfit(tokenizer, "this tokenizer finds its special tokens in a way that cannot be told from text")
+
+
+def _with_cut(row: Encoded | Leak, rendered: Rendered) -> Encoded | Leak:
+    return replace(row, cut=rendered.cut) if rendered.cut and isinstance(row, Encoded) else row
 
 
 _encoders: WeakKeyDictionary[Any, tuple[object, ChatEncoder]] = WeakKeyDictionary()

@@ -18,6 +18,7 @@ from finetune.data.messages import ROLES, kind, shortened, text_of
 from finetune.data.reading import parse_json, rows_of
 from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
 from finetune.data.turns import Form, FormName, Turn, turns_of
+from finetune.data.unseen import unseen_in
 from finetune.errors import DataError
 
 __all__ = ["Form", "FormName", "find_form", "parse", "to_conversation"]
@@ -185,30 +186,37 @@ def to_conversation(row: Any, form: Form) -> Conversation:
     Raises:
         RowFault: the row cannot be trained on.
     """
-    conversation = [_message(turn, form) for turn in turns_of(row, form)]
+    return _checked(turns_of(row, form), form)
+
+
+def _checked(turns: list[Turn], form: Form) -> Conversation:
+    conversation = [_message(turn, form) for turn in turns]
     check_conversation(conversation)
     return conversation
 
 
 def parse(chunk: RawChunk, form: Form) -> Parsed:
     """Every row of a chunk, used or refused with its reason."""
-    parsed = Parsed([], [], [])
+    parsed = Parsed([], [], [], {})
     for position, row in rows_of(chunk):
         try:
             if isinstance(row, RowFault):
                 parsed.refused.append((position, str(row)))
                 continue
-            conversation = to_conversation(row, form)
+            turns = turns_of(row, form)
+            conversation = _checked(turns, form)
         except RowFault as fault:
             parsed.refused.append((position, str(fault)))
         else:
             parsed.conversations.append(conversation)
             parsed.positions.append(position)
+            for name in unseen_in(row, form, turns):
+                parsed.unseen.setdefault(name, []).append(position)
     return parsed
 
 
 def _message(turn: Turn, form: Form) -> Message:
-    return {"role": role_of(turn.role, form), "content": text_of(turn.content), "train": train_of(turn.train)}
+    return {"role": role_of(turn.role, form), "content": text_of(turn.content), "train": turn.train}
 
 
 def role_of(role: Any, form: Form) -> Role:
@@ -222,14 +230,6 @@ def role_of(role: Any, form: Form) -> Role:
         says = f"; if it is the user's, set data.roles: {{{own}: user}}" if len(role) <= _NAMED else ""
         raise RowFault(f"role {shortened(role)} is unknown{says}")
     return known
-
-
-def train_of(flag: Any) -> bool:
-    if flag is None:
-        return True
-    if not isinstance(flag, bool | int | float) or flag not in (0, 1):
-        raise RowFault("a turn's `train`, `weight` or `loss` is neither 0 nor 1")
-    return bool(flag)
 
 
 def check_conversation(conversation: Iterable[Message]) -> None:

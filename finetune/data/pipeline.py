@@ -46,7 +46,7 @@ from finetune.runfolder import staged
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 2  # of the files below; another one is not read
+_VERSION = 3  # of the files below; another one is not read
 _ROWS, _LEDGER = "rows.arrow", "ledger.json"
 _POSITIONS_KEPT = 8
 _ABANDONED_SECONDS = 24 * 3600
@@ -68,8 +68,8 @@ class Reading:
 
 
 @dataclass
-class Refusals:
-    """Rows that cannot be used, by reason: how many, and the first positions."""
+class Places:
+    """Rows that have something in common: how many, and the first positions."""
 
     rows: int = 0
     positions: list[int] = field(default_factory=list)
@@ -81,19 +81,23 @@ class Refusals:
 
 @dataclass
 class Ledger:
-    """What became of every row of a source: `rows` = `used` + the refused ones."""
+    """What became of every row of a source: `rows` = `used` + the refused ones.
+
+    `refused` is by reason; `unseen` by the name of what used rows hold and the model never sees (`unseen.py`).
+    """
 
     where: str
     unit: Unit
     form: str
     rows: int = 0
-    refused: dict[str, Refusals] = field(default_factory=dict)
+    refused: dict[str, Places] = field(default_factory=dict)
+    unseen: dict[str, Places] = field(default_factory=dict)
     lengths: Lengths = field(default_factory=Lengths)
     files: list[tuple[int, str, int]] = field(default_factory=list)  # first position, name and unit, positions before
 
     @property
     def used(self) -> int:
-        return self.rows - sum(refusals.rows for refusals in self.refused.values())
+        return self.rows - sum(places.rows for places in self.refused.values())
 
     def at(self, position: int) -> str:
         """How a user finds a row: `train.jsonl line 3`."""
@@ -204,7 +208,8 @@ def _unreadable(reader: Reader) -> DataError:
 
 def _read_ledger(path: Path) -> Ledger:
     found = json.loads(path.read_text(encoding="utf-8"))
-    found["refused"] = {reason: Refusals(**refusals) for reason, refusals in found["refused"].items()}
+    for group in ("refused", "unseen"):
+        found[group] = {name: Places(**places) for name, places in found[group].items()}
     found["lengths"] = Lengths(**found["lengths"])
     found["files"] = [tuple(file) for file in found["files"]]
     return Ledger(**found)
@@ -239,8 +244,9 @@ def _write(
             ledger.enter(reader, result.first)
             ledger.rows += result.rows
             ledger.lengths += result.lengths
-            for reason, positions in result.refused.items():
-                ledger.refused.setdefault(reason, Refusals()).add(positions)
+            for counted, found in ((ledger.refused, result.refused), (ledger.unseen, result.unseen)):
+                for name_of, positions in found.items():
+                    counted.setdefault(name_of, Places()).add(positions)
             bar.update(reached - done)
             done = reached
     return ledger

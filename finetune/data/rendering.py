@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.learnt import Turns
 from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
+from finetune.data.unseen import cut_from
 
 T = TypeVar("T")
 
@@ -51,10 +52,14 @@ _KEPT_SHAPES, _KEPT_MESSAGES = 1024, 64
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text, control token, text, control token, ..., text; and the assistant's [start, end) in their concatenation."""
+    """Text, control token, text, control token, ..., text; and the assistant's [start, end) in their concatenation.
+
+    `cut` names what of the messages is not in it.
+    """
 
     pieces: list[str]
     spans: Spans
+    cut: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class _Form:
             placed.append(placed[-1] + len(texts[message]))
         bounds = [position + placed[count] for position, count in self.bounds]
         return Rendered(pieces, list(zip(bounds[::2], bounds[1::2], strict=True)))
+
+
+def _cut(messages: Turns, text: str) -> tuple[str, ...]:
+    found = (cut_from(message["role"], message["content"], text) for message in messages)
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 class Renderer:
@@ -152,7 +162,7 @@ class Renderer:
         spans = [self._to_its_end(text, *span) for span in spans]
         if shown:
             pieces[::2] = [piece.translate(shown) for piece in pieces[::2]]
-        return Rendered(pieces, spans)
+        return Rendered(pieces, spans, _cut(hidden, text))
 
     def _run(self, messages: Turns, add_generation_prompt: bool) -> tuple[str, Spans]:
         rendered: Any = render_jinja_template(
@@ -210,7 +220,10 @@ class Renderer:
         if form is None:
             form = self._make_form(roles, texts, add_generation_prompt)
             _keep(self._forms, key, form)
-        return form.fill(texts)
+        filled = form.fill(texts)
+        if strips and any(len(text) < len(m["content"]) for text, m in zip(texts, messages, strict=True)):
+            return replace(filled, cut=_cut(messages, "".join(filled.pieces)))
+        return filled
 
     def _make_form(self, roles: list[str], texts: list[str], add_generation_prompt: bool) -> _Form:
         """Renders one private character in place of every text, and remembers where it went."""

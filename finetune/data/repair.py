@@ -11,28 +11,31 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, NotRequired
 
-from finetune.data.forms import check_conversation, role_of, train_of
+from finetune.data.forms import check_conversation, role_of
 from finetune.data.messages import text_of
-from finetune.data.rows import Conversation, Message
+from finetune.data.rows import Message, RowFault
 from finetune.data.turns import Form, Turn, turns_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def repair(row: Any, form: Form) -> tuple[Conversation, list[str]]:
+class Mended(Message):
+    """A turn as it is written again, with the keys of it that nobody reads."""
+
+    unread: NotRequired[Mapping[str, Any]]
+
+
+def repair(row: Any, form: Form) -> tuple[list[Mended], list[str]]:
     """The corrected conversation, and the corrections in the order in which they were made.
 
     Raises:
         RowFault: the row cannot be corrected.
     """
     done: list[str] = []
-    turns = [Turn(role_of(turn.role, form), turn.content, turn.train) for turn in turns_of(row, form)]
-    turns = _without_null(turns, done)
-    conversation: Conversation = [
-        {"role": turn.role, "content": _text(turn.content, done), "train": train_of(turn.train)} for turn in turns
-    ]
+    turns = _without_null([turn._replace(role=role_of(turn.role, form)) for turn in turns_of(row, form)], done)
+    conversation = [_mended_turn(turn, done) for turn in turns]
     for correct in _CORRECTIONS:
         corrected = correct(conversation)
         if corrected != conversation:
@@ -63,6 +66,13 @@ def _without_null(turns: list[Turn], done: list[str]) -> list[Turn]:
     return kept
 
 
+def _mended_turn(turn: Turn, done: list[str]) -> Mended:
+    mended: Mended = {"role": turn.role, "content": _text(turn.content, done), "train": turn.train}
+    if turn.unread:
+        mended["unread"] = turn.unread
+    return mended
+
+
 def _text(content: Any, done: list[str]) -> str:
     if isinstance(content, list):
         parts = [{**part, "text": _mended(part["text"], done)} if _has_text(part) else part for part in content]
@@ -88,29 +98,34 @@ def _mended(text: str, done: list[str]) -> str:
 # ---- over the whole conversation ------------------------------------------------------------------------------------
 
 
-def _system_first(messages: Conversation) -> Conversation:
+def _system_first(messages: list[Mended]) -> list[Mended]:
     system = [message for message in messages if message["role"] == "system"]
     return [*system, *(message for message in messages if message["role"] != "system")]
 
 
-def _joined(messages: Conversation) -> Conversation:
+def _joined(messages: list[Mended]) -> list[Mended]:
     return [_as_one(list(run)) for _, run in groupby(messages, key=lambda message: message["role"])]
 
 
-def _as_one(run: list[Message]) -> Message:
+def _as_one(run: list[Mended]) -> Mended:
     """Turns of one speaker as one; what a row says not to learn stays unlearnt with all that it is joined to."""
-    texts = [message["content"] for message in run if len(run) == 1 or message["content"].strip()]
+    if len(run) == 1:
+        return run[0]
+    unread = sorted({key for message in run for key in message.get("unread", {})})
+    if unread:
+        raise RowFault(f"two {run[0]['role']} turns in a row, with {', '.join(f'`{key}`' for key in unread)}")
+    texts = [message["content"] for message in run if message["content"].strip()]
     return {"role": run[0]["role"], "content": "\n\n".join(texts), "train": all(m["train"] for m in run)}
 
 
-def _without_first_answer(messages: Conversation) -> Conversation:
+def _without_first_answer(messages: list[Mended]) -> list[Mended]:
     first = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
     if first < len(messages) and messages[first]["role"] == "assistant":
         return messages[:first] + messages[first + 1 :]
     return messages
 
 
-def _without_empty_end(messages: Conversation) -> Conversation:
+def _without_empty_end(messages: list[Mended]) -> list[Mended]:
     end = len(messages)
     while end and (
         messages[end - 1]["role"] == "user"
@@ -120,7 +135,7 @@ def _without_empty_end(messages: Conversation) -> Conversation:
     return messages[:end]
 
 
-_NAMES: dict[Callable[[Conversation], Conversation], str] = {
+_NAMES: dict[Callable[[list[Mended]], list[Mended]], str] = {
     _system_first: "system message moved to the front",
     _joined: "turns of one role joined",
     _without_first_answer: "answer before the first question dropped",

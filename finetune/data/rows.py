@@ -61,11 +61,15 @@ class RawChunk:
 
 @dataclass(frozen=True)
 class Parsed:
-    """The rows of a chunk: usable ones with their positions, refused ones as (position, reason)."""
+    """The rows of a chunk: usable ones with their positions, refused ones as (position, reason).
+
+    `unseen` names what usable rows hold and nobody reads (`unseen.py`), with their positions.
+    """
 
     conversations: list[Conversation]
     positions: list[int]
     refused: list[tuple[int, str]]
+    unseen: dict[str, list[int]]
 
     def __post_init__(self) -> None:
         assert len(self.conversations) == len(self.positions), "a position for each conversation"
@@ -73,10 +77,14 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: token ids (int32), and for each token whether it is learnt (bool)."""
+    """One training row: token ids (int32), and for each token whether it is learnt (bool).
+
+    `cut` names what the chat template left out of the conversation.
+    """
 
     ids: np.ndarray
     supervised: np.ndarray
+    cut: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.ids.shape == self.supervised.shape, "a token without its mark, or a mark without its token"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from finetune.data.messages import kind
@@ -32,22 +33,33 @@ class Form:
     columns: Mapping[str, str]
     roles: Mapping[str, Role]
 
+    @cached_property
+    def read(self) -> frozenset[str]:
+        """The columns of a row that this form reads."""
+        return frozenset(own for column, own in self.columns.items() if column not in ("role", "content", "train"))
+
     def known_role(self, name: str) -> Role | None:
         """Ours for a role's name as it is, or else for its name in small letters."""
         return self.roles.get(name) or self.roles.get(name.strip().lower())
 
 
 class Turn(NamedTuple):
-    """A turn as it was found; `train` is None where the row does not say."""
+    """A turn as it was found; `train` is False where the row says so, `unread` holds keys that nobody reads."""
 
     role: Any
     content: Any
-    train: Any = None
+    train: bool = True
+    unread: Mapping[str, Any] | None = None
 
 
 _CHATML_TURN = re.compile(r"\s*<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
 _HUMAN_MARK = re.compile(r"### (Human|Assistant):")
-_TRAIN_KEYS = ("train", "weight", "loss")  # the keys in use for "learn this turn", 0 or 1
+# Keys in use for "learn this turn", 0 or 1: axolotl (train, training, train_on_turn), OpenAI and mistral-finetune
+# (weight), ms-swift (loss), slime (step_loss_mask), others; and for "leave it out": torchtune (masked). A plain `mask`
+# is used both ways, so it is not read but named.
+_LEARN = frozenset(("train", "training", "train_on_turn", "trainable", "weight", "loss", "loss_mask", "step_loss_mask"))
+_LEAVE_OUT = frozenset(("masked",))
+_TOOL_KEYS = ("tool_calls", "function_call")
 
 
 def turns_of(row: Any, form: Form) -> list[Turn]:
@@ -92,15 +104,33 @@ def _turn(item: Any, form: Form) -> Turn:
     role, content = form.columns["role"], form.columns["content"]
     if not isinstance(item, Mapping) or role not in item:
         raise RowFault(f"a turn is not a mapping with `{role}` and `{content}`")
-    if item.get("tool_calls"):
+    if len(item) == 2 and content in item:
+        return Turn(item[role], item[content])
+    if any(item.get(key) for key in _TOOL_KEYS):
         raise RowFault("a turn calls tools, which is not trained here")
     if content not in item:
         raise RowFault(f"a turn is not a mapping with `{role}` and `{content}`")
-    if len(item) == 2:
-        return Turn(item[role], item[content])
-    keys = (form.columns["train"],) if "train" in form.columns else _TRAIN_KEYS
-    flags = [item[key] for key in keys if item.get(key) is not None]
-    return Turn(item[role], item[content], flags[0] if flags else None)
+    own = form.columns.get("train")
+    learn, leave_out = (_LEARN, _LEAVE_OUT) if own is None else (frozenset((own,)), frozenset[str]())
+    flags, unread = {}, {}
+    for key, value in item.items():
+        if value is None or key in (role, content):
+            continue
+        if key in learn:
+            flags[key] = _flag(key, value)
+        elif key in leave_out:
+            flags[key] = not _flag(key, value)
+        elif value not in ("", [], {}):
+            unread[str(key)] = value
+    if len(set(flags.values())) > 1:
+        raise RowFault(f"{' and '.join(f'`{key}`' for key in flags)} of a turn disagree")
+    return Turn(item[role], item[content], all(flags.values()), unread or None)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise RowFault(f"a turn's `{key}` is neither 0 nor 1")
+    return bool(value)
 
 
 def _text_or_turns(row: Mapping[str, Any], form: Form, column: str, role: str) -> list[Turn]:

@@ -53,6 +53,7 @@ class ChunkRows:
     first: int
     rows: int
     refused: dict[str, list[int]]
+    unseen: dict[str, list[int]]
     lengths: Lengths
 
 
@@ -82,7 +83,11 @@ class Worker:
                 continue
             fitted.append((conversation, position, rows))
         batch = self._batch(fitted)
-        return ChunkRows(batch, chunk.first, len(parsed.positions) + len(parsed.refused), refused, fitter.lengths)
+        for position, row in zip(positions, encoded, strict=True):
+            for name in row.cut:
+                parsed.unseen.setdefault(name, []).append(position)
+        read = len(parsed.positions) + len(parsed.refused)
+        return ChunkRows(batch, chunk.first, read, refused, parsed.unseen, fitter.lengths)
 
     def _encode_fitting(self, conversations: list[Conversation]) -> list[Encoded]:
         return self.encoder.encode(conversations, loss_on=self.teaching.loss_on)

@@ -7,6 +7,8 @@ from typing import Any
 
 from finetune.datacheck.words import counts, duration, share
 
+NOTHING = "nothing"
+
 
 def settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was checked, as name and value."""
@@ -21,18 +23,28 @@ def settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def flow(part: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Where the rows of a part went, as class, name and number; a row that is used may still be too long, or a copy."""
-    dropped, removed = part["too_long"]["dropped"], part["duplicates"]["removed"]
-    held = part["held_out"]
+    """Where the rows of a part went, as class, name and number; together they are the rows that were read."""
+    dropped, held = part["too_long"]["dropped"], part["held_out"]
+    refused = sum(reason["rows"] for reason in part["refused"])
     steps = [
-        # A copy that was split is removed more than once.
-        ("kept", "kept", max(0, part["used"] - dropped - removed - held)),
+        ("kept", "used", part["used"]),
         ("held", "held out", held),
-        ("copies", "duplicates removed", removed),
+        # Of conversations: a copy that was split has more rows.
+        ("copies", "duplicates removed", part["rows"] - part["used"] - held - dropped - refused),
         ("dropped", "too long, dropped", dropped),
-        ("refused", "refused", part["rows"] - part["used"]),
+        ("refused", "refused", refused),
     ]
     return [step for step in steps if step[2] or step[0] == "kept"]
+
+
+def unused(part: Mapping[str, Any]) -> str:
+    """Why rows are not used: `101 held out, 3 refused`."""
+    return ", ".join(f"{number:,} {name}" for kind, name, number in flow(part) if kind != "kept") or NOTHING
+
+
+def unseen(part: Mapping[str, Any]) -> str:
+    """What the rows hold besides, in one line."""
+    return ", ".join(f"{entry['what']} ({counts(entry['rows'], 'row')})" for entry in part["unseen"]) or NOTHING
 
 
 def too_long(part: Mapping[str, Any]) -> str:
@@ -73,6 +85,7 @@ def facts(part: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         ("rows teaching nothing", f"{part['rows_unsupervised']:,}", part["rows_unsupervised"] > 0),
         ("tokens of a row", f"median {lengths['median']:,}, most {lengths['longest']:,}", False),
         ("too long", too_long(part), part["too_long"]["tokens_lost"] > 0),
+        ("in the rows, but not read", unseen(part), any(entry["matters"] for entry in part["unseen"])),
         ("duplicates", duplicates(part), part["duplicates"]["exact"] > part["duplicates"]["removed"]),
         ("batches", f"{batches['rows']:,} {batches['kind']}, {share(batches['efficiency'])} full", False),
     ]

@@ -1,7 +1,8 @@
 """A corrected copy of a recipe's data: what can be mended is mended, the rest is set apart, and both are counted.
 
-`DIR/<source>.jsonl` holds one {"messages": [...]} a line, equal conversations once; `DIR/refused.jsonl` the rows that
-cannot be corrected, with where they were and why; `DIR/fixes.json` the counts. The data themselves are not touched.
+`DIR/<source>.jsonl` holds one {"messages": [...]} a line, beside whatever else the row held, and equal conversations
+once; `DIR/refused.jsonl` the rows that cannot be corrected, with where they were and why; `DIR/fixes.json` the counts.
+The data themselves are not touched.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from finetune.data.duplicates import content_key
 from finetune.data.pipeline import Reading, form_of
 from finetune.data.readers import open_source
 from finetune.data.reading import Reader, rows_of
-from finetune.data.repair import repair
-from finetune.data.rows import Conversation, RowFault
+from finetune.data.repair import Mended, repair
+from finetune.data.rows import RowFault
+from finetune.data.unseen import unread_columns
 from finetune.datacheck.prepare import readings_of
 from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, staged
@@ -65,15 +67,21 @@ def _fix(reading: Reading, fixed: IO[str], refused: IO[str]) -> dict[str, Any]:
                 continue
             seen.add(key)
             done.update(fixes)
-            fixed.write(json.dumps({"messages": _plain(conversation)}, ensure_ascii=False) + "\n")
+            line = {**unread_columns(value, form), "messages": _plain(conversation)}
+            fixed.write(json.dumps(line, ensure_ascii=False, default=repr) + "\n")
             written += 1
     return {"where": reader.where, "form": form.name, "rows": rows, "written": written, "fixes": dict(done)}
 
 
-def _plain(conversation: Conversation) -> list[dict[str, Any]]:
-    """Without `train` where it says nothing."""
+def _plain(conversation: list[Mended]) -> list[dict[str, Any]]:
+    """Without `train` where it says nothing, and with the keys of turns that nobody reads."""
     return [
-        {"role": turn["role"], "content": turn["content"], **({} if turn["train"] else {"train": False})}
+        {
+            "role": turn["role"],
+            "content": turn["content"],
+            **({} if turn["train"] else {"train": False}),
+            **turn.get("unread", {}),
+        }
         for turn in conversation
     ]
 

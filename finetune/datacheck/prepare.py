@@ -71,11 +71,10 @@ class Part:
     def pairs(self) -> Iterator[tuple[EncodedSource, np.ndarray]]:
         return zip(self.sources, self.chosen, strict=True)
 
-    def conversations(self) -> int:
-        """Conversations that the chosen rows are of; a long one may have several rows."""
-        return sum(
-            len(np.unique(source.dataset.data.column("position").to_numpy()[chosen])) for source, chosen in self.pairs()
-        )
+    def conversations(self) -> list[int]:
+        """For each source the conversations that the chosen rows are of; a long one may have several rows."""
+        positions = [source.dataset.data.column("position").to_numpy() for source in self.sources]
+        return [len(np.unique(of_source[chosen])) for of_source, chosen in zip(positions, self.chosen, strict=True)]
 
     def fingerprint(self) -> str:
         """A digest of the chosen conversations in order, wherever they lie and however they are tokenized."""
@@ -253,7 +252,7 @@ def _draw_held_out(train: Part, recipe: Recipe) -> Part:
         ]
 
     held_out = Part("held-out", train.sources, [None] * len(train.sources), of_source(held), drawn=True)
-    train.chosen, train.given = of_source(kept), held_out.conversations()
+    train.chosen, train.given = of_source(kept), sum(held_out.conversations())
     return held_out
 
 

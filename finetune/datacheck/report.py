@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -16,6 +16,7 @@ from datasets import Dataset
 from finetune.data.batching import TokenBudgetBatches, padding_efficiency, row_lengths
 from finetune.data.lengths import Lengths
 from finetune.data.pipeline import Ledger
+from finetune.data.unseen import advice, matters
 from finetune.datacheck.prepare import Part, PreparedData, max_length_of
 from finetune.datacheck.schedule import processes_of_run, schedule
 from finetune.errors import DataError
@@ -99,7 +100,7 @@ def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, st
             )
         elif refused:
             add("warning", f"{name}: {refused:,} of {rows:,} rows are left out", "see the reasons in the table")
-        if part["examples"] == 0 and part["used"]:
+        if part["examples"] == 0 and refused < rows:
             what = "no conversation is left"
             if part["too_long"]["dropped"]:
                 what += (
@@ -127,6 +128,14 @@ def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, st
                 f"{name}: {missing:,} of {part['turns']:,} supervised turns do not end with the end of sequence",
                 _UNCUT if part["too_long"]["truncated"] else _ENDS,
             )
+        for unseen in part["unseen"]:
+            if unseen["matters"]:
+                add(
+                    "warning",
+                    f"{name}: {unseen['what']}: {unseen['rows']:,} of {rows:,} rows have it, and the model never sees "
+                    f"it ({', '.join(unseen['where'][:3])})",
+                    advice(unseen["what"]),
+                )
         if 0 < part["supervised_share"] < _FEW_SUPERVISED:
             add(
                 "warning",
@@ -185,7 +194,7 @@ def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
     # What was drawn from another part has no rows of its own: those that cannot be used are told there.
     ledgers = [] if part.drawn else part.ledgers
     lengths = sum((ledger.lengths for ledger in ledgers), Lengths())
-    conversations = part.conversations() if part.drawn else 0
+    used = part.conversations()
     total = int(tokens.sum())
     return {
         "name": part.name,
@@ -195,15 +204,16 @@ def _describe(part: Part, final: Dataset, recipe: Recipe) -> dict[str, Any]:
                 "form": ledger.form,
                 "weight": weight,
                 "rows": ledger.rows,
-                "used": ledger.used,
+                "used": of_source,
                 "refused": ledger.rows - ledger.used,
             }
-            for ledger, weight in zip(ledgers, part.weights, strict=False)
+            for ledger, weight, of_source in zip(ledgers, part.weights, used, strict=False)
         ],
         "fingerprint": part.fingerprint(),
-        "rows": conversations or sum(ledger.rows for ledger in ledgers),
-        "used": conversations or sum(ledger.used for ledger in ledgers),
-        "refused": _refused(ledgers),
+        "rows": sum(used) if part.drawn else sum(ledger.rows for ledger in ledgers),
+        "used": sum(used),
+        "refused": [{"reason": entry.pop("what"), **entry} for entry in _places(ledgers, "refused")],
+        "unseen": [{**entry, "matters": matters(entry["what"])} for entry in _places(ledgers, "unseen")],
         "held_out": part.given,
         "duplicates": {"exact": part.exact, "near": part.near, "removed": part.removed},
         "too_long": {
@@ -235,13 +245,14 @@ def _shown(path: str) -> str:
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def _refused(ledgers: list[Ledger]) -> list[dict[str, Any]]:
+def _places(ledgers: list[Ledger], group: Literal["refused", "unseen"]) -> list[dict[str, Any]]:
+    """What the ledgers counted, over all of them, the most first."""
     found: dict[str, dict[str, Any]] = {}
     for ledger in ledgers:
-        for reason, refusals in ledger.refused.items():
-            entry = found.setdefault(reason, {"reason": reason, "rows": 0, "where": []})
-            entry["rows"] += refusals.rows
-            entry["where"] += [ledger.at(p) for p in refusals.positions][: _SHOWN - len(entry["where"])]
+        for what, places in (ledger.refused if group == "refused" else ledger.unseen).items():
+            entry = found.setdefault(what, {"what": what, "rows": 0, "where": []})
+            entry["rows"] += places.rows
+            entry["where"] += [ledger.at(p) for p in places.positions][: _SHOWN - len(entry["where"])]
     return sorted(found.values(), key=lambda entry: -entry["rows"])
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.console import Report
-from finetune.datacheck.facts import facts, leaked, settings, time
+from finetune.datacheck.facts import NOTHING, facts, leaked, settings, time, unused
 from finetune.datacheck.histogram import sparkline
 from finetune.datacheck.words import counts, part_of, positions, split_unseen, verdict, visible_document
 
@@ -31,8 +31,9 @@ def show_report(report: Report, document: Mapping[str, Any]) -> None:
     parts = document["parts"]
     rows: list[tuple[str, ...]] = [("rows read", *(f"{part['rows']:,}" for part in parts))]
     rows.append(("rows used", *(f"{part['used']:,} ({part_of(part['used'], part['rows'])})" for part in parts)))
-    known = [facts(part) for part in parts]
-    rows += [(facts_of[0][0], *(value for _, value, _ in facts_of)) for facts_of in zip(*known, strict=True)]
+    known = [[("rows not used", unused(part), False), *facts(part)] for part in parts]
+    table = [(facts_of[0][0], *(value for _, value, _ in facts_of)) for facts_of in zip(*known, strict=True)]
+    rows += [row for row in table if {*row[1:]} != {NOTHING}]
     rows.append(("shortest to longest", *(sparkline(part["lengths"]) for part in parts)))
     report.line(", ".join(f"{name} {value}" for name, value in settings(document)))
     report.table(f"Data of {document['recipe']}", ("what", *(part["name"] for part in parts)), rows)

@@ -12,6 +12,7 @@ import pytest
 
 from finetune.data.forms import Form, find_form, parse, to_conversation
 from finetune.data.rows import Message, RawChunk, RowFault
+from finetune.data.unseen import advice, matters
 from finetune.errors import DataError
 
 
@@ -184,8 +185,45 @@ def test_prompt_and_completion_of_text_and_of_turns() -> None:
 
 @pytest.mark.parametrize(("flag", "train"), [(0, False), (1, True), (False, False), (1.0, True), (None, True)])
 def test_a_turn_that_is_not_to_be_learnt(flag: Any, train: bool) -> None:
-    for key in ("train", "weight"):
+    for key in ("train", "training", "train_on_turn", "trainable", "weight", "loss", "loss_mask", "step_loss_mask"):
         assert read({"messages": [user(), assistant(**{key: flag})]})[1][2] is train
+    if flag is not None:
+        assert read({"messages": [user(), assistant(masked=flag)]})[1][2] is not train
+
+
+def test_flags_that_disagree_are_refused() -> None:
+    assert fault_of({"messages": [user(), assistant(weight=0, train=True)]}, MESSAGES) == (
+        "`weight` and `train` of a turn disagree"
+    )
+    assert read({"messages": [user(), assistant(weight=0, masked=True)]})[1][2] is False
+    assert read({"messages": [user(), assistant(weight=0, mask=1)]}, columns={"train": "mask"})[1][2] is True
+
+
+def test_what_no_form_reads_is_named() -> None:
+    thinking = {"reasoning_content": "Hm.", "tool_calls": None, "thinking": "", "id": 0}
+    rows = [
+        {"messages": [user(mask=1), assistant(**thinking)], "tools": [{}], "images": [], "id": 5},
+        {**ULTRACHAT, "system": "Be brief."},
+        {"messages": [user(), assistant()], "prompt": None},
+    ]
+    parsed = parse(RawChunk(0, 1, values=rows), MESSAGES)
+    assert parsed.unseen == {
+        "`id`": [1],
+        "`tools`": [1],
+        "`mask` of turns": [1],
+        "`reasoning_content` of turns": [1],
+        "`id` of turns": [1],
+        "`prompt_id`": [2],  # and not its `prompt`, which is the first question
+        "`system`": [2],
+    }
+    assert {name for name in parsed.unseen if matters(name)} == {
+        "`tools`",
+        "`mask` of turns",
+        "`reasoning_content` of turns",
+        "`system`",
+    }
+    assert "set data.columns.train: mask" in advice("`mask` of turns")
+    assert "set data.columns.system: system" in advice("`system`")
 
 
 def test_content_in_parts_is_joined_as_mistral_common_joins_it() -> None:
@@ -320,8 +358,8 @@ def test_names_that_mean_nothing() -> None:
         ),
         ([{"role": "x" * 999, "content": "a"}], f"role '{'x' * 40}...' is unknown"),
         ([{"role": ["user"], "content": "a"}, assistant()], "a role is a list, not a string"),
-        ([user(), assistant(train=0.5)], "a turn's `train`, `weight` or `loss` is neither 0 nor 1"),
-        ([user(), assistant(weight="1")], "a turn's `train`, `weight` or `loss` is neither 0 nor 1"),
+        ([user(), assistant(train=0.5)], "a turn's `train` is neither 0 nor 1"),
+        ([user(), assistant(weight="1")], "a turn's `weight` is neither 0 nor 1"),
         ([user(), {"role": "tool", "content": "5"}], "a turn of role 'tool': tool use is not trained here"),
         ([user(), assistant(None, tool_calls=[{}])], "a turn calls tools, which is not trained here"),
         ([user(), {"role": "assistant", "tool_calls": [{}]}], "a turn calls tools, which is not trained here"),

@@ -79,6 +79,7 @@ def part(name: str, rows: int, **changed: Any) -> dict[str, Any]:
         "rows": rows,
         "used": used,
         "refused": [],
+        "unseen": [],
         "duplicates": {"exact": 0, "near": None, "removed": 0},
         "held_out": 0,
         "too_long": {"policy": "truncate", "rows": 0, "dropped": 0, "truncated": 0, "split": 0, "tokens_lost": 0},
@@ -144,7 +145,7 @@ def faulty() -> dict[str, Any]:
     train = part(
         "train",
         2400,
-        used=2019,
+        used=1964,
         refused=refused,
         sources=[
             source(f"data/{'deep/' * 30}train.jsonl", "sharegpt", 2000, 1700, weight=0.7),

@@ -42,7 +42,7 @@ def test_every_fault_is_named_at_its_line() -> None:
     train, held_out = made["parts"]
     found = {int(place.split()[-1]): reason["reason"] for reason in train["refused"] for place in reason["where"]}
     assert found == REFUSED
-    assert (train["rows"], train["used"]) == (89, 76)
+    assert (train["rows"], train["used"]) == (89, 65)
     assert train["duplicates"]["exact"] == 2
     assert (train["too_long"]["dropped"], train["too_long"]["truncated"]) == (11, 1)
     assert made["leakage"]["where"] == ["heldout.jsonl line 21", "heldout.jsonl line 22"]

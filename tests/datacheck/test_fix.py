@@ -32,3 +32,13 @@ def test_turns_that_are_not_learnt_stay_so(make_recipe, tmp_path):
     row["messages"][1]["train"] = False
     write_fixed(make_recipe([row]), tmp_path / "fixed")
     assert json.loads((tmp_path / "fixed" / "train-0.jsonl").read_text(encoding="utf-8")) == row
+
+
+def test_what_nobody_reads_is_kept_or_set_apart(make_recipe, tmp_path):
+    row = {"id": 7, "tools": [{"name": "wx"}], **turns("q", "a")}
+    row["messages"][1] |= {"thinking": "Hm.", "train": False}
+    twice = {"messages": [{"role": "user", "content": "one", "name": "Eve"}, *turns("two", "answer")["messages"]]}
+    write_fixed(make_recipe([row, twice]), tmp_path / "fixed")
+    assert json.loads((tmp_path / "fixed" / "train-0.jsonl").read_text(encoding="utf-8")) == row
+    [refused] = (tmp_path / "fixed" / "refused.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(refused)["reason"] == "two user turns in a row, with `name`"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from finetune.data import apply_template
+from finetune.datacheck.facts import unused
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document, require_sound
 from finetune.errors import DataError
@@ -61,7 +62,7 @@ def test_counts_equal_a_count_by_hand(make_recipe, tokenizer):
     first = spelled({"messages": long[0]["messages"][:2]}, tokenizer)  # what is left of the first long one
     assert len(first[0]) <= 120 < len(spelled(long[0], tokenizer)[0])
     rows = [*by_hand, first]
-    assert (part["rows"], part["used"]) == (39, 34)
+    assert (part["rows"], part["used"]) == (39, 33)
     assert sum(reason["rows"] for reason in part["refused"]) == 5
     assert part["examples"] == len(rows) == 33
     assert part["tokens"] == sum(len(ids) for ids, _ in rows)
@@ -174,9 +175,36 @@ def test_held_out_rows_in_train(make_recipe, tokenizer):
 def test_a_drawn_part_is_counted_once(make_recipe, tokenizer):
     rows = [turns(f"q{i}", "a") for i in range(20)]
     train, held_out = check(make_recipe([*rows, "{"], "data.eval_rows=4"), tokenizer)["parts"]
-    assert (train["rows"], train["used"], train["held_out"], train["examples"]) == (21, 20, 4, 16)
+    assert (train["rows"], train["used"], train["held_out"], train["examples"]) == (21, 16, 4, 16)
     assert (held_out["rows"], held_out["used"], held_out["held_out"], held_out["examples"]) == (4, 4, 0, 4)
     assert (held_out["sources"], held_out["refused"]) == ([], [])
+    assert unused(train) == "4 held out, 1 refused"
+
+
+def test_what_the_model_never_sees_is_a_warning(make_recipe, tmp_path):
+    rows = [{"id": i, "messages": turns(f"q{i}", f" a{i}")["messages"]} for i in range(3)]
+    rows[0]["tools"] = [{"name": "wx"}]
+    rows[1]["messages"][1]["thinking"] = "Hm."
+    rows[2]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    strips = "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    strips += "{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    (tmp_path / "strips.jinja").write_text(strips, encoding="utf-8")
+    recipe = make_recipe(rows, f"data.template={tmp_path / 'strips.jinja'}")
+    tokenizer = load_tokenizer(str(MODEL))
+    apply_template(tokenizer, recipe.data.template)
+    made = check(recipe, tokenizer)
+    found = {entry["what"]: (entry["rows"], entry["matters"]) for entry in made["parts"][0]["unseen"]}
+    assert found == {
+        "`id`": (3, False),
+        "`tools`": (1, True),
+        "`thinking` of turns": (1, True),
+        "text of system messages, which the chat template leaves out": (1, True),
+        "white space around the text of assistant messages, which the chat template leaves out": (3, False),
+    }
+    said = [fault["what"] for fault in made["faults"]]
+    assert said[0] == ("train: `tools`: 1 of 3 rows have it, and the model never sees it (train.jsonl line 1)")
+    assert len(said) == 3
+    assert levels(made) == ["warning"] * 3
 
 
 def test_batches_count_a_mixture_as_it_trains(make_recipe, tokenizer, tmp_path):

@@ -74,14 +74,16 @@ def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
         FinetuneError: an adapter or model that cannot be used, or an address that cannot be had.
     """
     from finetune.chat.page import Page
-    from finetune.chat.page_server import PageServer, is_local, listen
+    from finetune.chat.page_server import PageServer
+    from finetune.web.addresses import bind, is_local, listen
 
-    with contextlib.closing(listen(host, port)) as listening:
-        if not is_local(listening):
+    with contextlib.closing(bind(host, port)) as bound:
+        if not is_local(bound):
             report.line(f"warning: whoever reaches {host} can use this page")
         with asked.load(max_batch=_PAGE_BATCH) as engine:
             page = Page(engine, asked.sampling, asked.system)
-            server = PageServer(page.build(), listening, stop=page.stop_all)
+            server = PageServer(page.build(), bound, stop=page.stop_all)
+            listen(bound)
             report.line(f"chat with {', '.join(engine.names)} on {server.url} (Ctrl-C ends)")
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_page()

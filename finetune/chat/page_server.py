@@ -1,19 +1,18 @@
 """Serves the page: on this machine only unless told otherwise, and nothing else than what comes from it.
 
 The browser is told to fetch nothing from elsewhere (its content security policy), and a request that names another host
-is refused, so that a page of the web cannot reach in by a name that it points here.
+is refused, so that a page of the web cannot reach in by a name that it points here. What a connection may cost is
+bounded as for the HTTP server (`web/protocol.py`).
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import socket
 from collections.abc import Callable
-from ipaddress import ip_address
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,9 +20,13 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.chat.parts import style_sheet
-from finetune.errors import OutputError
+from finetune.web.addresses import host_name, is_local, is_local_name, url_of
+from finetune.web.protocol import LimitedProtocol
 
-_LOCAL_NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+if TYPE_CHECKING:
+    import gradio as gr
+
+_CONNECTIONS = 200  # a browser opens six for each tab
 _PATIENCE = 1  # seconds that open connections get at the end; a page holds one for as long as it is open
 _POLICY = "; ".join(
     (
@@ -43,7 +46,7 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"
 
 
 class PageServer(uvicorn.Server):
-    """Serves a page on a listening socket.
+    """Serves a page on a socket.
 
     Args:
         stop: called by Ctrl-C, before the server waits for what it is doing: ends what runs.
@@ -52,16 +55,22 @@ class PageServer(uvicorn.Server):
         url: where the page is.
     """
 
-    def __init__(self, page: gr.Blocks, listening: socket.socket, *, stop: Callable[[], None]):
-        self._listening, self._stop = listening, stop
-        host, port = listening.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-        app = Restricted(_app(page, host, port), is_local=is_local(listening))
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_PATIENCE))
+    def __init__(self, page: gr.Blocks, bound: socket.socket, *, stop: Callable[[], None]):
+        self._bound, self._stop = bound, stop
+        host, port = bound.getsockname()[:2]
+        self.url = f"{url_of(bound)}/"
+        config = uvicorn.Config(
+            Restricted(_app(page, host, port), is_local=is_local(bound)),
+            http=LimitedProtocol,
+            limit_concurrency=_CONNECTIONS,
+            log_level="warning",
+            timeout_graceful_shutdown=_PATIENCE,
+        )
+        super().__init__(config)
 
     def serve_page(self) -> None:
         """Until Ctrl-C, or until `should_exit` is set from another thread."""
-        self.run(sockets=[self._listening])
+        self.run(sockets=[self._bound])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._stop()
@@ -86,8 +95,9 @@ class Restricted:
             return
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        is_known = not self._is_local or _LOCAL_NAMES.fullmatch(host) is not None
-        if not is_known or (origin is not None and origin.partition("://")[2] != host):
+        name = host_name(host)
+        is_known = not self._is_local or (name is not None and is_local_name(name))
+        if not is_known or (origin is not None and origin.partition("://")[2].lower() != host.lower()):
             await PlainTextResponse("this page answers only itself\n", status_code=403)(scope, receive, send)
             return
 
@@ -99,28 +109,9 @@ class Restricted:
         await self._app(scope, receive, with_policy)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes any that is free.
-
-    Raises:
-        OutputError: the address cannot be had.
-    """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as fault:
-        raise OutputError(
-            f"the page cannot be served there: {fault.strerror if isinstance(fault, OSError) else fault}",
-            where=f"--host {host} --port {port}",
-            fix="choose another --port (0 takes any that is free), and a --host of this machine",
-        ) from None
-
-
-def is_local(listening: socket.socket) -> bool:
-    """Whether only this machine reaches a socket."""
-    return ip_address(listening.getsockname()[0]).is_loopback
-
-
 def _app(page: gr.Blocks, host: str, port: int) -> FastAPI:
+    import gradio as gr
+
     fonts = ["system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
     mono = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
     return gr.mount_gradio_app(

@@ -1,4 +1,4 @@
-"""What the page needs beside the rest: the package of the extra `ui`."""
+"""What the page needs beside the rest: the packages of the extra `ui`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from finetune.errors import FinetuneError
 
 
 def require_gradio() -> None:
-    """Raises a FinetuneError where gradio is not installed."""
-    if find_spec("gradio") is None:
-        raise FinetuneError("gradio is not installed", where="finetune chat --ui", fix="pip install 'moe-qlora[ui]'")
+    """Raises a FinetuneError where gradio, or what serves it, is not installed."""
+    for package in ("gradio", "httptools"):
+        if find_spec(package) is None:
+            what = f"{package} is not installed"
+            raise FinetuneError(what, where="finetune chat --ui", fix="pip install 'moe-qlora[ui]'")

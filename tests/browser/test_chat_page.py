@@ -97,13 +97,16 @@ class Site:
 @pytest.fixture(scope="module")
 def site(adapter: Path) -> Iterator[Site]:
     from finetune.chat.page import Page
-    from finetune.chat.page_server import PageServer, listen
+    from finetune.chat.page_server import PageServer
+    from finetune.web.addresses import bind, listen
 
     settings = EngineSettings(max_length=400)
     with Engine.load(str(adapter), device="cpu", settings=settings) as engine:
         paced: Any = Paced(engine)
         page = Page(paced, SAMPLING, None)
-        server = PageServer(page.build(), listen("127.0.0.1", 0), stop=page.stop_all)
+        bound = bind("127.0.0.1", 0)
+        listen(bound)
+        server = PageServer(page.build(), bound, stop=page.stop_all)
         thread = threading.Thread(target=server.serve_page)
         thread.start()
         yield Site(server.url, paced)
@@ -363,6 +366,5 @@ def test_an_address_that_cannot_be_had(site: Site) -> None:
     for host, port in (("127.0.0.1", taken), ("192.0.2.1", "0")):
         ran = run_finetune("chat", "no/such/model", "--ui", "--host", host, "--port", port)
         assert ran.status == 2
-        assert "the page cannot be served there: " in ran.stderr
-        assert f"--host {host} --port {port}" in ran.stderr
-        assert "choose another --port" in ran.stderr
+        assert f"cannot listen on {host} port {port}: " in ran.stderr
+        assert "choose another port" in ran.stderr

@@ -57,8 +57,8 @@ def steps(run: Path) -> list[int]:
 class Training:
     """Plays a trainer's steps to the callback, on a weight of one row."""
 
-    def __init__(self, make: Callable[[Any], torch.optim.Optimizer]):
-        self.model = nn.Linear(3, 1, bias=False)
+    def __init__(self, make: Callable[[Any], torch.optim.Optimizer], device: str = "cpu"):
+        self.model = nn.Linear(3, 1, bias=False, device=device)
         self.optimizer = make(self.model.parameters())
         self.told: list[str] = []
         self.stopping = Stopping(Signals(), tell=self.told.append, rows=lambda rows: [f"row {row[0]}" for row in rows])
@@ -67,8 +67,9 @@ class Training:
     def step(self, gradient: float, loss: float = 1.0) -> None:
         number = self.state.global_step + 1
         self.stopping.begin([{"input_ids": torch.tensor([[number, 7]])}])
-        self.stopping.loss(torch.tensor(loss))
-        self.model.weight.grad = torch.tensor([[0.5, gradient, -0.25]])
+        weight = self.model.weight
+        self.stopping.loss(torch.full((), loss, device=weight.device))
+        weight.grad = torch.full_like(weight, gradient)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.stopping.gradient(norm, self.optimizer, self.model.parameters())
         self.optimizer.step()
@@ -139,9 +140,9 @@ def test_three_such_steps_in_a_row_stop_a_run() -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    run = Training(lambda p: torch.optim.SGD(p, lr=1e38, fused=True))
-    for gradient in (1.0, 1e3, 1e3, 1e3):  # weights of 1e41 in float32
-        run.step(gradient)
+    run = Training(lambda p: torch.optim.SGD(p, lr=3e38, fused=True))
+    for _ in range(4):  # to weights of 7e38 in float32
+        run.step(1.0)
     assert not bool(run.model.weight.isfinite().all())
     for _ in range(3):
         run.step(1.0, float("nan"))
@@ -282,25 +283,35 @@ def test_a_run_that_is_stopped_before_it_has_begun_offers_nothing_to_go_on_with(
     assert not (tmp_path / "run").exists()
 
 
+FAULTS = {
+    "a signal": """
+        def at_fault(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compute(self, *args, **kwargs)
+    """,
+    "NaN": """
+        def at_fault(self, *args, **kwargs):
+            return compute(self, *args, **kwargs) * (float("nan") if self.state.global_step > 0 else 1.0)
+    """,
+}
+
+
 @pytest.mark.slow
-def test_two_processes_stop_at_the_same_step(write_recipe: Write, tmp_path: Path) -> None:
-    """Only the second one gets the signal; what the launcher passes on afterwards changes nothing."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_two_processes_stop_at_the_same_step(write_recipe: Write, tmp_path: Path, fault: str) -> None:
+    """Only the second one is at fault; what the launcher passes on to both afterwards changes nothing."""
     script = tmp_path / "train.py"
     script.write_text(
-        textwrap.dedent("""
-            import os, signal, sys
-            from finetune.cli import main
-            from finetune.trainer import MoeTrainer
-            step = MoeTrainer.training_step
-            def stopped(self, *args, **kwargs):
-                if self.state.global_step == 3 and os.environ["RANK"] == "1":
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return step(self, *args, **kwargs)
-            if "--resume" not in sys.argv:
-                MoeTrainer.training_step = stopped
-            sys.argv.insert(1, "train")
-            main()
-        """)
+        "import os, signal, sys\n"
+        "from finetune.cli import main\n"
+        "from trl import SFTTrainer\n"
+        "compute = SFTTrainer.compute_loss\n"
+        + textwrap.dedent(FAULTS[fault])
+        + 'if "--resume" not in sys.argv and os.environ["RANK"] == "1":\n'
+        "    SFTTrainer.compute_loss = at_fault\n"
+        'sys.argv.insert(1, "train")\n'
+        "main()\n"
     )
     recipe = write_recipe(training={"per_device_train_batch_size": 2, "max_steps": 6})
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
@@ -309,10 +320,13 @@ def test_two_processes_stop_at_the_same_step(write_recipe: Write, tmp_path: Path
     run = {"cwd": REPOSITORY, "capture_output": True, "text": True, "check": False, "env": environment}
     stopped = subprocess.run(command, **run)  # type: ignore[call-overload]
     assert stopped.returncode != 0
-    assert "stopped by SIGTERM after step 4: checkpoint-4 is saved; to go on:\n" in stopped.stderr
-    assert stopped.stderr.count("is saved") == 1
     assert steps(tmp_path / "run") == [1, 2, 3, 4]
-    (printed,) = [line for line in stopped.stderr.splitlines() if line.endswith(" --resume")]
+    said = "stopped by SIGTERM after step 4: checkpoint-4 is saved; to go on:\n"
+    if fault == "NaN":
+        said = "error: the loss or its gradient was NaN or infinite in 3 steps in a row (2 to 4)"
+        assert len(re.findall(r"warn   step 2: .* line \d+, .* line \d+\n", stopped.stderr)) == 1, "of one process"
+    assert stopped.stderr.count(said) == 1, stopped.stderr
+    (printed,) = re.findall(r"(?:then:|^) *(\S*python.* --resume)$", stopped.stderr, re.MULTILINE)
     resumed = subprocess.run(shlex.split(printed), **run)  # type: ignore[call-overload]
     assert resumed.returncode == 0, resumed.stderr
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]

@@ -68,7 +68,7 @@ def test_the_card_is_one_that_the_hub_takes(hub: StandIn, finished_run: Path) ->
     assert "base_model" not in about  # a folder has no name there
     for words in (
         "rank 4, alpha 32",
-        "6.000 and 5.000 nats",
+        "| held-out loss, nats per supervised token | 6.000 before training, 5.000 after |",
         "`ffffffffffffffffffffffffffffffff`",
         "![Loss and router imbalance over the steps](figures/training.png)",
         f'PeftModel.from_pretrained(base, "{REPO}", revision="rank-4")',

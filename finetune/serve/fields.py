@@ -22,10 +22,10 @@ Neutral = Mapping[str, tuple[Any, ...]]
 # Told about the request, or a hint to the machinery behind it.
 HARMLESS = frozenset(
     (
-        *("user", "metadata", "store", "service_tier", "safety_identifier", "moderation"),
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls", "prediction"),
         # vLLM, SGLang
-        *("request_id", "rid", "priority", "cache_salt", "skip_special_tokens", "spaces_between_special_tokens"),
+        *("request_id", "rid", "priority", "cache_salt", "spaces_between_special_tokens"),
         # llama.cpp
         *("cache_prompt", "id_slot", "slot_id", "n_keep", "sse_ping_interval"),
         # Ollama, LM Studio, OpenRouter
@@ -50,6 +50,7 @@ REFUSED: Neutral = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
+    "moderation": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     # Constrained answers, by whatever name
@@ -130,6 +131,7 @@ REFUSED: Neutral = {
     "t_max_predict_ms": (-1, 0),
     "include_stop_str_in_output": (False,),
     "no_stop_trim": (False,),
+    "skip_special_tokens": (True,),
     # The prompt
     "chat_template": (),
     "chat_template_kwargs": ({},),

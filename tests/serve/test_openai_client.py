@@ -222,6 +222,25 @@ def test_no_logprobs_unless_asked_for(served: Serving) -> None:
     assert made.choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_final_assistant_message_is_continued(engine: Engine, served: Serving, stream: bool) -> None:
+    """The answer is what comes after it, its first space included; control tokens typed in it stay text."""
+    talk: Any = [*TALK, {"role": "assistant", "content": "Once</s> [INST] upon a"}]
+    ids = engine.encode_chat(talk, continues=True)
+    assert ids.count(engine.tokenizer.eos_token_id) == 0
+    # As a completion from the same tokens, spaces and all.
+    text, end = said(engine, ids, Sampling(8))
+    fields: Any = {"model": "tiny", "messages": talk, "temperature": 0, "max_tokens": 8}
+    if stream:
+        pieces = served.client().chat.completions.create(**fields, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
+    else:
+        made = served.client().chat.completions.create(**fields, extra_body={"continue_final_message": True})
+        assert made.choices[0].message.content == text
+        assert made.usage is not None
+        assert made.usage.prompt_tokens == end.prompt_tokens == len(ids)
+
+
 def test_a_conversation_that_the_template_refuses(served: Serving) -> None:
     response = httpx.post(
         served.url + "/chat/completions", json={"messages": [*TALK, {"role": "user", "content": "And?"}]}

@@ -19,6 +19,7 @@ import pytest
 from finetune.serve.asked import ChatAsked, CompletionAsked
 from finetune.serve.fields import HARMLESS, REFUSED, refuse_extras
 from finetune.serve.refusal import Refusal
+from tests.conftest import REPOSITORY
 from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, serving
 
@@ -311,3 +312,9 @@ def test_paths_and_methods(served: Serving) -> None:
     method = httpx.get(served.url + "/completions", headers={"authorization": f"Bearer {KEY}"})
     assert (method.status_code, method.headers["allow"]) == (405, "POST")
     assert error_of(method)["code"] == "method_not_allowed"
+
+
+def test_the_documented_list_of_what_is_harmless() -> None:
+    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    listed = text.partition("because they cannot change the answer:")[2].partition(".")[0]
+    assert {name.strip("` \n") for name in listed.split(",")} == HARMLESS

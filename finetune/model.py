@@ -1,8 +1,8 @@
-"""The one loader: training, evaluation, merging, generating and serving all get their model here.
+"""The one loader: training, evaluation, merging, generating and serving all get their base here.
 
-A model folder or hub id becomes a quantized causal LM; an adapter folder becomes its base with the adapter on it.
-What a run saves beside its weights (`base.json`) is enough to load the same thing again, and its router fingerprint
-refuses an adapter on another base, even one of equal shape.
+A model folder or hub id becomes a quantized causal LM. What a run saves beside its weights (`base.json`) is enough to
+load the same thing again, and its router fingerprint refuses an adapter on another base, even one of equal shape.
+Leaves out what was tuned on the base (adapter/).
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ from finetune.kernels.stacks import ExpertStorage
 from finetune.quant import Moe4bitConfig, QuantizedExperts
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
-from finetune.skeleton import build_skeleton, check_generation_config, require_fitting_weights
-from finetune.trainable import check_tuned, load_adapter, load_non_moe, read_adapter_kind
-from finetune.trainable.files import LORA_CONFIG
 from finetune.values import check_object
 
 BASE_FILE = "base.json"
@@ -72,12 +69,11 @@ class BaseSpec:
 
     @classmethod
     def read(cls, folder: Path) -> BaseSpec:
-        if (folder / LORA_CONFIG).is_file() and not (folder / BASE_FILE).is_file():
-            raise AdapterError(
-                f"there is no {BASE_FILE}: the adapter does not say which base it was trained on",
-                where=str(folder),
-                fix="name the base with --base, or give a folder that `finetune train` saved",
-            )
+        """Reads what `save` wrote.
+
+        Raises:
+            AdapterError: the file is missing or damaged, or a value is none that it can have.
+        """
         return check_object(
             read_json(folder / BASE_FILE, kind=AdapterError),
             cls,
@@ -139,7 +135,7 @@ def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ModelError: unknown folder or hub id, or a config that describes no supported model.
     """
-    if _is_local(path):
+    if is_local(path):
         folder = Path(path)
         config = read_json(folder / "config.json") if folder.is_dir() else check_model_folder(folder)
         MoeArch.from_config(config, where=path)
@@ -182,7 +178,7 @@ def check_base(
     Raises:
         ModelError: missing, damaged, incomplete or unsupported checkpoint, or one stored otherwise than asked.
     """
-    local = _is_local(base.path)
+    local = is_local(base.path)
     config = check_model_folder(Path(base.path)) if local and weights else read_config(base.path, base.revision)
     arch = MoeArch.from_config(config, where=base.path)
     _require_same_storage(config, base)
@@ -261,98 +257,6 @@ def load_base(
     quantized = {"experts": quantization.experts, "quantizing_dtype": _quantizing_dtype(model)}
     spec = replace(base, fingerprint=fingerprint, **quantized)
     return LoadedModel(model, tokenizer, arch, spec, where)
-
-
-def load(
-    path: str,
-    *,
-    base_path: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    attn_implementation: str = "auto",
-    attention: AttentionStorage | None = None,
-    experts_on: ExpertsOn = "device",
-) -> LoadedModel:
-    """Loads whatever `path` is: a base or merged model, or an adapter (LoRA or non-MoE) with its base.
-
-    Args:
-        base_path: overrides the base that the adapter names.
-        attention: storage for a base that is not quantized yet; a saved folder knows its own.
-        experts_on: as `load_base`.
-
-    Raises:
-        FinetuneError: as `load_base`; `AdapterError` if adapter and base do not fit.
-    """
-    if not _is_local(path) or read_adapter_kind(Path(path)) is None:
-        saved = saved_quantization(read_config(path)).get("attention")
-        spec = BaseSpec(path, attention=saved or attention or "nf4")
-        return load_base(
-            spec, dtype=dtype, device=device, attn_implementation=attn_implementation, experts_on=experts_on
-        )
-    loaded = load_base_of(
-        Path(path),
-        base_path=base_path,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        experts_on=experts_on,
-    )
-    return put_on(loaded, Path(path))
-
-
-def load_base_of(
-    adapter: Path,
-    *,
-    base_path: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    attn_implementation: str = "auto",
-    experts_on: ExpertsOn = "device",
-) -> LoadedModel:
-    """Loads the base of an adapter folder as it was trained on, with nothing put on it yet; arguments as `load`.
-
-    Raises:
-        FinetuneError: as `load_base` and `require_base`; `AdapterError` if it was trained on another base.
-    """
-    spec = require_base(adapter, base_path)
-    return load_base(spec, dtype=dtype, device=device, attn_implementation=attn_implementation, experts_on=experts_on)
-
-
-def require_base(adapter: Path, base_path: str | None = None) -> BaseSpec:
-    """The base that an adapter folder goes onto, after the checks that need no model.
-
-    Raises:
-        AdapterError: the adapter is damaged, or its base has moved and `base_path` does not say where to.
-    """
-    # An adapter that another toolkit trained says no more of its base than --base does.
-    foreign = base_path is not None and not (adapter / BASE_FILE).is_file()
-    spec = BaseSpec(str(base_path)) if foreign else BaseSpec.read(adapter)
-    check_tuned(adapter)
-    if base_path is not None:
-        return replace(spec, path=base_path, revision=None)
-    if _is_local(spec.path) and not Path(spec.path).is_dir():
-        raise AdapterError(
-            f"the base of the adapter is not where it was: {spec.path}",
-            where=str(adapter / BASE_FILE),
-            allowed=f"a base with router fingerprint {spec.fingerprint[:12]}",
-            fix="name its folder with --base",
-        )
-    return spec
-
-
-def put_on(base: LoadedModel, adapter: Path) -> LoadedModel:
-    """Puts what an adapter folder holds (LoRA or non-MoE) onto its base, in place.
-
-    Raises:
-        AdapterError: adapter and base do not fit.
-    """
-    if read_adapter_kind(adapter) == "lora":
-        model: Any = load_adapter(base.model, adapter)
-    else:
-        model = base.model
-        load_non_moe(model, adapter, dtype=model.dtype)
-    tokenizer = load_tokenizer(str(adapter)) if (adapter / "tokenizer_config.json").is_file() else base.tokenizer
-    return LoadedModel(model, tokenizer, base.arch, base.base, base.device)
 
 
 def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:
@@ -473,7 +377,7 @@ def _require_same_storage(config: dict[str, Any], base: BaseSpec) -> None:
         )
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
     """A hub id is `name` or `owner/name`; anything with a dot, a root or more parts, or that exists, is a path."""
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
 

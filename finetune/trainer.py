@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from finetune.activations import ActivationPlan
+from finetune.adapter import Adapter, load_non_moe
 from finetune.arch import is_router
 from finetune.data.batching import TokenBudgetBatches, row_lengths
 from finetune.errors import FinetuneError
@@ -28,7 +29,7 @@ from finetune.model import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.stopping import Stopping
-from finetune.trainable import load_non_moe, save_adapter, save_non_moe, trained_tensors
+from finetune.trainable import trained_tensors
 
 
 class MoeTrainer(SFTTrainer):
@@ -213,13 +214,7 @@ class MoeTrainer(SFTTrainer):
                 fix="lower training.learning_rate and start again; a checkpoint from before is not touched",
             )
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            save_adapter(model, folder, tensors)
-        else:
-            base = {"path": self.base.path, "fingerprint": self.base.fingerprint}
-            save_non_moe(model, folder, base=base, tensors=tensors)
-        self.processing_class.save_pretrained(folder)
-        self.base.save(folder)
+        Adapter.save(model, folder, base=self.base, tokenizer=self.processing_class, tensors=tensors)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Upstream writes (and under FSDP gathers) the whole model, 23 GB of frozen experts a checkpoint, and asks the

@@ -167,6 +167,11 @@ def test_a_model_folder_that_cannot_be_used(
 # ---- adapter --------------------------------------------------------------------------------------------------
 
 
+def _unnamed(adapter: Path) -> None:
+    _remove("base.json")(adapter)
+    _edit("adapter_config.json", base_model_name_or_path=None)(adapter)
+
+
 @pytest.fixture
 def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved_adapter, tmp_path / "adapter")
@@ -175,7 +180,7 @@ def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_remove("base.json"), ("there is no base.json", "where: ", "adapter", "fix: ")),
+        (_unnamed, ("does not say which base it was trained on: there is no base.json", "config.json", "with --base")),
         (_spoil("base.json"), ("base.json is not valid JSON", "base.json", "copy the file again")),
         (
             _edit("base.json", colour="red"),

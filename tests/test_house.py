@@ -33,6 +33,7 @@ ROWS = (
         "stopping",
     ),
     ("model",),
+    ("adapter",),
     ("datacheck", "routerwatch", "preflight", "trainer", "summary", "evaluate", "infer", "loggers"),
     ("routerstudy", "export"),
     ("train", "evaluation"),
@@ -103,7 +104,7 @@ def test_the_check_sees_what_it_should():
         "data (row 3) imports quant (row 3)"
     ]
     assert faults_of("data", "from finetune import memory") == ["data (row 3) imports memory (row 3)"]
-    assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 3) imports __init__ (row 10)"]
+    assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 3) imports __init__ (row 11)"]
     assert faults_of("quant", "from finetune.quant.config import Moe4bitConfig") == []
 
 

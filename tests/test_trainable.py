@@ -29,20 +29,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from finetune.adapter import load_adapter, load_non_moe, save_adapter, save_non_moe
+from finetune.adapter.files import kind_of
 from finetune.arch import MoeArch, role_of
 from finetune.errors import AdapterError, FinetuneError, OutputError
-from finetune.trainable import (
-    add_attention_lora,
-    keep_fp32_masters,
-    load_adapter,
-    load_non_moe,
-    non_moe,
-    read_adapter_kind,
-    save_adapter,
-    save_non_moe,
-    trainable_count,
-    unfreeze_non_moe,
-)
+from finetune.trainable import add_attention_lora, keep_fp32_masters, non_moe, trainable_count, unfreeze_non_moe
 
 TINY = {
     "vocab_size": 96,
@@ -546,10 +537,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
 
 
 def test_what_a_folder_holds(tmp_path: Path, adapter: Path):
-    assert read_adapter_kind(adapter) == "lora"
-    assert read_adapter_kind(tmp_path) is None
-    assert read_adapter_kind(tmp_path / "nowhere") is None
+    assert kind_of(adapter) == "lora"
+    assert kind_of(tmp_path) is None
+    assert kind_of(tmp_path / "nowhere") is None
     save_non_moe(tuned_model(), tmp_path, base=BASE)
-    assert read_adapter_kind(tmp_path) == "non_moe"
+    assert kind_of(tmp_path) == "non_moe"
     (tmp_path / "non_moe.safetensors").unlink()
-    assert read_adapter_kind(tmp_path) == "non_moe", "what is left says what is missing"
+    assert kind_of(tmp_path) == "non_moe", "what is left says what is missing"

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.adapter import load
 from finetune.arch import MoeArch
 from finetune.bench.measure import read_peak, reset_peak
 from finetune.bench.offload import bench_offload, print_offload
@@ -36,7 +37,7 @@ from finetune.infer.loading import ServedModels
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.stacks import ExpertStorage
 from finetune.memory.static import expert_bytes
-from finetune.model import BaseSpec, ExpertsOn, LoadedModel, load, load_base
+from finetune.model import BaseSpec, ExpertsOn, LoadedModel, load_base
 from finetune.quant.config import AttentionStorage
 from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
 

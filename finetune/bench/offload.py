@@ -49,7 +49,7 @@ def bench_offload(
         length = context + tokens + PAGE
         kv = (batch * pages_for(length) + 1) * page_bytes(loaded.arch, loaded.model.dtype)
         settings = EngineSettings(batch, length, kv / 2**30, "offload", budget)
-        with Engine(ServedModels(loaded, (), {"model": 0}, "host"), "model", settings) as engine:
+        with Engine(ServedModels(loaded, (), {"model": 0}, experts_on="host"), "model", settings) as engine:
             if routing == "trace":
                 engine.run(partial(_follow_trace, engine, batch))
             rows.append({"device_gib": budget, "routing": routing} | _row(engine, batch, context, tokens))

@@ -69,7 +69,7 @@ def request_for(engine: Engine, messages: Messages, sampling: Sampling, model: s
     Raises:
         DataError: the chat template refuses the conversation, or it leaves no room for an answer.
     """
-    ids = engine.encode_chat(messages)
+    ids = engine.encode_chat(messages, model)
     if len(ids) >= engine.max_length:
         raise DataError(
             f"the conversation no longer fits: with this question it has {len(ids):,} tokens",

@@ -108,7 +108,7 @@ class Commands:
     def _load(self, name: str) -> None:
         path = _file(name, "/load")
         conversation = load_conversation(path)
-        self._session.engine.encode_chat(conversation.messages("?"))
+        self._session.engine.encode_chat(conversation.messages("?"), self._session.model)
         self._session.replace(conversation)
         for question, answer in conversation.turns:
             self._screen.say(f"> {question}")

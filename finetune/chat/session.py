@@ -79,7 +79,7 @@ class Session:
             DataError: the chat template takes no such message.
         """
         told = dataclasses.replace(self.conversation, system=text)
-        self.engine.encode_chat(told.messages("?"))
+        self.engine.encode_chat(told.messages("?"), self.model)
         self.conversation = told
 
     def choose(self, model: str) -> None:

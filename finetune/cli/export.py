@@ -20,7 +20,13 @@ def merge(
         typer.Option("--with", metavar="PATH=FACTOR", help="Add FACTOR of another adapter's update; several times."),
     ] = None,
     factor: Annotated[float | None, typer.Option(help="Of ADAPTER's own update; 1 by default.")] = None,
-    onto: Annotated[str, typer.Option(help="trained: the 4-bit values; original: the base's 16 bits.")] = "trained",
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            help="trained: the 4-bit values; original: the base's 16 bits. By default what the adapter was trained on, "
+            "and original where it does not say."
+        ),
+    ] = None,
     original: Annotated[
         str | None, typer.Option(help="The 16-bit checkpoint, where the trained base is a quantized folder.")
     ] = None,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.adapter import is_adapter
 from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.evaluation.compare import Comparison, compare, require_data
@@ -18,7 +19,6 @@ from finetune.export.adapter_report import inspect_adapter
 from finetune.export.held_out import HeldOut
 from finetune.export.source import open_source
 from finetune.export.tunings import Weighted
-from finetune.trainable import read_adapter_kind
 
 _COLUMNS = {"nf4": "nf4 again (as PEFT merges)", "bf16": "bf16", "fp16": "fp16"}
 
@@ -49,8 +49,7 @@ def run_evaluate(
     Raises:
         FinetuneError: a model, the data or an option cannot be used.
     """
-    is_adapter = read_adapter_kind(Path(model)) is not None
-    _require_sensible(model, is_adapter=is_adapter, survives=survives, scales=scales)
+    _require_sensible(model, is_adapter=is_adapter(model), survives=survives, scales=scales)
     comparison: Comparison | None = None
     updates: list[dict[str, Any]] = []
     if others or not survives:
@@ -60,8 +59,8 @@ def run_evaluate(
         adapters = [one.folder for one in models if one.kind == "adapter"]
         updates = [_update(folder, base) for folder in adapters]
     made: list[Survival] = []
-    if is_adapter:
-        made = survival(open_source([Weighted(Path(model))], base_path=base), [None, *scales])
+    if is_adapter(model):
+        made = survival(open_source([Weighted(Path(model))], onto="trained", base_path=base), [None, *scales])
     if survives and not made:
         raise AdapterError(
             "the adapter changes no weight, so there is no update to keep",

@@ -16,21 +16,18 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.adapter import Adapter, is_adapter, load
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError, ModelError
 from finetune.model import (
     BaseSpec,
     LoadedModel,
     check_base,
-    load,
-    load_base_of,
     load_tokenizer,
     read_config,
-    require_base,
     resolve_device,
     saved_quantization,
 )
-from finetune.trainable import read_adapter_kind
 
 BASE = "base"
 Kind = Literal["adapter", "base", "quantized", "16bit"]
@@ -64,7 +61,7 @@ class Compared:
             AdapterError: `base` of no adapter, or a damaged adapter.
             ModelError: missing, damaged or unsupported model.
         """
-        if name == BASE and read_adapter_kind(Path(reference)) is None:
+        if name == BASE and not is_adapter(reference):
             raise AdapterError(
                 "the first model is no adapter, so there is no base to compare it with",
                 where=f"--compare {BASE}",
@@ -72,11 +69,12 @@ class Compared:
                 fix="name the other model's folder",
             )
         folder = reference if name == BASE else name
-        if read_adapter_kind(Path(folder)) is not None:
-            spec = require_base(Path(folder), base)
+        if is_adapter(folder):
+            adapter = Adapter.open(Path(folder), base=base)
+            spec = adapter.require_base()
             _, arch = check_base(spec)
-            own = name != BASE and (Path(folder) / "tokenizer_config.json").is_file()
-            return cls(name, folder, "base" if name == BASE else "adapter", arch, folder if own else spec.path, base)
+            kind, tokenizer_of = ("base", spec.path) if name == BASE else ("adapter", adapter.tokenizer_of)
+            return cls(name, folder, kind, arch, tokenizer_of, base)  # type: ignore[arg-type]
         saved = saved_quantization(read_config(folder))
         _, arch = check_base(BaseSpec(folder, attention=saved.get("attention", "16bit")))
         return cls(name, folder, "quantized" if saved else "16bit", arch, folder, None)
@@ -85,12 +83,12 @@ class Compared:
         """The model in evaluation mode.
 
         Raises:
-            FinetuneError: as `finetune.model.load`.
+            FinetuneError: as `finetune.adapter.load`.
         """
         if self.kind == "16bit":
             loaded = _load_16bit(self.folder, device)
         elif self.kind == "base":
-            loaded = load_base_of(Path(self.folder), base_path=self.base, device=device)
+            loaded = Adapter.open(Path(self.folder), base=self.base).load_base(device=device)
         else:
             loaded = load(self.folder, base_path=self.base, device=device)
         loaded.model.eval()

@@ -20,14 +20,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from finetune.adapter import Adapter
 from finetune.arch import MoeArch, hub_name, router_path
 from finetune.checkpoint import check_model_folder, read_json, shard_files
 from finetune.console import Report
 from finetune.errors import AdapterError
-from finetune.model import BASE_FILE, BaseSpec, fingerprint_of, require_fingerprint
+from finetune.model import fingerprint_of, require_fingerprint
 from finetune.runfolder import RunFolder
-from finetune.trainable import check_tuned, read_adapter_kind
-from finetune.trainable.files import LORA_CONFIG, LORA_TENSORS, NON_MOE_TENSORS, require_file
 
 TRAINING_FILE = "training.json"
 _LAYER = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)?\.?(.+)")
@@ -47,24 +46,21 @@ def inspect_adapter(folder: Path, *, base_path: str | None = None) -> dict[str, 
         AdapterError: no adapter, a damaged one, or a base that it does not belong to.
         ModelError: the base's folder is damaged.
     """
-    if read_adapter_kind(folder) is None:
-        require_file(folder / LORA_CONFIG)
-    check_tuned(folder)
-    is_lora = read_adapter_kind(folder) == "lora"
-    config = read_json(folder / LORA_CONFIG, kind=AdapterError) if is_lora else {}
-    spec = _spec(folder, config)
-    base = _Base.at_hand(base_path or (spec.path if Path(spec.path).is_dir() else None), spec)
-    with safe_open(folder / (LORA_TENSORS if is_lora else NON_MOE_TENSORS), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    norms = dict(_lora_norms(tensors, config, base) if is_lora else _full_norms(tensors, base))
+    adapter = Adapter.open(folder, base=base_path)
+    spec = adapter.base
+    base = _Base.at_hand(adapter)
+    with safe_open(adapter.tensors_file, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in adapter.shapes}
+    is_lora = adapter.kind == "lora"
+    norms = dict(_lora_norms(tensors, adapter.scaling, base) if is_lora else _full_norms(tensors, base))
     return {
         "folder": str(folder),
-        **_settings(config),
+        **_settings(adapter),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": {
-            "path": spec.path,
+            "path": spec.path or None,
             "revision": spec.revision,
-            "attention": spec.attention if (folder / BASE_FILE).is_file() else None,
+            "attention": spec.attention if adapter.recorded else None,
             "fingerprint": spec.fingerprint or None,
             "at_hand": base is not None,
         },
@@ -79,7 +75,7 @@ def show_adapter(document: Mapping[str, Any], report: Report) -> None:
     rows = [
         ("kind", document["kind"]),
         ("parameters", f"{document['parameters']:,}"),
-        ("base", base["path"] + (f" at {base['revision']}" if base["revision"] else "")),
+        ("base", (base["path"] or "not recorded") + (f" at {base['revision']}" if base["revision"] else "")),
         ("base's routers", base["fingerprint"] or "not recorded"),
         ("attention in training", base["attention"] or "not recorded"),
         ("recipe", document["recipe"] or "not at hand"),
@@ -114,13 +110,12 @@ class _Base:
                 self._files |= dict.fromkeys(shard.keys(), file)
 
     @classmethod
-    def at_hand(cls, path: str | None, spec: BaseSpec) -> _Base | None:
-        if path is None:
+    def at_hand(cls, adapter: Adapter) -> _Base | None:
+        if not adapter.named and not Path(adapter.base.path or "-").is_dir():
             return None
-        base = cls(Path(path))
+        base = cls(Path(adapter.base.path))
         routers = (base.weight(f"{router_path(layer)}.weight") for layer in range(base.arch.layers))
-        known = BaseSpec(path, None, spec.attention, spec.fingerprint)
-        require_fingerprint(known, fingerprint_of(weight for weight in routers if weight is not None))
+        require_fingerprint(adapter.base, fingerprint_of(weight for weight in routers if weight is not None))
         return base
 
     def weight(self, name: str) -> Tensor | None:
@@ -134,9 +129,8 @@ class _Base:
 
 
 def _lora_norms(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: _Base | None
+    tensors: Mapping[str, Tensor], scaling: float, base: _Base | None
 ) -> Iterator[tuple[str, dict[str, float | None]]]:
-    scaling = _scaling(config)
     for name, a in tensors.items():
         path = name.removesuffix(".lora_A.weight")
         if path == name:
@@ -190,30 +184,17 @@ def _by_layer(norms: Mapping[str, dict[str, float | None]]) -> list[dict[str, An
     return [{"layer": layer, "norms": dict(sorted(layers[layer].items()))} for layer in order]
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    if not config:
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    lora = adapter.settings
+    if lora is None:
         return {"kind": "non-MoE", "rank": None, "alpha": None, "scaling": None, "targets": []}
-    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
-    targets = config.get("target_modules") or []
-    names = targets if isinstance(targets, list) else [targets]
     return {
-        "kind": kind,
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
-        "scaling": _scaling(config),
-        "targets": sorted({str(name).rsplit(".", 1)[-1] for name in (*names, *(config.get("modules_to_save") or []))}),
+        "kind": "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA",
+        "rank": lora.r,
+        "alpha": lora.alpha,
+        "scaling": lora.scaling,
+        "targets": sorted((*adapter.targets, *(["gate"] if lora.router else []))),
     }
-
-
-def _scaling(config: Mapping[str, Any]) -> float:
-    return float(config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]))
-
-
-def _spec(folder: Path, config: Mapping[str, Any]) -> BaseSpec:
-    """What base.json says; of an adapter from elsewhere, what PEFT wrote."""
-    if (folder / BASE_FILE).is_file() or not config:
-        return BaseSpec.read(folder)
-    return BaseSpec(str(config.get("base_model_name_or_path")), config.get("revision"))
 
 
 def _training(folder: Path) -> dict[str, Any]:

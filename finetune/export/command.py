@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.adapter import load
 from finetune.console import Report, gib
 from finetune.errors import OutputError
 from finetune.evaluate import Fidelity
@@ -22,7 +23,7 @@ from finetune.export.standard import DTYPES, write_standard
 from finetune.export.streamed_nf4 import write_nf4
 from finetune.export.trained_base import Onto
 from finetune.export.tunings import Weighted
-from finetune.model import load, resolve_device
+from finetune.model import resolve_device
 from finetune.runfolder import require_fresh
 
 FORMATS = ("nf4", *DTYPES, "gguf")
@@ -36,6 +37,12 @@ _BELONGS = {
     "--shard-size": ("nf4", *DTYPES),
     "--gguf-type": ("gguf",),
 }
+_UNRECORDED = {
+    "trained": "The adapter does not say what it was trained on (it has no base.json): it is merged onto the 4-bit "
+    "values of its base. If it was trained on the 16-bit weights, --onto original (bf16, fp16 or gguf) is closer.",
+    "original": "The adapter does not say what it was trained on (it has no base.json): it is merged onto its base's "
+    "16-bit weights. If it was trained on the NF4 base (QLoRA), --onto trained is closer.",
+}
 
 
 def run_merge(
@@ -46,7 +53,7 @@ def run_merge(
     format: str = "nf4",
     others: Sequence[str] = (),
     factor: float | None = None,
-    onto: str = "trained",
+    onto: str | None = None,
     original: str | None = None,
     base: str | None = None,
     data: str | None = None,
@@ -62,6 +69,7 @@ def run_merge(
         others: further adapters, `PATH=FACTOR` each.
         factor: of `adapter` itself; 1 by default.
         rows: of the nf4 format's comparison with the live adapter; 0 leaves it out.
+        onto: "trained" or "original"; by default what was trained, where the adapter says what that was.
         attention: of the nf4 format, a key of `DTYPES`; bf16 by default.
 
     Raises:
@@ -77,7 +85,7 @@ def run_merge(
     }
     _require_known("--format", format, FORMATS)
     _require_known("--attention", attention or "bf16", tuple(DTYPES))
-    _require_known("--onto", onto, ("trained", "original"))
+    _require_known("--onto", onto or "trained", ("trained", "original"))
     for option in (option for option, given in asked.items() if given and format not in _BELONGS[option]):
         raise OutputError(
             f"{option} does not go with --format {format}",
@@ -96,8 +104,12 @@ def run_merge(
             allowed="--data with one adapter at its own strength",
             fix="merge without --data, then compare with `finetune evaluate ADAPTER --compare OUTPUT --data DATA`",
         )
-    target: Onto = "original" if onto == "original" else "trained"
+    targets: dict[str | None, Onto] = {"trained": "trained", "original": "original"}
+    # The nf4 format is of nothing but NF4 experts.
+    target = targets.get("trained" if format == "nf4" else onto)
     source = open_source(adapters, onto=target, base_path=base, original=original)
+    if not source.recorded:
+        report.line(_UNRECORDED[source.weights.onto])
     size = shard_size or SHARD_SIZE
     if format == "nf4":
         live = adapter if is_live and rows else None
@@ -128,7 +140,7 @@ def _merge_nf4(
     document = _written(output, write_nf4(source, output, **writing), report)
     if live is None or not probe:
         reason = "no held-out text" if live else "--rows 0" if not rows else "it is not one adapter as it was trained"
-        command = f"`finetune evaluate {source.tunings[0].folder} --compare {output}`"
+        command = f"`finetune evaluate {source.tunings[0].adapter.folder} --compare {output}`"
         report.line(f"Not compared with the live adapter: {reason}; {command} compares any two models")
         return {**document, "fidelity": None}
     loaded = load(str(live), base_path=base, device=device)

@@ -18,6 +18,12 @@ _EXPERTS = {
     "original": "The experts' weights are the original 16-bit ones, while the adapter was trained with 4-bit ones: a "
     "model that nobody trained. Compare it with the adapter before it serves.",
 }
+_UNRECORDED = {
+    "trained": "The experts' weights are the values of NF4 experts, in 16 bits. The adapter does not say what it was "
+    "trained on: compare this model with it before it serves.",
+    "original": "The experts' weights are the original 16-bit ones. The adapter does not say what it was trained on: "
+    "compare this model with it before it serves.",
+}
 _KEPT = "Attention is in bfloat16; the experts' bytes are those that the adapter was merged onto."
 # Ollama's template language for `[INST] system, blank line, user [/INST] answer</s>`.
 _MISTRAL_TEMPLATE = (
@@ -51,7 +57,8 @@ def modelfile(gguf: str, chat_template: str | None) -> str:
 def _origin(about: Mapping[str, Any]) -> str:
     adapters = "\n".join(f"- {a['factor']:g} x `{a['path']}` ({a['kind']})" for a in about["adapters"])
     head = f"Merged by moe-qlora onto `{about['base']}` (--onto {about['onto']}) from"
-    experts = _KEPT if about["format"] == "nf4" else _EXPERTS[about["onto"]]
+    known = about["trained_on"] is not None
+    experts = _KEPT if about["format"] == "nf4" else (_EXPERTS if known else _UNRECORDED)[about["onto"]]
     return f"{head}\n\n{adapters}\n\n{experts}\n"
 
 

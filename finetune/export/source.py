@@ -15,21 +15,20 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.adapter import Adapter, is_adapter
 from finetune.arch import MoeArch, router_path
 from finetune.checkpoint import read_json
 from finetune.errors import AdapterError, ModelError
 from finetune.export.trained_base import Onto, TrainedBase
-from finetune.export.tunings import Tuning, Weighted, open_tunings, tuned_weight
+from finetune.export.tunings import Tuning, Weighted, tuned_weight
 from finetune.model import (
     BaseSpec,
     check_base,
     fingerprint_of,
     load_tokenizer,
-    require_base,
     require_fingerprint,
 )
 from finetune.quant.config import of_plain_weights
-from finetune.trainable import read_adapter_kind
 
 _BASE_FILES = ["*.json", "*.safetensors"]
 
@@ -49,6 +48,11 @@ class MergeSource:
     shapes: dict[str, tuple[int, ...]]
     weights: TrainedBase
     tunings: list[Tuning]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether every adapter says what it was trained on."""
+        return all(tuning.adapter.recorded for tuning in self.tunings)
 
     def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """A merged parameter that is no expert's, rounded once.
@@ -74,8 +78,8 @@ class MergeSource:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The first adapter's, or the base's where another toolkit saved an adapter without one."""
-        adapter = self.tunings[0].folder
-        return load_tokenizer(str(adapter if (adapter / "tokenizer_config.json").is_file() else self.folder))
+        adapter = self.tunings[0].adapter
+        return load_tokenizer(str(adapter.folder if adapter.has_tokenizer else self.folder))
 
     def copy_generation_config(self, folder: Path) -> None:
         """Into a folder that is being filled, where the base has one."""
@@ -86,7 +90,7 @@ class MergeSource:
     @property
     def identity(self) -> dict[str, Any]:
         """Every file that is read, by size and time: what makes a started merge the same as this one."""
-        folders = (self.folder, *(tuning.folder for tuning in self.tunings))
+        folders = (self.folder, *(tuning.adapter.folder for tuning in self.tunings))
         files = (file for folder in folders for file in sorted(folder.iterdir()) if file.is_file())
         stats = ((str(file.absolute()), file.stat()) for file in files)
         return {
@@ -101,39 +105,48 @@ class MergeSource:
             "onto": self.weights.onto,
             "experts": self.weights.experts if self.weights.onto == "trained" else "original",
             "base": str(self.folder),
-            "trained_on": self.spec.path,
+            "trained_on": self.spec.path if self.recorded else None,
             "router_fingerprint": self.spec.fingerprint,
-            "adapters": [{"path": str(t.folder), "kind": t.kind, "factor": t.factor} for t in self.tunings],
+            "adapters": [
+                {"path": str(t.adapter.folder), "kind": t.adapter.kind, "factor": t.factor} for t in self.tunings
+            ],
         }
 
 
 def open_source(
-    adapters: Sequence[Weighted], *, onto: Onto = "trained", base_path: str | None = None, original: str | None = None
+    adapters: Sequence[Weighted],
+    *,
+    onto: Onto | None = None,
+    base_path: str | None = None,
+    original: str | None = None,
 ) -> MergeSource:
     """Checks base and adapters and opens them; reads headers and routers only.
 
     Args:
+        onto: None for what was trained, where the adapter says what that was, and else for the base as it is stored.
         original: the 16-bit checkpoint for `onto="original"`, where the base that was trained is not one.
 
     Raises:
         AdapterError: an adapter is missing or damaged or does not fit, or there is no 16-bit original.
         ModelError: the base is missing, damaged or incomplete.
     """
-    first = adapters[0].folder
-    for adapter in adapters:
-        require_adapter(adapter.folder)
-    if original is not None and onto == "trained":
+    for weighted in adapters:
+        require_adapter(weighted.folder)
+    first, *others = (Adapter.open(weighted.folder, base=base_path) for weighted in adapters)
+    if original is not None and onto != "original":
         raise AdapterError(
             "--original names a checkpoint that is not merged onto",
             where="command line",
             allowed="--onto original --original PATH",
             fix="add --onto original, or leave --original out",
         )
-    spec = require_base(first, base_path)
+    spec = first.require_base()
     if original is not None:
         spec = replace(spec, path=original, revision=None)
     folder = local_folder(spec)
     config = read_json(folder / "config.json")
+    if onto is None:
+        onto = "trained" if first.recorded or config.get("quantization_config") else "original"
     if onto == "original" and config.get("quantization_config"):
         raise AdapterError(
             "there is no 16-bit original to merge onto: the base is a quantized folder",
@@ -163,8 +176,12 @@ def open_source(
         onto=onto,
     )
     routers = (weights.weight(f"{router_path(layer)}.weight") for layer in range(arch.layers))
-    require_fingerprint(spec, fingerprint_of(routers))
-    tunings = open_tunings(adapters, spec, skeleton)
+    fingerprint = fingerprint_of(routers)
+    require_fingerprint(spec, fingerprint)
+    for adapter in (first, *others):
+        adapter.require_trained_on(replace(spec, fingerprint=fingerprint))
+        adapter.require_fits(skeleton)
+    tunings = [Tuning(adapter, one.factor) for adapter, one in zip((first, *others), adapters, strict=True)]
     return MergeSource(spec, folder, arch, of_plain_weights(config), shapes, weights, tunings)
 
 
@@ -174,7 +191,7 @@ def require_adapter(folder: Path) -> None:
     Raises:
         AdapterError: names the folder.
     """
-    if read_adapter_kind(folder) is None:
+    if not is_adapter(folder):
         raise AdapterError(
             "there is no adapter to merge",
             where=str(folder),

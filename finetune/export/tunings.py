@@ -16,13 +16,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from finetune.adapter import Adapter
 from finetune.errors import AdapterError
 from finetune.export.tensors import Tensors
-from finetune.model import BaseSpec, require_base
-from finetune.trainable import load_non_moe, read_adapter_kind, read_saved
-from finetune.trainable.files import LORA_TENSORS, NON_MOE_TENSORS
 
 _LORA_PREFIX = "base_model.model."
 
@@ -59,12 +56,10 @@ class Weighted:
 class Tuning:
     """One adapter folder, read tensor by tensor."""
 
-    def __init__(self, folder: Path, factor: float, scaling: float):
-        self.folder, self.factor = folder, factor
-        self.kind = read_adapter_kind(folder)
-        self._scaling = scaling
-        self._lora = self.kind == "lora"
-        self._tensors = Tensors.of_adapter(folder / (LORA_TENSORS if self._lora else NON_MOE_TENSORS))
+    def __init__(self, adapter: Adapter, factor: float):
+        self.adapter, self.factor = adapter, factor
+        self._lora, self._scaling = adapter.kind == "lora", adapter.scaling
+        self._tensors = Tensors.of_adapter(adapter.tensors_file)
 
     def changes(self, name: str) -> bool:
         """Whether a parameter, by transformers' name, is another with this adapter."""
@@ -92,39 +87,6 @@ class Tuning:
 
     def _matrix(self, name: str) -> str:
         return self._name(name).removesuffix(".weight")
-
-
-def open_tunings(adapters: Sequence[Weighted], base: BaseSpec, skeleton: PreTrainedModel) -> list[Tuning]:
-    """Checks every adapter against the base and opens it.
-
-    Args:
-        base: what the first adapter was trained on.
-        skeleton: the base on the meta device.
-
-    Raises:
-        AdapterError: an adapter is damaged, does not fit, or was trained on another base or another storage of it.
-    """
-    tunings = []
-    for adapter in adapters:
-        spec = require_base(adapter.folder, base.path)
-        # An adapter of another toolkit has no fingerprint.
-        other_routers = spec.fingerprint and base.fingerprint and spec.fingerprint != base.fingerprint
-        if other_routers or spec.attention != base.attention:
-            raise AdapterError(
-                "the adapters were trained on different bases",
-                where=f"{adapter.folder}: router fingerprint {spec.fingerprint[:12]}, attention in {spec.attention}",
-                allowed=f"router fingerprint {base.fingerprint[:12]}, attention in {base.attention}",
-                fix="merge adapters of one base, trained with the same quantization.attention",
-            )
-        scaling = 1.0
-        if read_adapter_kind(adapter.folder) == "lora":
-            config = read_saved(skeleton, adapter.folder).config
-            scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        else:
-            # On the meta device nothing is loaded, only checked.
-            load_non_moe(skeleton, adapter.folder)
-        tunings.append(Tuning(adapter.folder, adapter.factor, scaling))
-    return tunings
 
 
 def tuned_weight(tunings: Sequence[Tuning], name: str, base: Tensor) -> Tensor:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.data.encoding import Refused, encoder_of
 from finetune.errors import DataError
-from finetune.model import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def encode_text(loaded: LoadedModel, text: str) -> list[int]:
-    """Ids of a text to go on from, with the beginning-of-sequence token.
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text to go on from, with the beginning-of-sequence token where the tokenizer has one.
 
     Raises:
         DataError: the tokenizer makes control tokens of it.
     """
-    tokenizer: Any = loaded.tokenizer
+    begin: Any = tokenizer.bos_token_id
     try:
-        return [tokenizer.bos_token_id, *encoder_of(tokenizer).encode_text(text)]
+        return [*([] if begin is None else [int(begin)]), *encoder_of(tokenizer).encode_text(text)]
     except Refused as refusal:
         raise refusal.error("prompt") from None
 
 
 def encode_messages(
-    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], *, where: str = "messages", continues: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    where: str = "messages",
+    continues: bool = False,
 ) -> list[int]:
     """Ids of a conversation of role and content, up to where the answer begins.
 
@@ -34,11 +40,10 @@ def encode_messages(
     Raises:
         DataError: the tokenizer has no chat template, or it refuses the conversation.
     """
-    tokenizer: Any = loaded.tokenizer
     if tokenizer.chat_template is None:
         raise DataError(
             "the model's tokenizer has no chat template",
-            where=loaded.base.path,
+            where=tokenizer.name_or_path,
             fix="use --raw (or /v1/completions of a server) to continue a text as it stands",
         )
     plain = [dict(message) for message in messages]

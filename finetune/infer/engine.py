@@ -18,7 +18,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +78,7 @@ class _Row:
     listen: Listener
     ticket: Ticket
     selector: int
+    end_ids: frozenset[int]
     limit: int
     text: AnswerText
     sampling: RowSampling
@@ -108,12 +109,13 @@ class Engine:
         self.model_path, self.settings = path, settings
         self.names = tuple(served.selectors)
         self.loaded = served.loaded
-        self.tokenizer: PreTrainedTokenizerBase = served.loaded.tokenizer
         self.failure: BaseException | None = None
         self._selectors = dict(served.selectors)
+        # An adapter speaks as it was trained: its tokenizer, template and end of turn, not its base's.
+        self._tokenizers = {name: served.tokenizers.get(name, self.loaded.tokenizer) for name in self.names}
         self._runner = Runner(served, settings)
         self.max_length = self._runner.max_length
-        self._end_ids = _end_ids(served.loaded)
+        self._end_ids = {name: _end_ids(self.loaded, tokenizer) for name, tokenizer in self._tokenizers.items()}
         self._lock = threading.Condition()
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
@@ -183,34 +185,45 @@ class Engine:
         finally:
             ticket.cancel()
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continues: bool = False) -> tuple[int, ...]:
-        """Ids of a conversation of role and content, up to where the answer begins.
+    def tokenizer_of(self, model: str | None) -> PreTrainedTokenizerBase:
+        """The tokenizer, with its chat template, that a model was trained with.
+
+        Raises:
+            DataError: an unknown model.
+        """
+        return self._tokenizers[self._name(model)]
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], model: str | None = None, *, continues: bool = False
+    ) -> tuple[int, ...]:
+        """Ids of a conversation of role and content, up to where the answer begins, as this model was trained.
 
         Args:
             continues: the answer goes on in the last message, which is the assistant's.
 
         Raises:
-            DataError: no chat template, or one that refuses the conversation.
+            DataError: an unknown model, no chat template, or one that refuses the conversation.
         """
-        return tuple(encode_messages(self.loaded, messages, continues=continues))
+        return tuple(encode_messages(self.tokenizer_of(model), messages, continues=continues))
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str, model: str | None = None) -> tuple[int, ...]:
         """Ids of a text with the beginning-of-sequence token; a control token spelled out in it stays text."""
-        return tuple(encode_text(self.loaded, text))
+        return tuple(encode_text(self.tokenizer_of(model), text))
 
     def run(self, function: Callable[[LoadedModel], T], model: str | None = None) -> T:
-        """Runs a function of the loaded model between two steps, with that model's adapter active; waits for it.
+        """Runs a function of a model between two steps, with its adapter active and its tokenizer; waits for it.
 
         Raises:
             DataError: an unknown model.
         """
-        selector = self._selector(model)
+        name = self._name(model)
+        selector, loaded = self._selectors[name], replace(self.loaded, tokenizer=self._tokenizers[name])
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def job() -> None:
             try:
                 with self._runner.active(selector):
-                    answer.put((function(self.loaded), None))
+                    answer.put((function(loaded), None))
             except BaseException as error:  # noqa: BLE001 # handed to the caller, whose function it is
                 answer.put((None, error))
 
@@ -254,7 +267,7 @@ class Engine:
         with self._lock:
             self._lock.notify()
 
-    def _selector(self, model: str | None) -> int:
+    def _name(self, model: str | None) -> str:
         name = self.names[0] if model is None else model
         if name not in self._selectors:
             raise DataError(
@@ -263,7 +276,7 @@ class Engine:
                 allowed=", ".join(self.names),
                 fix="ask for one of them",
             )
-        return self._selectors[name]
+        return name
 
     def _row(self, request: Request, listen: Listener) -> _Row:
         if not request.ids:
@@ -280,9 +293,10 @@ class Engine:
         if not 0 <= min(request.ids) <= max(request.ids) < vocab:
             raise DataError("the prompt has unknown token ids", where="prompt", allowed=f"0 to {vocab - 1}")
         sampling = RowSampling(request.sampling, request.ids)
-        text = AnswerText(self.tokenizer, request.sampling.stop, request.ids if request.continues else ())
+        name = self._name(request.model)
+        text = AnswerText(self._tokenizers[name], request.sampling.stop, request.ids if request.continues else ())
         limit = min(request.sampling.max_new_tokens, room)
-        return _Row(request, listen, Ticket(self), self._selector(request.model), limit, text, sampling)
+        return _Row(request, listen, Ticket(self), self._selectors[name], self._end_ids[name], limit, text, sampling)
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
 
@@ -385,7 +399,7 @@ class Engine:
             row.told += 1
             self._counters["completion_tokens"] += 1
             sampling = row.request.sampling
-            ends = token in self._end_ids and not sampling.ignore_eos
+            ends = token in row.end_ids and not sampling.ignore_eos
             text = "" if ends else row.text.add(token)
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
@@ -413,9 +427,9 @@ def _top(chosen: Chosen, number: int, count: int) -> tuple[tuple[int, float], ..
     return tuple(zip(ids, values, strict=True))
 
 
-def _end_ids(loaded: LoadedModel) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's, and those of the model's generation config."""
+def _end_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's, and those of the base's generation config."""
     config = loaded.model.generation_config
     listed = None if config is None else config.eos_token_id
     ids = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return frozenset(int(token) for token in [*ids, loaded.tokenizer.eos_token_id] if token is not None)
+    return frozenset(int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None)

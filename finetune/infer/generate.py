@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from finetune.errors import DataError
 from finetune.infer.encode import encode_messages, encode_text
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling
-from finetune.model import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def generate(
     Raises:
         DataError: an empty prompt, one longer than the model's positions, or no chat template.
     """
-    ids = encode_prompt(engine.loaded, prompt, raw=raw)
+    ids = encode_prompt(engine.tokenizer_of(None), prompt, raw=raw)
     if len(ids) >= engine.max_length:
         raise DataError(
             f"the prompt has {len(ids)} tokens",
@@ -58,7 +61,7 @@ def generate(
     return Answer("".join(pieces).strip(), event.prompt_tokens, event.completion_tokens)
 
 
-def encode_prompt(loaded: LoadedModel, prompt: str, *, raw: bool) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool) -> list[int]:
     """Token ids of the prompt, with the beginning-of-sequence token.
 
     A control token spelled out in the prompt is ordinary text, raw or not.
@@ -69,5 +72,5 @@ def encode_prompt(loaded: LoadedModel, prompt: str, *, raw: bool) -> list[int]:
     if not prompt.strip():
         raise DataError("the prompt is empty", where="--prompt", fix="give some text")
     if raw:
-        return encode_text(loaded, prompt)
-    return encode_messages(loaded, [{"role": "user", "content": prompt}], where="--prompt")
+        return encode_text(tokenizer, prompt)
+    return encode_messages(tokenizer, [{"role": "user", "content": prompt}], where="--prompt")

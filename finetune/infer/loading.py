@@ -7,10 +7,12 @@ tuning has changed the base's own weights, so it stands alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from finetune.adapter import Adapter, is_adapter, load, put_side_by_side
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError, FinetuneError
 from finetune.infer.residency import needs_offload, require_residency
@@ -19,16 +21,12 @@ from finetune.model import (
     BaseSpec,
     ExpertsOn,
     LoadedModel,
-    load,
-    load_base_of,
     read_config,
-    require_base,
     resolve_device,
     resolve_dtype,
     saved_quantization,
 )
 from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
-from finetune.trainable import add_adapters, read_adapter_kind
 
 BASE_NAME = "base"
 
@@ -39,12 +37,14 @@ class ServedModels:
 
     Attributes:
         adapters: the adapters' names in PEFT, which are the names asked for.
+        tokenizers: of the names that were trained with their own; the others have the loaded model's.
         experts_on: where the experts were left; "host" asks for slots on the device.
     """
 
     loaded: LoadedModel
     adapters: tuple[str, ...]
     selectors: Mapping[str, int]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     experts_on: ExpertsOn = "device"
 
 
@@ -60,43 +60,46 @@ def load_models(
     """Loads `path`, whatever it is, and the named adapters beside it.
 
     Raises:
-        FinetuneError: as `model.load`; `AdapterError` for adapters of another base, or names that are taken.
+        FinetuneError: as `adapter.load`; `AdapterError` for adapters of another base, or names that are taken.
     """
     own = name or default_name(path)
-    kind = read_adapter_kind(Path(path)) if Path(path).is_dir() else None
-    wanted = dict(adapters)
-    taken = {own, BASE_NAME} if kind == "lora" else {own}
-    for other in wanted:
+    tuned = Adapter.open(Path(path), base=base) if is_adapter(path) else None
+    alone = tuned if tuned is not None and tuned.kind == "non_moe" else None
+    taken = {own} if tuned is None or alone else {own, BASE_NAME}
+    for other, folder in adapters.items():
         if other in taken or "." in other:
             raise AdapterError(
                 f"an adapter cannot be called {other!r} here",
-                where=f"--adapter {other}={wanted[other]}",
+                where=f"--adapter {other}={folder}",
                 allowed=f"a name without dots that is not one of {', '.join(sorted(taken))}",
                 fix="give it another name",
             )
-    if kind == "non_moe" and wanted:
+    if alone and adapters:
         raise AdapterError(
             "adapters go onto the base that they were trained on; this is a tuning of the base's own weights",
             where=path,
             fix="serve the base with --adapter, or this folder without",
         )
-    if kind != "lora":
-        own_base = base if kind else None
-        loaded = load(path, base_path=own_base, device=device, experts_on=experts_on)
-        names = [own]
+    wanted = {other: _open_lora(other, folder) for other, folder in adapters.items()}
+    if tuned is None:
+        # Where a 16-bit base may be stored either way, it is stored as the adapters were trained.
+        first = next((adapter for adapter in wanted.values() if adapter.recorded), None)
+        attention = None if first is None else first.base.attention
+        loaded = load(path, attention=attention, device=device, experts_on=experts_on)
     else:
-        loaded = load_base_of(Path(path), base_path=base, device=device, experts_on=experts_on)
-        wanted = {own: path, **wanted}
-        names = [BASE_NAME]
-    for other, folder in wanted.items():
-        _require_same_base(loaded, Path(folder), other)
+        loaded = tuned.load_base(device=device, experts_on=experts_on)
+    if alone:
+        return ServedModels(alone.put_on(loaded), (), {own: 0}, {}, experts_on)
+    names = [own]
+    if tuned is not None:
+        names, wanted = [BASE_NAME], {own: tuned, **wanted}
+    tokenizers = {other: adapter.tokenizer_on(loaded) for other, adapter in wanted.items()}
     if wanted:
-        model: Any = add_adapters(loaded.model, {other: Path(folder) for other, folder in wanted.items()})
-        loaded = LoadedModel(model, loaded.tokenizer, loaded.arch, loaded.base, loaded.device)
+        loaded = put_side_by_side(loaded, wanted)
     selectors = {names[0]: 0} | {other: number for number, other in enumerate(wanted, start=1)}
-    if kind == "lora":
+    if tuned is not None:
         selectors = {own: 1} | selectors
-    return ServedModels(loaded, tuple(wanted), selectors, experts_on)
+    return ServedModels(loaded, tuple(wanted), selectors, tokenizers, experts_on)
 
 
 def chooses_offload(path: str, base: str | None, device: str, settings: EngineSettings) -> bool:
@@ -108,8 +111,7 @@ def chooses_offload(path: str, base: str | None, device: str, settings: EngineSe
     require_residency(settings.residency)
     if settings.residency != "auto":
         return settings.residency == "offload"
-    kind = read_adapter_kind(Path(path)) if Path(path).is_dir() else None
-    spec = BaseSpec(path) if kind is None else require_base(Path(path), base)
+    spec = Adapter.open(Path(path), base=base).require_base() if is_adapter(path) else BaseSpec(path)
     config = read_config(spec.path, spec.revision)
     arch = MoeArch.from_config(config, where=spec.path)
     where = resolve_device(device)
@@ -160,19 +162,13 @@ def default_name(path: str) -> str:
     return (resolved.parent if resolved.name in ("adapter", "model") else resolved).name.replace(".", "_") or "model"
 
 
-def _require_same_base(loaded: LoadedModel, folder: Path, name: str) -> None:
-    if read_adapter_kind(folder) != "lora":
+def _open_lora(name: str, folder: str) -> Adapter:
+    """An adapter that is to go onto a base beside others."""
+    if not is_adapter(folder) or (adapter := Adapter.open(Path(folder))).kind != "lora":
         raise AdapterError(
             "there is no LoRA adapter in the folder",
             where=f"--adapter {name}={folder}",
             allowed="a folder with adapter_config.json and adapter_model.safetensors",
             fix="name the adapter folder that `finetune train` wrote",
         )
-    spec = BaseSpec.read(folder)
-    if spec.fingerprint != loaded.base.fingerprint:
-        raise AdapterError(
-            f"the adapter {name} was trained on another base: the routers differ",
-            where=str(folder),
-            allowed=f"adapters of the base with router fingerprint {loaded.base.fingerprint[:12]}",
-            fix=f"serve it with its own base ({spec.path})",
-        )
+    return adapter

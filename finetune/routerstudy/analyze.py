@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.adapter import Adapter, is_adapter, load
 from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.data.pieces import token_pieces
-from finetune.model import LoadedModel, load, load_tokenizer, read_config, require_base
+from finetune.model import LoadedModel, load_tokenizer, read_config
 from finetune.routerstudy.analyze_page import render_analysis
 from finetune.routerstudy.analyze_show import show_analysis
 from finetune.routerstudy.choices import MIN_COUNT, Choices
@@ -28,7 +29,6 @@ from finetune.routerstudy.probe import MAX_TOKENS, Probe, read_probe
 from finetune.routing.capture import RouterCapture
 from finetune.routing.metrics import LAYER_METRICS, RouterSums, layer_metrics, noise_floor, random_repetition
 from finetune.runfolder import write_json, write_text
-from finetune.trainable import read_adapter_kind
 
 TEXT_TOKENS = 160  # of the coloured beginning of each domain
 # Table 5 of the Mixtral paper: shares of consecutive tokens with the same first expert, and with any expert in common.
@@ -84,10 +84,11 @@ def router_analyze(
     """
     require_writable("--html", html)
     require_writable("--out", out)
-    is_adapter = read_adapter_kind(Path(model)) is not None
-    config_of = require_base(Path(model), base).path if is_adapter else model
+    adapter = Adapter.open(Path(model), base=base) if is_adapter(model) else None
+    config_of = model if adapter is None else adapter.require_base().path
+    tokenizer_of = model if adapter is None else adapter.tokenizer_of
     MoeArch.from_config(read_config(config_of), where=config_of)
-    probe = read_probe(load_tokenizer(model), data, max_tokens=max_tokens, row_tokens=row_tokens(config_of))
+    probe = read_probe(load_tokenizer(tokenizer_of), data, max_tokens=max_tokens, row_tokens=row_tokens(config_of))
     document = study(load(model, base_path=base, device=device), probe, name=model)
     if out is not None:
         write_json(out, document)

@@ -18,26 +18,16 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.adapter import Adapter, is_adapter, load
 from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.errors import AdapterError, ModelError
-from finetune.model import (
-    BaseSpec,
-    LoadedModel,
-    load,
-    load_base,
-    load_base_of,
-    load_tokenizer,
-    put_on,
-    read_config,
-    require_base,
-)
+from finetune.model import BaseSpec, LoadedModel, load_base, load_tokenizer, read_config
 from finetune.routerstudy.passing import require_writable, routed_rows, row_tokens
 from finetune.routerstudy.probe import MAX_TOKENS, Probe, read_probe
 from finetune.routing.drift import DriftSums, chance_overlap, drift_scalars, drift_sums
 from finetune.routing.metrics import noise_floor
 from finetune.runfolder import write_json
-from finetune.trainable import read_adapter_kind
 
 _BY_LAYER = ("overlap", "top1_agreement", "kl", "js_load", "load_change")
 
@@ -72,8 +62,8 @@ def router_drift(
     arch, base_path = model.arch, model.base.path
     # Kept in the router's own precision, as the tuned model's will come: ties between experts break alike.
     kept = [[x.cpu() for x in said.logits] for _, said in routed_rows(model, probe, title="Reading, base")]
-    if read_adapter_kind(tuned) is not None:
-        model = put_on(model, tuned)
+    if is_adapter(tuned):
+        model = Adapter.open(tuned, base=base).put_on(model)
     else:
         del model  # before the other one comes
         model = load(str(tuned), device=device)
@@ -108,9 +98,9 @@ def _opened(
         tokenizer = load_tokenizer(tokenizer_of)
         return read_probe(tokenizer, data, max_tokens=max_tokens, row_tokens=row_tokens(positions_of))
 
-    if read_adapter_kind(tuned) is not None:
-        spec = require_base(tuned, base)
-        return read(str(tuned), spec.path), load_base_of(tuned, base_path=base, device=device)
+    if is_adapter(tuned):
+        adapter = Adapter.open(tuned, base=base)
+        return read(adapter.tokenizer_of, adapter.require_base().path), adapter.load_base(device=device)
     if not (tuned / "config.json").is_file():
         raise AdapterError(
             "there is no adapter and no model",

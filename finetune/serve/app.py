@@ -45,7 +45,7 @@ def make_app(
         key, hosts, origins: see `Gate`.
     """
     engine, created = desk.engine, int(time.time())
-    texts = TokenTexts(engine.tokenizer)
+    texts = {name: TokenTexts(engine.tokenizer_of(name)) for name in engine.names}
     encoding = Encoding(desk)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
@@ -89,8 +89,8 @@ def make_app(
                 asked, requests = await encoding.understand(body, kind)
         answers = desk.submit(requests, live=bool(asked.stream), began=began)
         with_logprobs = requests[0].sampling.logprobs is not None
-        form = (ChatForm if kind is ChatAsked else CompletionForm)(texts, told=with_logprobs)
         model = desk.require_model(asked.model)
+        form = (ChatForm if kind is ChatAsked else CompletionForm)(texts[model], told=with_logprobs)
         common: dict[str, Any] = {"model": model, "choices": asked.n or 1, "told": with_logprobs}
         if not asked.stream:
             return WholeReply(desk, answers, form, **common)

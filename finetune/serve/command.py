@@ -67,7 +67,8 @@ def serve(
         if key is None and not is_local(bound):
             report.line(f"warning: {host} is open to other machines, and no --api-key-file is given")
         engine = Engine.load(path, adapters=named, name=name, base=base, device=device, settings=settings)
-        engine.encode_text("warm")  # makes the encoder, which takes half a second
+        for model in engine.names:
+            engine.encode_text("warm", model)  # makes the encoder, which takes half a second
         gc.freeze()  # what is loaded stays; looking through it for garbage would hold up every answer
         desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
         app = make_app(desk, max_body_bytes=int(max_body_mib * 2**20), key=key, hosts=hosts, origins=origins)

@@ -31,7 +31,7 @@ class Encoding:
 
     def __init__(self, desk: Desk):
         self._desk = desk
-        self._prompts = Prompts(desk.engine)
+        self._prompts = {name: Prompts(desk.engine, name) for name in desk.engine.names}
         self._short, self._long = ThreadPoolExecutor(1, "encoding"), ThreadPoolExecutor(1, "encoding-long")
 
     async def understand(self, body: bytes, kind: AskedKind) -> tuple[Asked, list[Request]]:
@@ -46,15 +46,16 @@ class Encoding:
     def _understand(self, body: bytes, kind: AskedKind) -> tuple[Asked, list[Request]]:
         asked = read_asked(body, kind, containers=max(CONTAINERS, 2 * self._desk.engine.max_length))
         model = self._desk.require_model(asked.model)
+        made = self._prompts[model]
         if isinstance(asked, ChatAsked):
             self._desk.require_capacity(asked.n or 1)
-            ids, continues = self._prompts.of_messages(asked.messages, continues=asked.continues())
+            ids, continues = made.of_messages(asked.messages, continues=asked.continues())
             prompts = [ids]
         else:
             assert isinstance(asked, CompletionAsked)
             continues = True
-            texts = self._prompts.forms(asked.prompt)
+            texts = made.forms(asked.prompt)
             self._desk.require_capacity(len(texts) * (asked.n or 1))
-            prompts = [self._prompts.of_completion(one) for one in texts]
+            prompts = [made.of_completion(one) for one in texts]
         samplings = asked.samplings()
         return asked, [Request(ids, sampling, model, continues) for ids in prompts for sampling in samplings]

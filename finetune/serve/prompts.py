@@ -23,11 +23,11 @@ _FORMS = "allowed: a text, a list of texts, a list of token ids, a list of such 
 
 
 class Prompts:
-    """Makes the prompts of one engine's requests."""
+    """Makes the prompts of requests to one of an engine's models, each of which has its tokenizer and template."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._longest_token = max(map(len, engine.tokenizer.get_vocab()))
+    def __init__(self, engine: Engine, model: str | None):
+        self._engine, self._model = engine, model
+        self._longest_token = max(map(len, engine.tokenizer_of(model).get_vocab()))
 
     def of_messages(self, messages: list[Any], *, continues: bool) -> tuple[tuple[int, ...], bool]:
         """Ids of a conversation that the assistant is to answer; and whether it goes on in a text of its own.
@@ -42,7 +42,7 @@ class Prompts:
             plain.pop()  # nothing to go on from
             continues = False
         try:
-            ids = self._engine.encode_chat(plain, continues=continues)
+            ids = self._engine.encode_chat(plain, self._model, continues=continues)
         except DataError as error:
             raise Refusal.of(error, "messages") from None
         return self._fitting(ids, "messages"), continues
@@ -75,11 +75,11 @@ class Prompts:
         if isinstance(prompt, str):
             self._require_fewer_characters(len(prompt), "prompt")
             try:
-                return self._fitting(self._engine.encode_text(prompt), "prompt")
+                return self._fitting(self._engine.encode_text(prompt, self._model), "prompt")
             except DataError as error:
                 raise Refusal.of(error, "prompt") from None
         ids = self._fitting(tuple(prompt), "prompt")
-        size = len(self._engine.tokenizer)
+        size = len(self._engine.tokenizer_of(self._model))
         for token in (min(ids), max(ids)):
             if not 0 <= token < size:
                 raise Refusal(400, f"prompt holds the token id {token!s:.20}; allowed: 0 to {size - 1}", param="prompt")

@@ -36,7 +36,7 @@ class FakeEngine:
     tickets: list[FakeTicket] = field(default_factory=list)
     _words: list[str] = field(default_factory=list)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], model: str | None = None) -> tuple[int, ...]:
         if self.refuses_system and messages[0]["role"] == "system":
             raise DataError("the chat template refuses a conversation: no system message here")
         words = [word for message in messages for word in (f"<{message['role']}>", *message["content"].split())]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.adapter import load
 from finetune.data.encoding import encoder_of
-from finetune.model import LoadedModel, load
+from finetune.model import LoadedModel
 from tests.conftest import REPOSITORY
 from tests.running import Ran, run_finetune
 

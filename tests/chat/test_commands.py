@@ -63,7 +63,7 @@ def test_help_names_every_command(talk: Talk) -> None:
 def test_the_conversation_and_the_system_message_reach_the_model(talk: Talk) -> None:
     seen = []
     encode = talk.engine.encode_chat
-    talk.engine.encode_chat = lambda messages: (seen.append(list(messages)), encode(messages))[1]  # type: ignore[method-assign]
+    talk.engine.encode_chat = lambda messages, model=None: (seen.append(list(messages)), encode(messages))[1]  # type: ignore[method-assign]
     talk.say("/system Be brief.", "one", "/model base", "two")
     system = {"role": "system", "content": "Be brief."}
     one = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "tuned: one"}]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.adapter import load
 from finetune.chat.routes import pieces_of, routed
 from finetune.data.encoding import encoder_of
 from finetune.data.pieces import token_pieces
-from finetune.model import LoadedModel, load
+from finetune.model import LoadedModel
 from tests.conftest import REPOSITORY
 
 MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"

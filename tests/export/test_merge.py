@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune.adapter import load
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.evaluate import fidelity
 from finetune.export import command, live
 from finetune.export.quantized import write_quantized
 from finetune.export.tensors import Tensors
-from finetune.model import BaseSpec, load, load_base
+from finetune.model import BaseSpec, load_base
 from tests.conftest import TOKENIZER_FILES
 from tests.export.in_memory import merged_weight, save_merged
 from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune.adapter import save_adapter, save_non_moe
 from finetune.model import BaseSpec, LoadedModel, load_base
-from finetune.trainable import add_attention_lora, save_adapter, save_non_moe, unfreeze_non_moe
+from finetune.trainable import add_attention_lora, unfreeze_non_moe
 
 
 def tuned(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.adapter import Adapter, load
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
-from finetune.model import LoadedModel, load, load_base_of
+from finetune.model import LoadedModel
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 # Root mean squares over some 200 tokens, in which a flipped routing weighs as much as all roundings together.
@@ -90,7 +91,7 @@ def test_adapters_beside_their_base(saved_adapter: Path, tmp_path: Path) -> None
     save_file(tensors, file)
     truths = {
         "tuned": load(str(folder), dtype="float32", device="cuda"),
-        "base": load_base_of(folder, dtype="float32", device="cuda"),
+        "base": Adapter.open(folder).load_base(dtype="float32", device="cuda"),
     }
     with Engine.load(str(folder), device="cuda", settings=EngineSettings(max_batch=4)) as engine:
         sampling = Sampling(max_new_tokens=12, logprobs=0, ignore_eos=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.adapter import load
 from finetune.bench.offload import bench_offload
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
@@ -13,7 +14,6 @@ from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import bring_back
 from finetune.infer.request import Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
-from finetune.model import load
 from tests.infer.test_residency import ARCH, settings_with
 from tests.kernels.interpreted.expert_cache_cases import *  # noqa: F403
 
@@ -39,7 +39,7 @@ def test_tokens_are_those_of_resident_experts(tmp_path: Path) -> None:
     loaded = load(model, device="cuda", experts_on="host")
     for slots in (ARCH.layers + 7, 4 * ARCH.layers + 4, 8 * ARCH.layers):
         settings = settings_with(slots, loaded.device, torch.bfloat16, max_batch=4, max_length=256)
-        with Engine(ServedModels(loaded, (), {"model": 0}, "host"), model, settings) as engine:
+        with Engine(ServedModels(loaded, (), {"model": 0}, experts_on="host"), model, settings) as engine:
             assert tokens(engine) == expected
             stats = engine.stats()
             print(slots, stats.expert_hits, stats.expert_misses, stats.expert_fetched_bytes)

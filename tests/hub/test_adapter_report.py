@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.adapter import save_adapter, save_non_moe
 from finetune.export.adapter_report import inspect_adapter
 from finetune.model import BaseSpec, load_base
-from finetune.trainable import add_attention_lora, save_adapter, save_non_moe, unfreeze_non_moe
+from finetune.trainable import add_attention_lora, unfreeze_non_moe
 from tests.running import refused, run_finetune
 
 

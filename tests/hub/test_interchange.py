@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from finetune.adapter import Adapter, load, load_adapter, save_adapter
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError
-from finetune.model import BaseSpec, LoadedModel, load, load_base, require_base
-from finetune.trainable import add_attention_lora, load_adapter, save_adapter
+from finetune.model import BaseSpec, LoadedModel, load_base
+from finetune.trainable import add_attention_lora
 from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin
 
@@ -165,6 +166,8 @@ def test_what_does_not_fit_is_refused_by_its_reason(tmp_path: Path, base: Loaded
     assert "12 missing" in says("half")
     foreign(tmp_path / "other", replace(base.arch, hidden=64, heads=2))
     assert "does not fit this model at r=4: 18 tensors of another shape" in says("other")
-    with pytest.raises(AdapterError, match="does not say which base it was trained on") as caught:
-        require_base(tmp_path / "other")
-    assert "name the base with --base" in str(caught.value)
+    for named, says_of in (("mistralai/Mixtral-8x7B-v0.1", "cannot be read"), (None, "does not say which base")):
+        foreign(tmp_path / str(named).partition("/")[0], base.arch, base_model_name_or_path=named)
+        with pytest.raises(AdapterError, match=says_of) as caught:
+            Adapter.open(tmp_path / str(named).partition("/")[0]).require_base()
+        assert "with --base" in str(caught.value)

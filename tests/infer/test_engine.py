@@ -120,7 +120,7 @@ def test_the_end_of_sequence_ends(engine: Engine) -> None:
     ids = engine.encode_text("The capital of France is")
     second = tokens(engine, Request(ids, Sampling(max_new_tokens=2)))[1]
     config = engine._end_ids
-    engine._end_ids = frozenset({second})
+    engine._end_ids = dict.fromkeys(engine.names, frozenset({second}))
     try:
         events = list(engine.stream(Request(ids, Sampling(max_new_tokens=9))))
         ignored = tokens(engine, Request(ids, Sampling(max_new_tokens=9, ignore_eos=True)))

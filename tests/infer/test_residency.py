@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.adapter import load
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import DataError, DeviceError
 from finetune.infer.engine import Engine
@@ -31,7 +32,7 @@ from finetune.infer.residency import divide, needs_offload, read_load
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.expert_cache import PINNED
 from finetune.kernels.stacks import ExpertStorage
-from finetune.model import load, read_config
+from finetune.model import read_config
 from finetune.quant.experts import QuantizedExperts
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"

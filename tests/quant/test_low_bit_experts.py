@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.adapter import load
 from finetune.errors import FinetuneError, ModelError
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
@@ -20,7 +21,7 @@ from finetune.infer.request import Request, Sampling, TokenEvent
 from finetune.infer.runner import EngineSettings
 from finetune.kernels.stacks import quantize_experts
 from finetune.memory.static import expert_bytes
-from finetune.model import BaseSpec, load, load_base
+from finetune.model import BaseSpec, load_base
 from finetune.quant import Moe4bitConfig, require_quantized_experts, take_census
 from finetune.quant.quantizer import EXPERT_BYTES_PER_WEIGHT
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune.adapter import load
 from finetune.arch import MoeArch
 from finetune.console import Report
-from finetune.model import BaseSpec, LoadedModel, load
+from finetune.model import BaseSpec, LoadedModel
 from finetune.routerstudy.analyze import study
 from finetune.routerstudy.analyze_page import MAX_CARDS, render_analysis, runs
 from finetune.routerstudy.analyze_show import show_analysis

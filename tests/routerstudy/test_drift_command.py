@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from finetune.adapter import load, save_adapter, save_non_moe
 from finetune.export.quantized import write_quantized
-from finetune.model import BaseSpec, LoadedModel, load, load_base
+from finetune.model import BaseSpec, LoadedModel, load_base
 from finetune.routerstudy.probe import read_probe
-from finetune.trainable import add_attention_lora, save_adapter, save_non_moe, unfreeze_non_moe
+from finetune.trainable import add_attention_lora, unfreeze_non_moe
 from tests.running import Ran, refused, run_finetune
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 900

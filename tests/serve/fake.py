@@ -63,10 +63,15 @@ class FakeEngine:
             self._work.notify()
         return ticket
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continues: bool = False) -> tuple[int, ...]:
+    def tokenizer_of(self, model: str | None) -> Any:
+        return self.tokenizer
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], model: str | None = None, *, continues: bool = False
+    ) -> tuple[int, ...]:
         return self.encode_text("".join(message["content"] for message in messages))
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str, model: str | None = None) -> tuple[int, ...]:
         return (1, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def cancel(self, ticket: FakeTicket) -> None:

@@ -53,9 +53,10 @@ class Encodes(FakeEngine):
 
     max_length = 32_768
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, continues: bool = False) -> tuple[int, ...]:
-        loaded: Any = SimpleNamespace(tokenizer=self.tokenizer)
-        return tuple(encode_messages(loaded, messages, continues=continues))
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], model: str | None = None, *, continues: bool = False
+    ) -> tuple[int, ...]:
+        return tuple(encode_messages(self.tokenizer, messages, continues=continues))
 
 
 @contextlib.contextmanager

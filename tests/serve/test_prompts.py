@@ -55,14 +55,16 @@ class Encoding:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def encode_chat(self, messages: list[dict[str, str]], *, continues: bool) -> tuple[int, ...]:
-        loaded: Any = SimpleNamespace(tokenizer=self.tokenizer)
-        return tuple(encode_messages(loaded, messages, continues=continues))
+    def tokenizer_of(self, model: str | None) -> PreTrainedTokenizerBase:
+        return self.tokenizer
+
+    def encode_chat(self, messages: list[dict[str, str]], model: str | None, *, continues: bool) -> tuple[int, ...]:
+        return tuple(encode_messages(self.tokenizer, messages, continues=continues))
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], *, continues: bool = False) -> tuple[int, ...]:
     engine: Any = Encoding(tokenizer)
-    return Prompts(engine).of_messages(messages, continues=continues)[0]
+    return Prompts(engine, None).of_messages(messages, continues=continues)[0]
 
 
 @pytest.mark.parametrize("messages", PROMPTS, ids=["text", "parts", "system", "developer"])

@@ -13,35 +13,22 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from finetune.checkpoint import read_adapter_config, read_tensor_infos
+from finetune.checkpoint import read_tensor_infos
 from finetune.errors import AdapterError, OutputError
 
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NON_MOE_CONFIG, NON_MOE_TENSORS = "non_moe.json", "non_moe.safetensors"
+Kind = Literal["lora", "non_moe"]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_adapter_kind(folder: str | Path) -> Literal["lora", "non_moe"] | None:
+def kind_of(folder: Path) -> Kind | None:
     """What kind of tuned weights a folder holds, by its file names; None when it holds neither."""
-    folder = Path(folder)
     if (folder / LORA_CONFIG).is_file():
         return "lora"
     if (folder / NON_MOE_TENSORS).is_file() or (folder / NON_MOE_CONFIG).is_file():
         return "non_moe"
     return None
-
-
-def check_tuned(folder: Path) -> None:
-    """Checks the files of a folder of tuned weights by their headers, before minutes are spent on loading the base.
-
-    Raises:
-        AdapterError: a file is missing or corrupt.
-    """
-    if read_adapter_kind(folder) == "lora":
-        read_adapter_config(folder / LORA_CONFIG)
-        read_shapes(folder / LORA_TENSORS)
-    else:
-        read_shapes(folder / NON_MOE_TENSORS)
 
 
 def read_shapes(path: Path) -> Shapes:

@@ -176,7 +176,9 @@ class Adapter:
         return found
 
     def require_trained_on(self, found: BaseSpec) -> None:
-        """Refuses another base than the recorded one: other routers, or other values for the same weights.
+        """Refuses another base than the recorded one: other routers, or another storage of the attention.
+
+        Experts in fewer bits than in training are not refused: whoever names such a base wants it smaller.
 
         Args:
             found: of a loaded base, or what another adapter was trained on.
@@ -192,12 +194,11 @@ class Adapter:
                 allowed=f"adapters of the base with router fingerprint {found.fingerprint[:12]}",
                 fix=fix,
             )
-        trained, here = (f"attention in {s.attention}, experts in {s.experts}" for s in (self.base, found))
-        if self.recorded and trained != here:
+        if self.recorded and self.base.attention != found.attention:
             raise AdapterError(
-                f"the adapter was trained on other values of the base's weights: {trained}",
+                f"the adapter was trained with the attention in {self.base.attention}",
                 where=str(self.folder),
-                allowed=f"adapters trained with {here}, as this base is stored",
+                allowed=f"adapters trained with the attention in {found.attention}, as here",
                 fix=fix,
             )
 

@@ -176,7 +176,7 @@ class Adapter:
         return found
 
     def require_trained_on(self, found: BaseSpec) -> None:
-        """Refuses another base than the recorded one: other routers, or another storage of the attention.
+        """Refuses another base than the recorded one: other routers, or other values of the weights.
 
         Experts in fewer bits than in training are not refused: whoever names such a base wants it smaller.
 
@@ -194,11 +194,14 @@ class Adapter:
                 allowed=f"adapters of the base with router fingerprint {found.fingerprint[:12]}",
                 fix=fix,
             )
-        if self.recorded and self.base.attention != found.attention:
+        trained, here = self.base, found
+        if trained.quantizing_dtype is None or here.quantizing_dtype is None:
+            trained, here = replace(trained, quantizing_dtype=None), replace(here, quantizing_dtype=None)
+        if self.recorded and _storage(trained) != _storage(here):
             raise AdapterError(
-                f"the adapter was trained with the attention in {self.base.attention}",
+                f"the adapter was trained with {_storage(trained)}",
                 where=str(self.folder),
-                allowed=f"adapters trained with the attention in {found.attention}, as here",
+                allowed=f"adapters trained with {_storage(here)}, as here",
                 fix=fix,
             )
 
@@ -312,6 +315,11 @@ def load(
         return adapter.put_on(adapter.load_base(**how, experts_on=experts_on))
     saved = saved_quantization(read_config(path)).get("attention")
     return load_base(BaseSpec(path, attention=saved or attention or "nf4"), **how, experts_on=experts_on)
+
+
+def _storage(base: BaseSpec) -> str:
+    quantized = f", quantized from {base.quantizing_dtype}" if base.quantizing_dtype else ""
+    return f"the attention in {base.attention}{quantized}"
 
 
 def _in_header(tensors: Path) -> BaseSpec:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -52,13 +53,16 @@ def measure_fidelity(
 
 
 def _written_modules(live: LoadedModel, tensors: Tensors) -> dict[str, nn.Module]:
-    """The plain layer in the place of every LoRA layer, and of every router that PEFT trained a copy of, by path."""
+    """The plain layer, by path, in the place of every LoRA layer, of every 4-bit layer that LoRA was not put on (the
+    folder holds it in 16 bits too), and of every router that PEFT trained a copy of.
+    """
     modules: dict[str, nn.Module] = {}
     for path, module in live.model.named_modules():
-        if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        of_lora = path.endswith(".base_layer")
+        if of_lora or not isinstance(module, (LoraLayer, Linear4bit, ModulesToSaveWrapper)):
             continue
         weight = tensors.read(f"{path.removeprefix(_LORA_PREFIX)}.weight")
-        if isinstance(module, LoraLayer):
+        if not isinstance(module, ModulesToSaveWrapper):
             plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             dtype = live.model.dtype
         else:
@@ -74,7 +78,7 @@ def _written_values(model: nn.Module, tensors: Tensors) -> dict[nn.Parameter, Te
     values = {}
     for name, parameter in model.named_parameters():
         written = name.removeprefix(_LORA_PREFIX)
-        if role_of(name) != "experts" and written in tensors:
+        if role_of(name) != "experts" and parameter.is_floating_point() and written in tensors:
             value = tensors.read(written).to(parameter.device, parameter.dtype)
             if not torch.equal(value, parameter.data):
                 values[parameter] = value

@@ -81,13 +81,14 @@ def load_models(
             fix="serve the base with --adapter, or this folder without",
         )
     wanted = {other: _open_lora(other, folder) for other, folder in adapters.items()}
-    if tuned is None:
-        # Where a 16-bit base may be stored either way, it is stored as the adapters were trained.
-        first = next((adapter for adapter in wanted.values() if adapter.recorded), None)
-        attention = None if first is None else first.base.attention
-        loaded = load(path, attention=attention, device=device, experts_on=experts_on)
+    # A 16-bit base can be stored in more than one way: it is stored as the first adapter that says so was trained.
+    leading = next((adapter for adapter in (tuned, *wanted.values()) if adapter and adapter.recorded), tuned)
+    if leading is None:
+        loaded = load(path, device=device, experts_on=experts_on)
     else:
-        loaded = tuned.load_base(device=device, experts_on=experts_on)
+        if leading is not tuned:
+            leading = Adapter.open(leading.folder, base=path if tuned is None else tuned.require_base().path)
+        loaded = leading.load_base(device=device, experts_on=experts_on)
     if alone:
         return ServedModels(alone.put_on(loaded), (), {own: 0}, {}, experts_on)
     names = [own]

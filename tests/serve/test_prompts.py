@@ -5,7 +5,6 @@ The training row comes from the form that `finetune train` reads, the prompt fro
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest

@@ -37,6 +37,7 @@ from finetune.kernels.stacks import ExpertStorage
 from finetune.quant import Moe4bitConfig, QuantizedExperts
 from finetune.quant.config import QUANT_METHOD, AttentionStorage
 from finetune.quant.random_weights import build_random_model
+from finetune.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.values import check_object
 
 BASE_FILE = "base.json"

@@ -77,9 +77,7 @@ def add_attention_lora(
     return peft_model
 
 
-def lora_shapes(
-    model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[str], dora: bool, router: bool
-) -> Shapes:
+def lora_shapes(model: nn.Module, arch: MoeArch, *, r: int, targets: Sequence[str], dora: bool, router: bool) -> Shapes:
     """Names and shapes of the tensors in `adapter_model.safetensors` for this base.
 
     Shapes come from the config because a 4-bit weight does not show its own.

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.adapter import save_non_moe
+from finetune.adapter.lora import read_saved
 from finetune.errors import FinetuneError
 from finetune.model import BaseSpec, check_base, load_base, load_tokenizer, read_config, require_base
 from finetune.skeleton import build_skeleton
-from finetune.trainable import read_saved, save_non_moe, unfreeze_non_moe
+from finetune.trainable import unfreeze_non_moe
 from finetune.trainable.non_moe import load_non_moe
 
 

@@ -168,6 +168,22 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def load_tokenizer_of(base: BaseSpec, arch: MoeArch) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, each of whose tokens the base can embed.
+
+    Raises:
+        ModelError: no tokenizer there, or one of another model.
+    """
+    tokenizer = load_tokenizer(base.path, base.revision)
+    if len(tokenizer) > arch.vocab:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {arch.vocab}",
+            where=base.path,
+            fix="use the tokenizer that belongs to the model",
+        )
+    return tokenizer
+
+
 def check_base(
     base: BaseSpec, attn_implementation: str = "auto", *, weights: bool = True
 ) -> tuple[dict[str, Any], MoeArch]:
@@ -226,13 +242,7 @@ def load_base(
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
     config, arch = check_base(base, attn_implementation, weights=random_weights_seed is None)
-    tokenizer = load_tokenizer(base.path, base.revision)
-    if len(tokenizer) > arch.vocab:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {arch.vocab}",
-            where=base.path,
-            fix="use the tokenizer that belongs to the model",
-        )
+    tokenizer = load_tokenizer_of(base, arch)
     attn_implementation = resolve_attention(attn_implementation, where, torch_dtype, arch.head_dim)
     if random_weights_seed is not None:
         model = build_random_model(

@@ -41,7 +41,7 @@ from finetune.model import (
     LoadedModel,
     check_base,
     load_base,
-    load_tokenizer,
+    load_tokenizer_of,
     resolve_device,
     resolve_dtype,
 )
@@ -216,7 +216,7 @@ def prepare(
 
     # Preflight: from the config alone.
     base = BaseSpec(recipe.model.path, recipe.model.revision, recipe.quantization.attention)
-    check_base(base, recipe.model.attn_implementation, weights=not random_weights)
+    _, arch = check_base(base, recipe.model.attn_implementation, weights=not random_weights)
     memory = preflight(recipe, device)
     if main:
         show_memory(memory, report)
@@ -224,7 +224,7 @@ def prepare(
         require_fits(memory, where=f"memory of {device}")
 
     # Data: before the weights, because most mistakes are here.
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer_of(base, arch)
     template = apply_template(tokenizer, recipe.data.template)
     with args.main_process_first(desc="data"):
         rows = prepare_data(recipe, tokenizer)

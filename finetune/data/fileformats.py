@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetune.data import arrow
 from finetune.data.bytelines import BLOCK, BOM, DAMAGE, MAX_LINE, open_binary, read_lines
 from finetune.data.reading import CHUNK_ROWS, SAVE_AS_UTF8, Reader, SizeUnit, digest
 from finetune.data.rows import RawChunk, RowFault
@@ -29,7 +30,6 @@ _HASHED_WHOLE = 1 << 30  # larger files are recognized by size and time of chang
 _BAD_RECORD = RowFault(
     "bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)", fix=SAVE_AS_UTF8
 )
-_BAD_ROW = "a value that cannot be read (bad UTF-8, or out of its type's range)"
 
 
 class FileReader(Reader):
@@ -155,7 +155,7 @@ class Parquet(FileReader):
     def _open(self) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(self.path, buffer_size=BLOCK)
-        except (pa.ArrowInvalid, OSError) as fault:
+        except arrow.DAMAGE as fault:
             raise _not("Parquet", self.path, fault) from fault
 
     def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
@@ -166,8 +166,8 @@ class Parquet(FileReader):
         try:
             for batch in self._open().iter_batches(CHUNK_ROWS):
                 read += batch.num_rows
-                yield values_of(batch), read * self._bytes // self._count
-        except (pa.ArrowInvalid, OSError) as fault:
+                yield arrow.values_of(batch), read * self._bytes // max(self._count, 1)
+        except arrow.DAMAGE as fault:
             raise _damaged(self.path, read, fault) from fault
 
     def count(self) -> int:
@@ -187,8 +187,8 @@ class Arrow(FileReader):
                 for start in range(0, batch.num_rows, CHUNK_ROWS):
                     part = batch.slice(start, CHUNK_ROWS)
                     read += part.num_rows
-                    yield values_of(part), done
-        except (pa.ArrowInvalid, OSError) as fault:
+                    yield arrow.values_of(part), done
+        except arrow.DAMAGE as fault:
             if read == 0:
                 raise _not("Arrow", self.path, fault) from fault
             raise _damaged(self.path, read, fault) from fault
@@ -198,11 +198,14 @@ class Arrow(FileReader):
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
                 for number in range(file.num_record_batches):
-                    yield file.get_batch(number), (number + 1) * self._bytes // file.num_record_batches
+                    yield (
+                        arrow.checked(file.get_batch(number), self._bytes),
+                        (number + 1) * self._bytes // file.num_record_batches,
+                    )
                 return
             source.seek(0)
             for batch in pa.ipc.open_stream(source):
-                yield batch, source.tell()
+                yield arrow.checked(batch, self._bytes), source.tell()
 
 
 class Csv(FileReader):
@@ -267,16 +270,6 @@ def _is_broken(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
-
-
-def values_of(batch: pa.RecordBatch) -> list[Any]:
-    """Rows of an Arrow batch as mappings; a row that has no Python value is a `RowFault`."""
-    try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):  # UnicodeDecodeError is one; only the row itself is lost
-        if batch.num_rows == 1:
-            return [RowFault(_BAD_ROW)]
-        return [value for place in range(batch.num_rows) for value in values_of(batch.slice(place, 1))]
 
 
 # ---- faults, and which file is read how ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from finetune.data.fileformats import values_of
+from finetune.data.arrow import values_of
 from finetune.data.reading import CHUNK_ROWS, Reader, SizeUnit, digest
 from finetune.data.rows import RawChunk
 from finetune.errors import DataError

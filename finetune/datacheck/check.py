@@ -14,7 +14,7 @@ from finetune.datacheck.page import render_page
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document
 from finetune.datacheck.show import show_examples, show_report
-from finetune.model import load_tokenizer
+from finetune.model import BaseSpec, check_base, load_tokenizer_of
 from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, write_text
 
@@ -31,7 +31,7 @@ def check_data(
     fix: Path | None = None,
     price_per_hour: float | None = None,
 ) -> dict[str, Any]:
-    """Prepares the data as `finetune train` would, and shows the report.
+    """Prepares the data as `finetune train` would, after the same checks of the model, and shows the report.
 
     Args:
         name: the recipe's file, as the page calls it.
@@ -40,12 +40,14 @@ def check_data(
         fix: folder for a corrected copy.
 
     Raises:
-        FinetuneError: the data or the tokenizer cannot be read; the folder for the copy is taken.
+        FinetuneError: the model, its tokenizer or the data cannot be read; the folder for the copy is taken.
     """
     if fix is not None:
         require_fresh(fix)
     begun = time.perf_counter()
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    base = BaseSpec(recipe.model.path, recipe.model.revision, recipe.quantization.attention)
+    _, arch = check_base(base, recipe.model.attn_implementation)
+    tokenizer = load_tokenizer_of(base, arch)
     template = apply_template(tokenizer, recipe.data.template)
     prepared = prepare_data(recipe, tokenizer)
     made = document(

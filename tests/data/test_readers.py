@@ -583,3 +583,21 @@ def test_the_reason_of_the_first_row_where_none_can_be_read(
         form_of(open_source(reading.source), reading)
     assert caught.value.where == str(tmp_path / name)
     assert all(part in str(caught.value) for part in says), caught.value
+
+
+def test_offsets_that_point_beyond_an_arrow_file_are_not_followed(tmp_path: Path) -> None:
+    """Every offset of the texts in turn; reading one unchecked ends the process."""
+    rows = [{"messages": [{"role": "user", "content": text * 3}], "n": 5} for text in "abcd"]
+    table = pa.Table.from_pylist(rows)
+    offsets = table.column("messages").chunk(0).values.field("content").buffers()[1]
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    sound = (tmp_path / "a.arrow").read_bytes()
+    begin = sound.index(offsets.to_pybytes()[: 4 * 5])
+    assert read(tmp_path / "a.arrow") == rows
+    for place in range(begin, begin + 4 * 5):
+        for byte in (0x7F, 0xFF):
+            (tmp_path / "a.arrow").write_bytes(sound[:place] + bytes([byte]) + sound[place + 1 :])
+            assert "the file is not Arrow: " in refusal(tmp_path / "a.arrow")
+    (tmp_path / "a.arrow").write_bytes(sound.replace(b"ccc", b"c\xffc"))
+    assert faults(tmp_path / "a.arrow")[1] == {3: "a value that cannot be read (bad UTF-8, or out of its type's range)"}

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.console import Report
 from finetune.data import apply_template
+from finetune.datacheck.check import check_data
 from finetune.datacheck.facts import unused
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document, require_sound
-from finetune.errors import DataError
+from finetune.errors import DataError, ModelError
 from finetune.model import load_tokenizer
+from finetune.train import train
 from tests.datacheck.conftest import MODEL, turns, write_rows
 from tests.running import Ran, run_finetune
 
@@ -248,3 +252,27 @@ def test_the_command_shows_writes_and_refuses(tmp_path, make_recipe):
     passed = run("--set", "data.max_refused=1")
     assert passed.status == 0
     assert "no assistant turn" in passed.stdout
+
+
+def test_the_check_refuses_the_models_that_training_refuses(make_recipe, tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model.safetensors").symlink_to(MODEL / "model.safetensors")
+    larger = load_tokenizer(str(MODEL))
+    larger.add_tokens(["<extra>"])
+    larger.save_pretrained(folder)
+    for path, says in (
+        (folder, "the tokenizer has 32001 tokens, the model's embedding 32000"),
+        (tmp_path / "nowhere", "nowhere"),
+        ("nobody/a-model-of-the-hub", "nobody/a-model-of-the-hub"),
+    ):
+        recipe = make_recipe([turns("q", "a")], f"model.path={path}")
+        said = []
+        for refuse in (
+            lambda recipe=recipe: check_data(recipe, Report(), name="r"),
+            lambda recipe=recipe: train(recipe, Report()),
+        ):
+            with pytest.raises(ModelError) as caught:
+                refuse()
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+        assert says in said[0]

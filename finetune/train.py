@@ -9,6 +9,7 @@ claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ s
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,6 +92,14 @@ class Prepared:
     stopping: Stopping
 
 
+class RunEnded(Exception):
+    """The run to be resumed has come to its end, and everything is saved."""
+
+    def __init__(self, summary: dict[str, Any]):
+        super().__init__("the run has ended")
+        self.summary = summary
+
+
 def train(
     recipe: Recipe,
     report: Report,
@@ -111,15 +120,18 @@ def train(
         FinetuneError: also where the loss or its gradient was not finite for several steps.
     """
     with Signals() as signals:
-        ready = prepare(
-            recipe,
-            report,
-            resume=resume,
-            overwrite=overwrite,
-            random_weights=random_weights,
-            force=force,
-            signals=signals,
-        )
+        try:
+            ready = prepare(
+                recipe,
+                report,
+                resume=resume,
+                overwrite=overwrite,
+                random_weights=random_weights,
+                force=force,
+                signals=signals,
+            )
+        except RunEnded as ended:
+            return ended.summary
         signals.goes_on = goes_on
         with signals.steps():
             metrics = run_steps(ready, recipe)
@@ -189,6 +201,7 @@ def prepare(
 
     Raises:
         FinetuneError: whatever the user can mend, before the first step where possible.
+        RunEnded: nothing is left to do; said to the user.
     """
     if resume and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # accelerate 1.15 cannot load a sharded model whose frozen weights are 4-bit.
@@ -211,6 +224,13 @@ def prepare(
     if resume:
         found = find_checkpoints(run.checkpoints, only_model=args.save_only_model, processes=args.world_size)
         checkpoint = found.newest
+        if summary := _ended(run, checkpoint):
+            if main:
+                push = "" if recipe.output.push_to_hub is None else f"; to push it: finetune push {run.root}"
+                report.line(
+                    f"{run.root} ended after {summary['steps']} steps and everything is saved: nothing to do{push}"
+                )
+            raise RunEnded(summary)
     if main and recipe.output.push_to_hub is not None and not random_weights:
         require_writable(Hub(report), destination_of(recipe))
 
@@ -311,11 +331,24 @@ def prepare(
     trainer.base, trainer.plan, trainer.tokens_per_batch = loaded.base, plan, recipe.data.tokens_per_batch
     trainer.router_learning_rate, trainer.auxiliary = recipe.trainable.router_learning_rate, auxiliary
     trainer.stopping = stopping
+    trainer.tell, trainer.uncounted = progress.warn, router.capture.paused
     if loaded.model.config._attn_implementation == VARLEN:
         trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
     return Prepared(trainer, run, checkpoint, memory, census, arch, progress, router, stopping)
+
+
+def _ended(run: RunFolder, checkpoint: Path | None) -> dict[str, Any] | None:
+    """The summary of a run that has ended and saved everything; None where something is left to do.
+
+    An alarm's stop is no end, nor is one whose last checkpoint has been lost since.
+    """
+    if not ((run.root / "summary.json").is_file() and run.adapter.is_dir()):
+        return None
+    summary: dict[str, Any] = json.loads((run.root / "summary.json").read_text(encoding="utf-8"))
+    lost = checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) < summary["steps"]
+    return None if lost or summary["stopped_by"] is not None else summary
 
 
 def run_steps(ready: Prepared, recipe: Recipe) -> dict[str, float]:

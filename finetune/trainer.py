@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -23,13 +23,18 @@ from trl import SFTTrainer
 from finetune.activations import ActivationPlan
 from finetune.adapter import Adapter, load_non_moe
 from finetune.arch import is_router
-from finetune.data.batching import TokenBudgetBatches, row_lengths
+from finetune.data.loaders import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
 from finetune.model import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.stopping import Stopping
 from finetune.trainable import trained_tensors
+
+# What TRL averages over the batches of an evaluation.
+_TOKEN_MEANS = ("entropy", "mean_token_accuracy")
+# In a checkpoint's state: the sum of losses since the last log.
+_LOSSES = "MoeTrainer"
 
 
 class MoeTrainer(SFTTrainer):
@@ -40,11 +45,15 @@ class MoeTrainer(SFTTrainer):
     tokens_per_batch: int | None = None
     model: Any  # upstream allows None, which ends with __init__
     processing_class: Any
+    state: Any  # upstream's type of `stateful_callbacks` is that of its argument
     args: Any  # TRL's configuration, where upstream says transformers'
     optimizer: Any  # accelerate's around torch's
     _stepped = False
     _operations_per_token: float | None = None
-    _held_out: torch.Tensor  # sum of negative log-likelihoods, number of supervised tokens
+    _held_out: torch.Tensor  # of all processes: sum of negative log-likelihoods, number of supervised tokens
+    _batches_left = 0  # of an evaluation, those that are this process's own
+    uncounted: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # no router is watched
+    tell: Callable[[str], None] = staticmethod(warnings.warn)  # what the user should know, from the main process
     router_learning_rate: float | None = None  # None: the run's
     auxiliary: AuxiliaryLoss | None = None
     stopping: Stopping | None = None
@@ -61,9 +70,30 @@ class MoeTrainer(SFTTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
             self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and no wrapper
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            self.args.eval_on_start = False  # that was before the first step
         with self.auxiliary or contextlib.nullcontext():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream's; none where the checkpoint is that of the last step, which upstream asks only after a step."""
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._take_up_losses()
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _take_up_losses(self) -> None:
+        """After a resume: the sums of which `loss` and `train_loss` are means, as they were at the checkpoint."""
+        logged = [entry for entry in self.state.log_history if "loss" in entry]
+        steps = [0, *(entry["step"] for entry in logged)]
+        self._globalstep_last_logged = steps[-1]
+        counted = zip(logged, steps, steps[1:], strict=False)
+        self._total_loss_scalar = float(sum(entry["loss"] * (step - before) for entry, before, step in counted))
+        saved = self.state.stateful_callbacks.get(_LOSSES, {"attributes": {"not_logged": 0.0}})
+        self._tr_loss += saved["attributes"]["not_logged"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -73,8 +103,13 @@ class MoeTrainer(SFTTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not self.model.training:
-            tokens = (inputs["labels"][:, 1:] != -100).sum()
-            self._held_out = self._held_out + torch.stack([loss.detach().double() * tokens, tokens]).cpu()
+            own = (inputs["labels"][:, 1:] != -100).sum()
+            # A batch of another process's rows has none, and its mean may be 0 / 0.
+            nll = torch.where(own > 0, loss.detach().double() * own, 0.0)
+            sums = self.accelerator.reduce(torch.stack([nll, own.double()]), reduction="sum")
+            self._held_out = self._held_out + sums.cpu()
+            for name in _TOKEN_MEANS:  # of the batches of all processes
+                self._metrics["eval"][name][-1] *= sums[1].item()
             return result
         if self.stopping is not None:
             self.stopping.loss(loss)
@@ -135,7 +170,7 @@ class MoeTrainer(SFTTrainer):
         self.auxiliary.begin_step()
         if self.args.gradient_accumulation_steps == 1:
             return
-        if not (self._stepped and model.training):  # as in `training_step`
+        if not (self._stepped and self.model.training):  # as in `training_step`
             model.train()
             self.optimizer.train()
 
@@ -154,8 +189,9 @@ class MoeTrainer(SFTTrainer):
         batches, self._ahead = self._ahead, None
         if batches is not None:
             self._begin_auxiliary(model, batches)
-        # A fresh PEFT wrapper says that it trains, whatever it wraps: the first step always goes through.
-        if not (self._stepped and model.training):
+        # A fresh PEFT wrapper says that it trains, whatever it wraps: the first step always goes through. So does one
+        # after an evaluation, which is of the model inside DDP.
+        if not (self._stepped and self.model.training):
             self._stepped = True
             return super().training_step(model, *args, **kwargs)
         model.train = lambda mode=True: model
@@ -172,27 +208,56 @@ class MoeTrainer(SFTTrainer):
         return round(self._operations_per_token * tokens)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Upstream's, or one of batches of `tokens_per_batch` tokens."""
-        if self.tokens_per_batch is None:
+        """Loads this process's share of the rows, so that a resumed run takes those that are left of the epoch."""
+        batches = training_batches(
+            self, budget=self.tokens_per_batch, pad_to_multiple_of=self.args.pad_to_multiple_of or 1
+        )
+        if batches is None:
             return super().get_train_dataloader()
-        return token_budget_loader(self, self.tokens_per_batch, pad_to_multiple_of=self.args.pad_to_multiple_of or 1)
+        if self.accelerator.is_main_process and batches.repeated:
+            self.tell(
+                f"{batches.repeated} rows are trained on a second time at the end of each epoch, so that each of "
+                f"{self.accelerator.num_processes} processes has a batch"
+            )
+        return own_loader(self, self.train_dataset, batches, "training")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Loads this process's share of the held-out rows."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = held_out_batches(self, rows)
+        self._batches_left = batches.own
+        return own_loader(self, rows, batches, "evaluation")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._held_out = torch.zeros(2, dtype=torch.float64)
         return super().evaluate(*args, **kwargs)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Puts the auxiliary losses beside `loss`, and makes `eval_loss` the mean over tokens.
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; a batch that only keeps this process in step with the others counts for nothing."""
+        self._batches_left -= 1
+        if self._batches_left >= 0:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        with self.uncounted():
+            nothing = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+            return super().prediction_step(model, nothing, *args, **kwargs)
 
-        transformers averages the means of evaluation batches, which gives the tokens of short answers more weight than
-        those of long ones.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Puts the auxiliary losses beside `loss`, and makes means over tokens of what an evaluation logs, and over
+        the run's steps of `train_loss`.
+
+        Upstream averages the means of evaluation batches, which gives the tokens of short answers more weight than
+        those of long ones, and depends on how rows fall into batches; and its `train_loss` knows only the steps since a
+        resume.
         """
         if "loss" in logs and self.auxiliary is not None:
             logs |= self.auxiliary.logs()
         if "eval_loss" in logs:
-            device = self.accelerator.device
-            nll, tokens = self.accelerator.reduce(self._held_out.to(device), reduction="sum").tolist()
+            nll, tokens = self._held_out.tolist()
             logs["eval_loss"] = nll / max(tokens, 1.0)
+            for name in _TOKEN_MEANS:
+                self._metrics["eval"][name] = [sum(self._metrics["eval"][name]) / max(tokens, 1.0)]
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def tuned_tensors(self) -> dict[str, torch.Tensor]:
@@ -229,6 +294,9 @@ class MoeTrainer(SFTTrainer):
         """Writes a checkpoint to its end, or removes it, so that it does not hold the space that going on needs."""
         assert self.args.output_dir is not None
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        not_logged = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean").item()
+        # The one part of upstream's state that takes entries of others.
+        self.state.stateful_callbacks[_LOSSES] = {"args": {}, "attributes": {"not_logged": not_logged}}
         try:
             with full_disk_explained(folder, then="the run then continues with --resume"):
                 super()._save_checkpoint(model, trial)
@@ -243,27 +311,3 @@ class MoeTrainer(SFTTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_non_moe(unwrapped, Path(resume_from_checkpoint))
-
-
-def token_budget_loader(trainer: Any, budget: int, *, pad_to_multiple_of: int = 1) -> DataLoader:
-    """A trainer's training data in batches of at most `budget` tokens, padding included.
-
-    The batches are this process's own, so accelerate does not deal them out again: behind its shard of a batch sampler
-    a resumed run would not be told the epoch.
-    """
-    batches = TokenBudgetBatches(
-        row_lengths(trainer.train_dataset),
-        budget,
-        seed=trainer.args.seed,
-        process=trainer.accelerator.process_index,
-        processes=trainer.accelerator.num_processes,
-        pad_to_multiple_of=pad_to_multiple_of,
-    )
-    loader = DataLoader(
-        trainer._remove_unused_columns(trainer.train_dataset, description="training"),
-        batch_sampler=batches,
-        collate_fn=trainer.data_collator,
-        num_workers=trainer.args.dataloader_num_workers,
-        pin_memory=trainer.args.dataloader_pin_memory,
-    )
-    return prepare_data_loader(loader, trainer.accelerator.device, num_processes=1, process_index=0, put_on_device=True)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from finetune.signals import Interrupted, Signals
 from finetune.stopping import Stopping, rows_of
 from finetune.trainer import MoeTrainer
 from tests.conftest import REPOSITORY
-from tests.running import run_finetune
+from tests.running import contents, run_finetune
 
 Write = Callable[..., Path]
 
@@ -243,7 +244,7 @@ def test_what_a_launcher_passes_on_counts_once(monkeypatch: pytest.MonkeyPatch) 
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_stopped_run_goes_on_by_the_command_that_it_prints(
+def test_a_stopped_run_goes_on_by_the_command_that_it_prints_and_an_ended_one_stays(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = MoeTrainer.training_step
@@ -268,6 +269,28 @@ def test_a_stopped_run_goes_on_by_the_command_that_it_prints(
     resumed = run_finetune(*shlex.split(command)[1:], "--json")
     assert resumed.status == 0, resumed.stderr
     assert resumed.document["steps"] == 6
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    # The mean of all six, also of those before the resume.
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mean = sum(line["loss"] for line in lines if "loss" in line) / 6
+    assert resumed.document["train_loss"] == pytest.approx(mean, rel=1e-6)
+
+    # An end within an epoch: nothing is left to do.
+    before = contents(run)
+    again = run_finetune("train", recipe, "--resume")
+    assert again.status == 0, again.stderr
+    assert f"{run} ended after 6 steps and everything is saved: nothing to do\n" in again.stdout
+    assert contents(run) == before
+
+    # As if it had been killed in its last save.
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "adapter")
+    (run / "summary.json").unlink()
+    saved = run_finetune("train", recipe, "--resume", "--json")
+    assert saved.status == 0, saved.stderr
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert saved.document["steps"] == 6
+    assert saved.document["train_loss"] == pytest.approx(mean, rel=1e-6)
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 

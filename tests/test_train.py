@@ -96,7 +96,8 @@ def test_batches_of_a_token_budget_train(write_recipe: Write, tmp_path: Path, co
 
 
 def test_same_seed_same_run_and_exact_resume(write_recipe: Write, tmp_path: Path) -> None:
-    training = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "cosine"}
+    # The checkpoint lies between two logs: the second one also counts what came before it.
+    training = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "cosine", "logging_steps": 3}
     lora = {"lora": {"dropout": 0.1}}  # a random number every step: resume must restore the generators too
     whole = write_recipe("whole.yaml", training=training, trainable=lora, output={"dir": str(tmp_path / "whole")})
     assert run_finetune("train", whole).status == 0
@@ -112,6 +113,8 @@ def test_same_seed_same_run_and_exact_resume(write_recipe: Write, tmp_path: Path
     resumed = run_finetune("train", again, "--resume")
     assert resumed.status == 0, resumed.stderr
     assert losses(run) == expected
+    ends = [json.loads((path / "summary.json").read_text())["train_loss"] for path in (tmp_path / "whole", run)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
     for name in ("adapter/adapter_model.safetensors",):
         a, b = load_file(tmp_path / "whole" / name), load_file(run / name)
         assert all(torch.equal(a[key], b[key]) for key in a)

@@ -2,17 +2,18 @@
 
 Why: rows of 46 tokens beside one of 2,000 are mostly padding. How, from best to simplest: packing fills rows of
 `max_length` by TRL's best-fit-decreasing, whole examples only; batches of a token budget have as many rows of about one
-length as fit, padding included; length-grouped batches are transformers' own (`train_sampling_strategy:
-group_by_length`), which works with TRL's rows as it is.
+length as fit, padding included; length-grouped batches (`train_sampling_strategy: group_by_length`) are transformers'
+own. Whatever the kind, what an epoch takes and in which order follows from the seed and the epoch alone, so that a
+resumed run takes what was left; and processes share the rows out among themselves, so that each row comes once.
 
 Share of real tokens in an epoch of 20,000 rows, lengths drawn from the bundled set: see `tests/data/test_batching.py`.
-Leaves out the collator, and the loader that takes batches of a budget: `finetune/trainer.py`.
+Leaves out the collator, and the loaders that take these batches: `loaders.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -98,13 +99,93 @@ def _grouped_order(lengths_N: np.ndarray, batch_size: int, seed: int) -> np.ndar
     return np.array(get_length_grouped_indices(lengths_N.tolist(), batch_size, generator=generator))
 
 
+Order = Callable[[int], np.ndarray]  # of an epoch: row numbers
+
+
+def in_order(rows: int) -> Order:
+    """As they stand in the data."""
+    return lambda epoch: np.arange(rows)
+
+
+def shuffled(rows: int, seed: int) -> Order:
+    """The permutations that accelerate's seedable sampler draws."""
+    import torch
+
+    return lambda epoch: torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
+
+
+def grouped(lengths_N: np.ndarray, size: int, seed: int) -> Order:
+    """transformers' order of similar lengths, for `size` rows at a time."""
+    return lambda epoch: _grouped_order(lengths_N, size, seed + epoch)
+
+
+class RowBatches:
+    """Batches of so many row numbers, for one of several processes: a `batch_sampler`.
+
+    Every row comes once an epoch. Of the last step's rows each process gets as many as any other, or one more; where
+    there are fewer of them than processes, the step before gives some. A process that is left without a row all the
+    same, which takes batches of one row, repeats one.
+
+    Args:
+        order: the row numbers of an epoch; the same in every process.
+        rows, batch_size: of the data, and of a process's batch.
+        process, processes: this one's number, and how many share the rows.
+        drop_last: leave out the rows that do not fill a batch of every process.
+
+    Attributes:
+        repeated: rows that some process sees again at the end of an epoch.
+        own: how many of this process's batches, the first ones, are of rows that no other process sees.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        rows: int,
+        batch_size: int,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        assert 0 <= process < processes, "a process that is not one of them"
+        self.epoch = 0
+        self._order, self._process, self._processes = order, process, processes
+        step = batch_size * processes
+        self._counts = [step] * (rows // step)  # rows of each step, of all processes
+        left = 0 if drop_last else rows % step
+        if left:
+            self._counts.append(left)
+            if left < processes and rows > step and batch_size > 1:
+                self._counts[-2:] = [step - (processes - left), processes]
+        last = self._counts[-1] if self._counts else processes
+        self.repeated = max(processes - last, 0)
+        self.own = len(self._counts) - (process >= last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; the same epoch always has the same."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of this process in an epoch."""
+        return len(self._counts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        row_N = self._order(self.epoch)
+        begin = 0
+        for count in self._counts:
+            share = np.array_split(row_N[begin : begin + count], self._processes)[self._process]
+            yield share.tolist() or [int(row_N[self._process % len(row_N)])]
+            begin += count
+
+
 class TokenBudgetBatches:
     """Batches of row numbers whose padded size, rows times longest row, is at most a budget: a `batch_sampler`.
 
     Every row comes once an epoch. Rows are sorted into buckets of lengths within 9% of each other; an epoch shuffles
     the rows of a bucket, and the batches. A batch is measured by its longest bucket, so that its number of rows, and
     with it the number of batches, is the same in every epoch: the trainer counts its steps once. Each process gets as
-    many batches as any other; where they do not come out even, batches are halved.
+    many batches as any other; where they do not come out even, batches are halved, and where they are single rows then,
+    the shortest rows are repeated.
 
     Args:
         lengths: tokens of each row.
@@ -112,6 +193,9 @@ class TokenBudgetBatches:
         seed: with the epoch, what the order depends on; the same in every process.
         process, processes: this one's number, and how many share the batches.
         pad_to_multiple_of: as the collator's.
+
+    Attributes:
+        repeated: rows that some process sees again at the end of an epoch.
 
     Raises:
         DataError: a row is longer than the budget.
@@ -147,8 +231,7 @@ class TokenBudgetBatches:
             np.sort(self._bucket_N)[::-1]
         ].tolist()  # of rows by bucket, as they are batched: long ones first
         self._counts = _even(_cut(sizes, budget), processes)
-        # With fewer rows than processes at the end, the shortest are seen again so that all processes have a batch.
-        self._again = -len(self._counts) % processes
+        self.repeated = -len(self._counts) % processes
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order; the same epoch always has the same."""
@@ -156,13 +239,13 @@ class TokenBudgetBatches:
 
     def __len__(self) -> int:
         """Batches of this process in an epoch."""
-        return (len(self._counts) + self._again) // self._processes
+        return (len(self._counts) + self.repeated) // self._processes
 
     def __iter__(self) -> Iterator[list[int]]:
         draw = np.random.default_rng([self._seed, self.epoch])
         row_N = np.lexsort((draw.permutation(len(self._bucket_N)), -self._bucket_N))
         batches = np.split(row_N, np.cumsum(self._counts)[:-1]) if self._counts else []
-        batches += [row_N[-1 - i % len(row_N) :][:1] for i in range(self._again)]
+        batches += [row_N[-1 - i % len(row_N) :][:1] for i in range(self.repeated)]
         order = draw.permutation(len(batches))
         for number in order[self._process :: self._processes]:
             yield batches[number].tolist()

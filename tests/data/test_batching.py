@@ -19,12 +19,21 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from finetune.data.batching import TokenBudgetBatches, pack, packing_efficiency, padding_efficiency, row_lengths
+from finetune.data.batching import (
+    RowBatches,
+    TokenBudgetBatches,
+    pack,
+    packing_efficiency,
+    padding_efficiency,
+    row_lengths,
+    shuffled,
+)
+from finetune.data.loaders import training_batches
 from finetune.errors import DataError
-from tests.data import budget_run
+from tests.data import loader_run
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -179,48 +188,90 @@ def test_padding_efficiency_on_the_bundled_mix(mix: np.ndarray) -> None:
 # ---- in the trainer -------------------------------------------------------------------------------------------------
 
 
-def seen_by(out: Path, process: int = 0) -> dict[str, Any]:
-    return json.loads((out / f"seen-{process}.json").read_text(encoding="utf-8"))
+KINDS = ("budget", "random", "sequential", "group_by_length")
+
+
+def seen_by(out: Path, kind: str, process: int = 0) -> dict[str, Any]:
+    return json.loads((out / f"{kind}-{process}.json").read_text(encoding="utf-8"))
 
 
 def epochs_of(seen: list[list[int]], per_epoch: int) -> list[list[list[int]]]:
     return [seen[begin : begin + per_epoch] for begin in range(0, len(seen), per_epoch)]
 
 
-def test_the_trainer_takes_them_with_accumulation_and_resumes(tmp_path: Path) -> None:
-    budget_run.main(tmp_path, 2, 3)
-    whole = seen_by(tmp_path)
+def rows_of(batches: list[list[int]]) -> list[int]:
+    return sorted(row for batch in batches for row in batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_takes_the_rows_that_were_left(tmp_path: Path, kind: str) -> None:
+    """With accumulation, from within the first epoch and within the second."""
+    loader_run.run(tmp_path, kind, 2, 3)
+    whole = seen_by(tmp_path, kind)
     per_epoch = whole["per_epoch"]
-    steps = 2 * -(-per_epoch // 3)
-    assert whole["steps"] == whole["max_steps"] == steps
-    first, second = epochs_of(whole["seen"], per_epoch)
-    for epoch in (first, second):
-        assert sorted(row for batch in epoch for row in batch) == list(range(75))
-    assert first != second
-    # Resumed within the second epoch: exactly what was left of it.
-    saved = -(-per_epoch // 3) + 3 - -(-per_epoch // 3) % 3  # the first checkpoint of the second epoch, at a third step
-    budget_run.main(tmp_path, 2, 3, checkpoint=tmp_path / "run" / f"checkpoint-{saved}")
-    resumed = seen_by(tmp_path)
-    done = (saved - -(-per_epoch // 3)) * 3
-    assert resumed["seen"] == second[done:]
+    in_epoch = -(-per_epoch // 3)  # steps
+    assert whole["steps"] == whole["max_steps"] == 2 * in_epoch
+    epochs = epochs_of(whole["seen"], per_epoch)
+    for epoch in epochs:
+        assert rows_of(epoch) == list(range(75))
+    assert (epochs[0] != epochs[1]) is (kind != "sequential")
+    second = in_epoch + 3 - in_epoch % 3  # the first checkpoint of the second epoch, at a third step
+    for saved, batches in ((3, 9), (second, per_epoch + (second - in_epoch) * 3)):
+        loader_run.run(tmp_path, kind, 2, 3, checkpoint=tmp_path / kind / f"checkpoint-{saved}")
+        assert seen_by(tmp_path, kind)["seen"] == whole["seen"][batches:], saved
 
 
 @pytest.mark.slow
 def test_two_processes_share_an_epoch(tmp_path: Path) -> None:
+    """75 rows in batches of four are nine steps of eight rows and one of three."""
     done = subprocess.run(
-        [sys.executable, budget_run.__file__, str(tmp_path), "2"],
+        [sys.executable, loader_run.__file__, str(tmp_path), "2", *KINDS],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [seen_by(tmp_path, process) for process in range(2)]
-    assert found[0]["per_epoch"] == found[1]["per_epoch"]
-    assert found[0]["steps"] == found[1]["steps"] == found[0]["max_steps"]
-    epochs = [epochs_of(one["seen"], one["per_epoch"]) for one in found]
-    for mine, other in zip(*epochs, strict=True):
-        assert sorted(row for batch in mine + other for row in batch) == list(range(75))
+    for kind in KINDS:
+        found = [seen_by(tmp_path, kind, process) for process in range(2)]
+        assert found[0]["per_epoch"] == found[1]["per_epoch"]
+        assert found[0]["steps"] == found[1]["steps"] == found[0]["max_steps"]
+        epochs = [epochs_of(one["seen"], one["per_epoch"]) for one in found]
+        for mine, other in zip(*epochs, strict=True):
+            assert rows_of(mine + other) == list(range(75)), kind
+        assert rows_of(found[0]["held_out"] + found[1]["held_out"]) == list(range(75)), kind
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_row_comes_once_whatever_the_processes(processes: int, size: int) -> None:
+    for rows in range(1, 30):
+        shares = [
+            RowBatches(shuffled(rows, 3), rows, size, process=process, processes=processes)
+            for process in range(processes)
+        ]
+        batches = [list(share) for share in shares]
+        steps = -(-rows // (size * processes))
+        assert [len(share) for share in shares] == [len(one) for one in batches] == [steps] * processes
+        assert all(1 <= len(batch) <= size for one in batches for batch in one)
+        own = [one[: share.own] for one, share in zip(batches, shares, strict=True)]
+        assert rows_of([batch for one in own for batch in one]) == list(range(rows))
+        repeated = sum(len(one) - share.own for one, share in zip(batches, shares, strict=True))
+        assert [share.repeated for share in shares] == [repeated] * processes
+        if size > 1 and rows >= processes:
+            assert repeated == 0
+
+
+def test_one_process_takes_the_rows_that_upstream_takes(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[number] for number in range(23)]})
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[], seed=7)
+    trainer = Trainer(loader_run.Model(), args, train_dataset=rows)
+    upstream, batches = trainer.get_train_dataloader(), training_batches(trainer)
+    assert batches is not None
+    for epoch in (0, 1, 5):
+        upstream.set_epoch(epoch)
+        batches.set_epoch(epoch)
+        assert [batch["input_ids"][:, 0].tolist() for batch in upstream] == list(batches)
 
 
 def test_length_grouped_batches_are_transformers_own(

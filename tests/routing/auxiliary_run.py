@@ -8,9 +8,6 @@ LoRA's B, which begins at zero, is drawn first, so that every gradient says some
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from transformers import TrainerCallback
 from finetune.console import Report
 from finetune.recipe import load_recipe
 from finetune.train import Prepared, prepare
+from tests.processes import be_processes
 
 
 class KeepGradients(TrainerCallback):
@@ -59,27 +57,5 @@ def step(path: Path) -> dict[str, torch.Tensor]:
     return kept.gradients
 
 
-def _be(rank: int, processes: int, port: int, recipes: list[str]) -> None:
-    """One of several processes, with the environment that torchrun gives it."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
-    for recipe in recipes:
-        step(Path(recipe))
-
-
-def _start(processes: int, recipes: list[str]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # what is imported comes along
-    started = [context.Process(target=_be, args=(rank, processes, port, recipes)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=300)
-    sys.exit(max(1 if process.exitcode is None else abs(process.exitcode) for process in started))
-
-
 if __name__ == "__main__":
-    _start(int(sys.argv[1]), sys.argv[2:])
+    be_processes(lambda: [step(Path(recipe)) for recipe in sys.argv[2:]], int(sys.argv[1]))

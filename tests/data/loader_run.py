@@ -1,14 +1,11 @@
-"""A training run on batches of a token budget; `python budget_run.py OUT PROCESSES` makes it in several processes.
+"""A training run that remembers the rows it saw; `python loader_run.py OUT PROCESSES KIND...` makes runs in processes.
 
-Each process writes what it saw to OUT/seen-RANK.json: the rows of every batch, in order.
+Each process writes what it saw to OUT/KIND-RANK.json: the rows of every batch, in order.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from finetune.trainer import token_budget_loader
+from finetune.data.loaders import held_out_batches, own_loader, training_batches
+from tests.processes import be_processes
 
 BUDGET, ROWS, SAVED_AT = 64, 75, 3
 LENGTHS = np.random.default_rng(0).integers(1, 30, ROWS)
@@ -35,30 +33,38 @@ class Model(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         self.seen.append(input_ids[:, 0].tolist())
+        torch.rand(len(input_ids))  # as dropout would; nothing that is seen may depend on it
         return {"loss": (self.weight * labels.float()).sum()}
 
 
-class BudgetTrainer(Trainer):
-    """A plain trainer with the loader of ours."""
+class OwnTrainer(Trainer):
+    """A plain trainer with the loaders of ours."""
+
+    budget: int | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        return token_budget_loader(self, BUDGET)
+        batches = training_batches(self, budget=self.budget)
+        assert batches is not None
+        return own_loader(self, self.train_dataset, batches, "training")
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([row["input_ids"] + [-1] * (longest - len(row["input_ids"])) for row in rows])
-    assert ids.numel() <= BUDGET
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def main(out: Path, epochs: int, accumulation: int, *, checkpoint: Path | None = None) -> None:
+def run(out: Path, kind: str, epochs: int, accumulation: int, *, checkpoint: Path | None = None) -> None:
+    """Trains on batches of a token budget, or of four rows in the order of a `train_sampling_strategy`."""
     rows = Dataset.from_dict({"input_ids": [[number] * int(length) for number, length in enumerate(LENGTHS)]})
     model = Model()
     args = TrainingArguments(
-        output_dir=str(out / "run"),
+        output_dir=str(out / kind),
         num_train_epochs=epochs,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
         gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="random" if kind == "budget" else kind,
         save_strategy="steps",
         save_steps=SAVED_AT,
         report_to=[],
@@ -66,38 +72,19 @@ def main(out: Path, epochs: int, accumulation: int, *, checkpoint: Path | None =
         disable_tqdm=True,
         seed=11,
     )
-    trainer: Any = BudgetTrainer(model, args, data_collator=collate, train_dataset=rows)
+    trainer: Any = OwnTrainer(model, args, data_collator=collate, train_dataset=rows)
+    trainer.budget = BUDGET if kind == "budget" else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    held_out = held_out_batches(trainer, rows)
     document = {
         "seen": model.seen,
         "steps": trainer.state.global_step,
         "max_steps": trainer.state.max_steps,
         "per_epoch": len(trainer.get_train_dataloader()),
+        "held_out": list(held_out)[: held_out.own],
     }
-    rank = trainer.accelerator.process_index
-    (out / f"seen-{rank}.json").write_text(json.dumps(document), encoding="utf-8")
-
-
-def _be(rank: int, processes: int, port: int, out: Path) -> None:
-    """One of several processes, with the environment that torchrun gives it."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    main(out, epochs=2, accumulation=2)
-
-
-def _start(out: Path, processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # what is imported comes along
-    started = [context.Process(target=_be, args=(rank, processes, port, out), daemon=True) for rank in range(processes)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=300)
-    sys.exit(max(1 if process.exitcode is None else abs(process.exitcode) for process in started))
+    (out / f"{kind}-{trainer.accelerator.process_index}.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _start(Path(sys.argv[1]), int(sys.argv[2]))
+    be_processes(lambda: [run(Path(sys.argv[1]), kind, 2, 2) for kind in sys.argv[3:]], int(sys.argv[2]))

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import FinetuneError
-from finetune.signals import Interrupted, Signals
+from finetune.signals import Interrupted, Signals, is_main
 
 # Consecutive steps without a finite loss and gradient after which a run stops.
 PATIENCE = 3
@@ -160,16 +160,16 @@ class Stopping(TrainerCallback):
 
         Raises:
             Interrupted: a signal.
-            FinetuneError: steps without a finite loss and gradient.
+            FinetuneError: steps without a finite loss and gradient; in the main process.
         """
         saved = f"checkpoint-{step}" if self.finite_weights else None
-        if self.faulty:
+        if self.faulty and is_main():  # one message; the others end as they are
             numbers = [number for number, _ in self.faulty]
             rows = list(dict.fromkeys(name for _, names in self.faulty for name in names))
             then = f", then: {goes_on}" if goes_on and saved else ""
             raise FinetuneError(
                 f"the loss or its gradient was NaN or infinite in {len(numbers)} steps in a row ({numbers[0]} to "
-                f"{numbers[-1]}): the run stopped and no adapter was written. These updates were not applied, and "
+                f"{numbers[-1]}): the run stopped and no adapter was written. No such gradient was applied: "
                 + (f"{saved} holds the last finite weights" if saved else "the weights were not finite before them"),
                 where=f"the batches of these steps: {_listed(rows)}",
                 fix=f"look at these rows and at training.learning_rate, and start again; or skip these rows{then}"

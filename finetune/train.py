@@ -138,6 +138,7 @@ def train(
         if ready.stopping.stopped:
             PartialState().wait_for_everyone()  # the main process has saved
             ready.stopping.explain(step=ready.trainer.state.global_step, goes_on=goes_on)
+            return {}
         summary = _save(ready, recipe, report, metrics)
         signals.goes_on = None
 

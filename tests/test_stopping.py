@@ -134,7 +134,7 @@ def test_three_such_steps_in_a_row_stop_a_run() -> None:
         run.stopping.explain(step=6, goes_on="again")
     assert str(stop.value) == (
         "the loss or its gradient was NaN or infinite in 3 steps in a row (4 to 6): the run stopped and no adapter was "
-        "written. These updates were not applied, and checkpoint-6 holds the last finite weights\n"
+        "written. No such gradient was applied: checkpoint-6 holds the last finite weights\n"
         "  where: the batches of these steps: rows row 4, row 5, row 6\n"
         "  fix: look at these rows and at training.learning_rate, and start again; or skip these rows, then: again"
     )

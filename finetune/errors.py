@@ -66,5 +66,9 @@ class DeviceError(FinetuneError):
     """A device that the recipe asks for and the machine does not have."""
 
 
+class EngineError(FinetuneError):
+    """An answer that the engine could not finish: its model's numbers, its device, or a fault of ours."""
+
+
 class HubError(FinetuneError):
     """A repository on the hub that cannot be reached, read or written."""

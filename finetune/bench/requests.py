@@ -21,10 +21,12 @@ class _Times:
         self.engine = engine
         self.tokens: list[float] = []
         self.stats: EngineStats | None = None
+        self.end: FinishedEvent | None = None
         self.finished = threading.Event()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, FinishedEvent):
+            self.end = event
             self.finished.set()
             return
         self.tokens.append(time.perf_counter())
@@ -73,4 +75,6 @@ def _submit(engine: Engine, batch: int, context: int, tokens: int, seed: int) ->
         engine.submit(Request(tuple(ids), Sampling(max_new_tokens=tokens, ignore_eos=True)), listener)
     for listener in listeners:
         listener.finished.wait()
+        if listener.end is not None and listener.end.error is not None:
+            raise listener.end.error
     return listeners

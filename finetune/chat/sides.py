@@ -92,7 +92,9 @@ def summary(engine: Engine, side: Side) -> str:
         said.append(f"{(len(side.times) - 1) / (side.times[-1] - side.times[0]):.1f} tokens/s")
     if side.end is None:
         return ", ".join(said)
-    if side.end.reason == "cancelled":
+    if side.end.error is not None:
+        said.append(side.end.error.what)
+    elif side.end.reason == "cancelled":
         said.append("stopped")
     elif is_full(engine, side.end):
         said.append(f"the model's length of {engine.max_length:,} tokens is full")

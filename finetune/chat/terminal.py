@@ -39,7 +39,11 @@ def chat_in_terminal(session: Session, screen: Screen) -> None:
 
 
 def _answer(session: Session, screen: Screen, request: Request) -> None:
-    """Streams an answer and keeps it, and says how fast it came."""
+    """Streams an answer and keeps it, and says how fast it came.
+
+    Raises:
+        EngineError: the answer could not be finished; what was said of it is not kept.
+    """
     answering = Answering(session.engine, [request])
     text, times = "", []
     with stopped_by_interrupt(answering.cancel):
@@ -49,6 +53,9 @@ def _answer(session: Session, screen: Screen, request: Request) -> None:
             text += piece
             screen.write(piece)
     assert isinstance(event, FinishedEvent), "the last event of a request"
+    if event.error is not None:
+        screen.write("\n" if text else "")
+        raise event.error
     if text:
         screen.write("\n")
         session.keep(text.strip())

@@ -41,6 +41,7 @@ def generate(
 
     Raises:
         DataError: an empty prompt, one longer than the model's positions, or no chat template.
+        EngineError: the answer could not be finished, of logits that are NaN for example.
     """
     ids = encode_prompt(engine.tokenizer_of(None), prompt, raw=raw)
     if len(ids) >= engine.max_length:
@@ -58,6 +59,8 @@ def generate(
         if isinstance(event, FinishedEvent):
             break
     assert isinstance(event, FinishedEvent)
+    if event.error is not None:
+        raise event.error
     return Answer("".join(pieces).strip(), event.prompt_tokens, event.completion_tokens)
 
 

@@ -1,7 +1,7 @@
 """The pool of keys and values, in pages of 64 tokens, and who owns which page.
 
-A request's pages are reserved when it is admitted, for its prompt and all it may generate, so no running answer is ever
-thrown out of the cache to make room. Page 0 belongs to nobody: rows that pad a batch to its bucket write there.
+A row gets a page when a token is about to need it; who makes room where none is left is `batch.py`'s business. Page 0
+belongs to nobody: rows that pad a batch to its bucket write there, and so does a probe.
 """
 
 from __future__ import annotations
@@ -38,14 +38,22 @@ class PagePool:
     def used(self) -> int:
         return self.pages - len(self._free)
 
-    def take(self, count: int) -> list[int] | None:
-        """So many pages, or None if they are not free now."""
-        if count > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(count)]
+    def extend(self, pages: list[int], tokens: int, *, spare: int = 0) -> bool:
+        """Adds pages to a row's until they hold so many tokens; adds none if fewer than `spare` would be left.
+
+        Returns:
+            Whether the row's pages hold so many tokens.
+        """
+        wanted = pages_for(tokens) - len(pages)
+        if wanted > 0 and wanted + spare > len(self._free):
+            return False
+        pages += [self._free.pop() for _ in range(wanted)]
+        return True
 
     def give_back(self, pages: list[int]) -> None:
+        """Takes a row's pages, all of them."""
         self._free += pages
+        pages.clear()
 
     def write(self, layer: int, slots_T: Tensor, key_TGD: Tensor, value_TGD: Tensor) -> None:
         """Writes tokens to the flat places `slots` (page * PAGE + offset, int64)."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_LOGPROBS = 20
 
 
@@ -94,8 +94,9 @@ class FinishedEvent:
 
     Attributes:
         text: what had been held back and belongs to the answer.
-        reason: stop (end of sequence, or a stop text), length (max_new_tokens, or no room left), cancelled.
+        reason: stop (end of sequence, or a stop text), length (max_new_tokens, or no room left), cancelled, error.
         stop: the stop text that was met, if one was.
+        error: why the answer could not go on; what was told before it stands.
     """
 
     reason: FinishReason
@@ -103,6 +104,7 @@ class FinishedEvent:
     completion_tokens: int
     text: str = ""
     stop: str | None = None
+    error: FinetuneError | None = None
 
 
 Event = TokenEvent | FinishedEvent

@@ -98,12 +98,16 @@ class Runner:
         self._adapter_T = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._page_TP = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
         self._graphs: dict[int, _Graph] = {}
+        self._page_counts: list[int] = []  # of each row, in the table
         self._last: list[object] = []
         self._last_chosen: Tensor | None = None
 
-    def reserve(self, tokens: int) -> list[int] | None:
-        """Pages for so many tokens, or None until others are given back."""
-        return self.pool.take(pages_for(tokens))
+    def probe(self) -> None:
+        """Runs a token through the base and waits for it; raises whatever torch does where nothing works any more."""
+        with self.active(0):
+            prefill(self.causal, [[0]], [[0]], self.pool)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def active(self, selector: int) -> Iterator[None]:
@@ -139,6 +143,7 @@ class Runner:
         samplings: Sequence[RowSampling],
     ) -> tuple[Tensor, Callable[[], Chosen]]:
         """The first token of each prompt's answer: on the device [N], and a function that waits for it on the host."""
+        self._last = []
         with self.active(selector):
             logits = prefill(self.causal, prompts, pages, self.pool)
         chosen = choose(logits, samplings)
@@ -164,11 +169,19 @@ class Runner:
         bucket = min(1 << (count - 1).bit_length(), self._token_T.numel())
         if self._cache_counts is not None:
             bucket = count  # rows that pad a batch would have experts fetched
-        if self._last_chosen is not None and list(rows) == self._last:
+        goes_on = self._last_chosen is not None and list(rows) == self._last
+        self._last = []  # until this step has run
+        if goes_on and self._last_chosen is not None:
             self._token_T[:count].copy_(self._last_chosen)
             self._position_T[:count] += 1
         else:
-            self._arrange(tokens, positions, pages, selectors)
+            self._token_T[:count] = torch.stack([source[index] for source, index in tokens])
+            self._send(self._position_T, positions)
+            self._send(self._adapter_T, selectors)
+        counts = [len(own) for own in pages]
+        if not goes_on or counts != self._page_counts:
+            self._send_pages(pages)
+            self._page_counts = counts
         logits = self._logits(bucket)
         chosen = choose(logits[:count], samplings)
         self._last, self._last_chosen = list(rows), chosen.token_T
@@ -183,22 +196,17 @@ class Runner:
         _, hits, misses = self._cache_counts_read.sum(0).tolist()
         return CacheStats(hits, misses, self._expert_bytes)
 
-    def _arrange(
-        self,
-        tokens: Sequence[tuple[Tensor, int]],
-        positions: Sequence[int],
-        pages: Sequence[Sequence[int]],
-        selectors: Sequence[int],
-    ) -> None:
-        count, width = len(tokens), self._page_TP.shape[1]
+    def _send_pages(self, pages: Sequence[Sequence[int]]) -> None:
         table = torch.zeros(self._page_TP.shape, dtype=torch.int32)
         for row, own in enumerate(pages):
-            table[row, : min(len(own), width)] = torch.tensor(own[:width], dtype=torch.int32)
-        self._page_TP.copy_(table)
-        self._token_T[:count] = torch.stack([source[index] for source, index in tokens])
-        for target, values in ((self._position_T, positions), (self._adapter_T, selectors)):
-            padded = [*values, *[0] * (target.numel() - count)]
-            target.copy_(torch.tensor(padded, dtype=torch.int32))
+            table[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        self._send(self._page_TP, table)
+
+    def _send(self, target: Tensor, values: Sequence[int] | Tensor) -> None:
+        """Writes the values to the beginning of `target` and zeros behind them; the host does not wait."""
+        host = torch.zeros(target.shape, dtype=target.dtype, pin_memory=target.is_cuda)
+        host[: len(values)] = torch.as_tensor(values, dtype=target.dtype)
+        target.copy_(host, non_blocking=True)
 
     def _logits(self, bucket: int) -> Tensor:
         if self.device.type != "cuda":

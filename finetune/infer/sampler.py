@@ -26,12 +26,21 @@ class RowSampling:
     def __init__(self, sampling: Sampling, prompt: Sequence[int]):
         self.sampling = sampling
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
+        self._drawn: list[float] = []
+        self._next = 0
         self._prompt = prompt
         self._seen_V: Tensor | None = None
 
     def draw(self) -> float:
         """The random number of the next token: 0 or more, below 1."""
-        return self._random.random()
+        if self._next == len(self._drawn):
+            self._drawn.append(self._random.random())
+        self._next += 1
+        return self._drawn[self._next - 1]
+
+    def go_to(self, tokens: int) -> None:
+        """The next token is the one after so many: a pass that failed has drawn for nothing."""
+        self._next = min(tokens, len(self._drawn))
 
     def seen(self, logits_TV: Tensor) -> Tensor | None:
         """bool [V] of the prompt's and the answer's tokens, made on first use by the thread that samples."""

@@ -63,8 +63,7 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Response:
-        desk.require_service()
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(desk.health())
 
     @app.get("/metrics")
     async def metrics() -> Response:

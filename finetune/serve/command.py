@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.console import Report
-from finetune.errors import FinetuneError
+from finetune.errors import EngineError, FinetuneError
 from finetune.infer.engine import Engine
 from finetune.infer.loading import parse_adapters
 from finetune.infer.settings import EngineSettings
@@ -57,7 +57,8 @@ def serve(
         allowed_hosts, cors_origins: see `gate.py`.
 
     Raises:
-        FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used.
+        FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used; an engine that
+            failed for good.
     """
     named = parse_adapters(adapters)
     key = read_key(key_file, os.environ)
@@ -82,6 +83,12 @@ def serve(
         finally:
             gc.unfreeze()
             engine.close(drain=not server.stopped_at_once)
+        if engine.failure is not None:
+            raise EngineError(
+                f"the engine failed: {type(engine.failure).__name__}: {engine.failure}",
+                where=path,
+                fix="start the server again; the traceback is in its log",
+            ) from engine.failure
 
 
 def read_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:

@@ -57,9 +57,19 @@ class Desk:
     def require_service(self) -> None:
         """Raises Refusal while stopping, and after the engine died."""
         if self.engine.failure is not None:
-            raise Refusal(503, "the engine has failed; the server must be restarted", code="engine_failed")
+            raise Refusal(503, "the engine has failed; the server is about to stop", code="engine_failed")
         if self.stopping:
             raise Refusal(503, "the server is stopping; ask another one or later", code="stopping")
+
+    def health(self) -> dict[str, object]:
+        """That the engine answers, and how often a fault of its own ended all that ran, if one did.
+
+        Raises:
+            Refusal: as `require_service`.
+        """
+        self.require_service()
+        restarts = self.engine.restarts
+        return {"status": "ok", **({"engine_restarts": restarts} if restarts else {})}
 
     def require_model(self, name: str | None) -> str:
         """The name of a model, the first one's for None; raises Refusal if there is none of that name."""

@@ -68,10 +68,16 @@ class Reply(Response):
         completion = sum(end.completion_tokens for end in ends if end is not None)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _broken_off(self) -> Refusal:
-        """Why an answer was cancelled by somebody else than its client."""
+    def _broken_off(self) -> Refusal | None:
+        """Why an answer was not finished, where its client is not the reason; None if all were."""
+        ends = [answer.finished for answer in self._answers.all]
+        broken = [end for end in ends if end is not None and end.reason in ("cancelled", "error")]
+        if not broken:
+            return None
         if self._desk.engine.failure is not None:
             return Refusal(503, "the engine failed while it answered", code="engine_failed")
+        if broken[0].error is not None:
+            return Refusal(500, broken[0].error.what, code="engine_error")
         return Refusal(503, "the server stopped while it answered", code="stopping")
 
 
@@ -88,14 +94,13 @@ class WholeReply(Reply):
                     tokens[number].append(event)
         if self._gone:
             return
+        if (refusal := self._broken_off()) is not None:
+            response = Response(refusal.body(), refusal.status, refusal.headers(), "application/json")
+            await response(scope, receive, send)
+            return
         choices = []
         for answer in self._answers.all:
             assert answer.finished is not None
-            if answer.finished.reason == "cancelled":
-                refusal = self._broken_off()
-                response = Response(refusal.body(), refusal.status, refusal.headers(), "application/json")
-                await response(scope, receive, send)
-                return
             number = answer.number
             text = "".join(texts[number])
             choices.append(self._form.whole(number, text, tokens[number], answer.finished.reason))
@@ -145,7 +150,7 @@ class StreamedReply(Reply):
         pieces = []
         for number, text in texts.items():
             told, end = tokens.get(number, ()), ends.get(number)
-            if end is not None and end.reason == "cancelled":
+            if end is not None and end.reason in ("cancelled", "error"):
                 continue
             if text or told or end is not None:
                 pieces.append(self._piece(self._form.piece(number, text, told, None if end is None else end.reason)))
@@ -155,8 +160,8 @@ class StreamedReply(Reply):
         return self._head + json.dumps(choice).encode("ascii") + self._tail
 
     def _end(self) -> bytes:
-        if any(answer.finished is not None and answer.finished.reason == "cancelled" for answer in self._answers.all):
-            return b"data: " + self._broken_off().body() + b"\n\n"
+        if (refusal := self._broken_off()) is not None:
+            return b"data: " + refusal.body() + b"\n\n"
         usage = b""
         if self._with_usage:
             document = {**self._document, "choices": [], "usage": self._usage()}

@@ -3,7 +3,8 @@
 The first SIGTERM or SIGINT lets every request that was let in finish while new ones hear 503; the second ends them
 where they are. Sockets are bound before the model is loaded, so that a port in use is found out at once. They listen
 after it, and only once signals are handled: no client is ever connected to a process that a signal would end on the
-spot.
+spot. That the engine has failed for good is told to clients for some seconds; then the server ends, so that whoever
+supervises the process starts another.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from finetune.web.protocol import LimitedProtocol
 
 # How long clients may take, once the answers have ended, to read what was sent, and to hear 503.
 FLUSH_SECONDS = 10
+# How long clients hear 503 of an engine that has failed.
+FAILED_SECONDS = 5.0
 # A launcher such as `timeout` signals the process and its group; what comes again within this time is the same signal.
 RELAYED_SECONDS = 1.0
 
@@ -68,6 +71,7 @@ class Server(uvicorn.Server):
         self._desk, self._ready = desk, ready
         self._asked_at = -math.inf
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ends: float | None = None
 
     def begin_stop(self, *, at_once: bool = False) -> None:
         """From any thread. The event loop looks ten times a second."""
@@ -96,7 +100,11 @@ class Server(uvicorn.Server):
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._desk.stopping and not (self._desk.open or self._desk.entered):
+        now = asyncio.get_running_loop().time()
+        if self._desk.engine.failure is not None and self._ends is None:
+            self._ends = now + FAILED_SECONDS
+        stopped = self._desk.stopping and not (self._desk.open or self._desk.entered)
+        if stopped or (self._ends is not None and now >= self._ends):
             self.should_exit = True
         return await super().on_tick(counter)
 

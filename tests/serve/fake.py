@@ -46,6 +46,7 @@ class FakeEngine:
         self.tokenizer = bundled_tokenizer()
         self.settings: Any = _Settings(max_batch)
         self.failure: BaseException | None = None
+        self.restarts = 0
         self._held = False
         self._closed = False
         self._open: list[FakeTicket] = []

@@ -67,7 +67,9 @@ def test_a_client_that_leaves_frees_its_place(engine: FakeEngine, served: Servin
     assert eventually(lambda: sample in httpx.get(served.root + "/metrics").text)
 
 
-def test_a_dead_engine(engine: FakeEngine, served: Serving) -> None:
+def test_a_dead_engine(engine: FakeEngine, served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks hears 503, and then the server ends."""
+    monkeypatch.setattr("finetune.serve.server.FAILED_SECONDS", 1.0)
     engine.hold(True)
     failed: list[openai.APIError] = []
 
@@ -93,6 +95,8 @@ def test_a_dead_engine(engine: FakeEngine, served: Serving) -> None:
         ask(served)
     health = httpx.get(served.root + "/health")
     assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_failed")
+    served.thread.join(20)
+    assert not served.thread.is_alive()
 
 
 def test_stopping_lets_answers_finish_and_takes_no_more(engine: FakeEngine, served: Serving) -> None:

@@ -1,0 +1,294 @@
+"""The rows that decode together: who waits, who runs, who makes room, and whose fault it is.
+
+Waiting rows are admitted first come first served while places and pages last, a page is added when a row's next token
+needs one, and where none is left the row that came last makes room: its pages go to those before it, and it waits,
+first in line, until its prompt and what it has said can be computed anew. Its answer is the same as if it had never
+waited, but for the rounding of a prompt's pass beside that of steps: no random number is drawn twice. A row is admitted
+only while a page is left for every fourth that runs, which lasts them some 16 steps, so that rows do not come and go.
+
+What goes wrong with one row ends that row. A pass of several rows that fails is run again row by row, and a row that
+fails alone is ended with the error; a probe of the model then tells whether anything still works. If not, the exception
+goes on to the engine.
+
+Leaves out: swapping pages to the host; a long answer that is computed anew costs one prompt of its length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from finetune.errors import EngineError, FinetuneError
+from finetune.infer.request import Event, FinishedEvent, FinishReason, Request, TokenEvent
+from finetune.infer.runner import Runner
+from finetune.infer.sampler import Chosen, RowSampling
+from finetune.infer.text import AnswerText
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """Since the start: prompt tokens of admitted requests, tokens told, requests, and those that ended badly."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    preempted: int = 0
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way.
+
+    Attributes:
+        model: the name that it goes by.
+        end_ids: tokens that end the answer.
+        limit: tokens of the answer at most.
+        cancelled: set from any thread.
+        tokens: what the listener was told.
+        newest: its last token, on the device.
+        launched: tokens asked of the device.
+    """
+
+    request: Request
+    listen: Callable[[Event], None]
+    model: str
+    selector: int
+    end_ids: frozenset[int]
+    limit: int
+    text: AnswerText
+    sampling: RowSampling
+    cancelled: bool = False
+    pages: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    newest: tuple[Tensor, int] = field(default_factory=lambda: (torch.empty(0), 0))
+    launched: int = 0
+    finished: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of what was said."""
+        return len(self.request.ids) + len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """Where the newest launched token will be written."""
+        return len(self.request.ids) + self.launched - 1
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Tokens on their way from the device, of these rows."""
+
+    rows: list[Row]
+    ready: Callable[[], Chosen]
+
+
+class Batch:
+    """The rows of one runner; used by the engine's thread alone, but for reading how many there are."""
+
+    def __init__(self, runner: Runner, max_batch: int, counters: Counters):
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self._runner, self._max_batch, self._counters = runner, max_batch, counters
+        self._pending: deque[_Pending] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running or self._pending)
+
+    def turn(self) -> None:
+        """One step of all rows, after those that join and leave.
+
+        Raises:
+            Exception: nothing works any more.
+        """
+        self._drop_finished()
+        self._admit()
+        rows = self._with_pages([row for row in self.running if row.launched < row.limit and not row.finished])
+        if rows:
+            self._pending += self._attempt(rows, self._step)
+        # The newest step runs on the device while those before it are told.
+        while len(self._pending) > (1 if rows else 0):
+            self._tell(self._pending.popleft())
+
+    def end(self, error: FinetuneError | None) -> None:
+        """Ends all rows where they are, by the error if there is one, and gives their pages back."""
+        for row in [*self.running, *self.waiting]:
+            if not row.finished:
+                with self._boundary(row):
+                    self._finish(row, "cancelled" if error is None else "error", error)
+        self._pending.clear()
+        self._drop_finished()
+
+    # ---- joining and leaving ---------------------------------------------------------------------------------------
+
+    def _drop_finished(self) -> None:
+        for row in [*self.running, *self.waiting]:
+            if row.cancelled and not row.finished:
+                with self._boundary(row):
+                    self._finish(row, "cancelled")
+            if row.finished:
+                # What the device still writes there comes before what the next owner writes.
+                self._runner.pool.give_back(row.pages)
+        self.running = [row for row in self.running if not row.finished]
+        self.waiting = deque(row for row in self.waiting if not row.finished)
+
+    def _admit(self) -> None:
+        admitted: list[Row] = []
+        while self.waiting and len(self.running) < self._max_batch:
+            row = self.waiting[0]
+            on_its_way = len(row.tokens) < row.launched  # the last token before it made room
+            if on_its_way or not self._runner.pool.extend(row.pages, row.length + 1, spare=len(self.running) // 4):
+                break
+            self.running.append(self.waiting.popleft())
+            admitted.append(row)
+            if not row.tokens:
+                self._counters.prompt_tokens += len(row.request.ids)
+        for rows in self._runner.prompt_batches(admitted, lambda row: (row.selector, row.length)):
+            self._pending += self._attempt(rows, self._prefill)
+
+    def _with_pages(self, rows: list[Row]) -> list[Row]:
+        """Those of the rows, in the order in which they came, that have a page for their newest token."""
+        number = 0
+        while number < len(rows):
+            if self._runner.pool.extend(rows[number].pages, rows[number].position + 1):
+                number += 1
+            else:
+                self._make_wait(rows.pop())
+        return rows
+
+    def _make_wait(self, row: Row) -> None:
+        self._runner.pool.give_back(row.pages)
+        self.running.remove(row)
+        self.waiting.appendleft(row)
+        self._counters.preempted += 1
+
+    # ---- the device ------------------------------------------------------------------------------------------------
+
+    def _attempt(self, rows: list[Row], run: Callable[[list[Row]], _Pending]) -> list[_Pending]:
+        """Runs the rows together or, if that fails, each alone; ends those that fail alone."""
+        try:
+            return [run(rows)]
+        except Exception as error:  # noqa: BLE001 # of one request, for all that is known; see the file
+            for row in rows:
+                row.sampling.go_to(row.launched)
+            if len(rows) == 1:
+                self._runner.probe()
+                self._fail(rows[0], error)
+                return []
+        return [pending for row in rows for pending in self._attempt([row], run)]
+
+    def _prefill(self, rows: list[Row]) -> _Pending:
+        tokens, ready = self._runner.prefill(
+            rows[0].selector,
+            [(*row.request.ids, *row.tokens) for row in rows],
+            [row.pages for row in rows],
+            [row.sampling for row in rows],
+        )
+        return self._launched(rows, tokens, ready)
+
+    def _step(self, rows: list[Row]) -> _Pending:
+        tokens, ready = self._runner.step(
+            rows,
+            [row.newest for row in rows],
+            [row.position for row in rows],
+            [row.pages for row in rows],
+            [row.selector for row in rows],
+            [row.sampling for row in rows],
+        )
+        return self._launched(rows, tokens, ready)
+
+    def _launched(self, rows: list[Row], tokens: Tensor, ready: Callable[[], Chosen]) -> _Pending:
+        for number, row in enumerate(rows):
+            row.launched, row.newest = row.launched + 1, (tokens, number)
+        return _Pending(rows, ready)
+
+    # ---- telling ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, pending: _Pending) -> None:
+        try:
+            chosen = pending.ready()
+        except Exception as error:  # noqa: BLE001 # the device tells late what went wrong
+            self._runner.probe()
+            for row in pending.rows:
+                self._fail(row, error)
+            return
+        tokens, finite = chosen.token_T.tolist(), chosen.finite_T.tolist()
+        for number, row in enumerate(pending.rows):
+            if row.finished or row.cancelled:
+                continue
+            with self._boundary(row):
+                if finite[number]:
+                    self._tell_token(row, tokens[number], chosen, number)
+                else:
+                    self._finish(row, "error", _not_finite(row))
+
+    def _tell_token(self, row: Row, token: int, chosen: Chosen, number: int) -> None:
+        row.tokens.append(token)
+        self._counters.completion_tokens += 1
+        sampling = row.request.sampling
+        ends = token in row.end_ids and not sampling.ignore_eos
+        text = "" if ends else row.text.add(token)
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
+        if sampling.logprobs is not None and chosen.logprob_T is not None:
+            logprob, top = float(chosen.logprob_T[number]), _top(chosen, number, sampling.logprobs)
+        row.listen(TokenEvent(token, text, logprob, top))
+        if ends or row.text.stop is not None:
+            self._finish(row, "stop")
+        elif len(row.tokens) == row.limit:
+            self._finish(row, "length")
+
+    @contextlib.contextmanager
+    def _boundary(self, row: Row) -> Iterator[None]:
+        """What goes wrong inside ends this row."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 # the boundary of one request; see the file
+            self._fail(row, error)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        log.error("an error ended an answer of %s", row.model, exc_info=error)
+        if not row.finished:
+            shown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            explained = EngineError(
+                f"an error in the engine ended the answer: {shown}",
+                where=f"model {row.model}",
+                fix="the traceback is in the log; other answers go on",
+            )
+            with self._boundary(row):
+                self._finish(row, "error", explained)
+
+    def _finish(self, row: Row, reason: FinishReason, error: FinetuneError | None = None) -> None:
+        row.finished = True
+        self._counters.cancelled += reason == "cancelled"
+        self._counters.failed += reason == "error"
+        text = "" if error is not None else row.text.end()
+        if row.text.stop is not None and reason == "length":
+            reason = "stop"
+        row.listen(FinishedEvent(reason, len(row.request.ids), len(row.tokens), text, row.text.stop, error))
+
+
+def _not_finite(row: Row) -> EngineError:
+    return EngineError(
+        f"the model {row.model!r} gave NaN or infinity where the next token's logits should be",
+        where=f"after {len(row.request.ids)} tokens of the prompt and {len(row.tokens)} of the answer",
+        fix="look for NaN in its weights; an adapter whose training loss became NaN has to be trained again",
+    )
+
+
+def _top(chosen: Chosen, number: int, count: int) -> tuple[tuple[int, float], ...]:
+    assert chosen.top_ids is not None
+    assert chosen.top_logprobs is not None
+    ids, values = chosen.top_ids[number, :count].tolist(), chosen.top_logprobs[number, :count].tolist()
+    return tuple(zip(ids, values, strict=True))

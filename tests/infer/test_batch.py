@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.arch import MoeArch
 from finetune.errors import EngineError
 from finetune.infer.engine import RESTARTS, Engine
 from finetune.infer.pages import page_bytes
@@ -20,6 +21,7 @@ from finetune.infer.request import Event, FinishedEvent, Request, Sampling, Toke
 from finetune.infer.sampler import RowSampling
 from finetune.infer.settings import EngineSettings
 from finetune.infer.text import AnswerText
+from finetune.model import read_config
 
 IDS = tuple(range(3, 20))
 
@@ -38,14 +40,11 @@ def broken_adapter(saved_adapter: Path, tmp_path_factory: pytest.TempPathFactory
 
 def engine_with(path: Path, pages: int | None = None, **settings: Any) -> Engine:
     """An engine whose pool has so many pages."""
-    engine = Engine.load(str(path), device="cpu", settings=EngineSettings(**settings, kv_gib=0.1))
     if pages is not None:
-        size = page_bytes(engine.loaded.arch, torch.float32)
-        engine.close()
-        engine = Engine.load(
-            str(path), device="cpu", settings=EngineSettings(**settings, kv_gib=(pages + 1) * size / 2**30)
-        )
-        assert engine.stats().kv_pages == pages
+        size = page_bytes(MoeArch.from_config(read_config(str(path))), torch.float32)
+        settings["kv_gib"] = (pages + 1) * size / 2**30
+    engine = Engine.load(str(path), device="cpu", settings=EngineSettings(**settings))
+    assert pages in (None, engine.stats().kv_pages)
     return engine
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune.adapter import add_adapters, save_adapter
 from finetune.arch import MoeArch
 from finetune.attention import read_packing
-from finetune.infer.pages import PAGE, PagePool, pages_for
+from finetune.infer.pages import PAGE, PagePool
 from finetune.infer.prefill import prefill
 from finetune.infer.step import DecodeStep
 from finetune.model import BaseSpec, load_base
@@ -80,7 +80,8 @@ def test_equals_the_models_forward(family: str, overrides: dict[str, Any], atten
     arch = MoeArch.from_config(model.config.to_dict())
     pool = PagePool(arch, 12, torch.float32, torch.device("cpu"))
     ids = prompts(arch.vocab)
-    pages = [pool.take(pages_for(len(row) + 2)) for row in ids]
+    pages: list[list[int]] = [[] for _ in ids]
+    assert all(pool.extend(own, len(row) + 2) for own, row in zip(pages, ids, strict=True))
     after_prompt = prefill(model, ids, pages, pool)
     expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
     torch.testing.assert_close(after_prompt, expected, atol=TOLERANCE, rtol=0)
@@ -114,10 +115,10 @@ def test_each_row_goes_by_its_own_adapter(small_mixtral: Path, tmp_path: Path) -
     pool = PagePool(arch, 20, torch.float32, loaded.device)
     row = [*prompts(arch.vocab)[1], 9]
     names = [None, *kinds]
-    pages, expected = [], []
-    for name in names:
-        own = pool.take(1)
-        pages.append(own)
+    pages: list[list[int]] = [[] for _ in names]
+    expected = []
+    for name, own in zip(names, pages, strict=True):
+        pool.extend(own, len(row))
         if name is None:
             with model.disable_adapter():
                 prefill(causal, [row[:-1]], [own], pool)

@@ -5,9 +5,8 @@ one is quantized and decoded expert by expert, which gives the bytes that traini
 quantized by itself (`kernels/nf4.py`), in the dtype that the adapter records. Original: what is stored, untouched.
 
 All of it runs in pieces that stay in the processor's cache: whole, one of Mixtral's matrices makes temporaries of half
-a gigabyte, and takes three to six times as long (2 cores). Of a weight's 37 ns in bitsandbytes' quantizer on a CPU 30
-are a search for the level; here a table finds it, with the same result. Where only the values are wanted they come from
-the table too, and no bytes are made: 3 ns a weight instead of 11 for both ways (1 core).
+a gigabyte, and takes three to six times as long (2 cores). Where only the values are wanted they come from a table, and
+no bytes are made: 3 ns a weight instead of 11 for both ways (1 core).
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from torch import Tensor
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
 from finetune.export import buffers
 from finetune.export.tensors import Tensors
-from finetune.kernels.nf4 import BLOCK, NESTED_BLOCK, Nf4Stack, dynamic_map
+from finetune.kernels.nf4 import Nf4Stack, quantize_stack
 from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.nf4_quantize import BLOCK, NESTED_BLOCK, dynamic_map, quantize_scales
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, stack_type
 from finetune.quant.config import AttentionStorage
 
@@ -137,63 +137,14 @@ class TrainedBase:
 
 
 def encode(matrix_OI: Tensor) -> Nf4Stack:
-    """A stack of one from [out, in]: the bytes of `quantize_stack`, made piece by piece."""
-    out, in_ = matrix_OI.shape
-    pieces = matrix_OI.contiguous().view(-1).split(_PIECE)
-    codes, scales = zip(*(_encode_piece(piece) for piece in pieces), strict=True)
-    indices, nested, offset = _encode_scales(torch.cat(scales))
-    return Nf4Stack(torch.cat(codes).view(1, out, in_ // 2), indices.unsqueeze(0), nested.unsqueeze(0), offset.view(1))
-
-
-def _encode_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 indices, float32 nested scales and the offset of float32 [n]: the second quantization.
-
-    The offset's last bit is of the order of the sum, as in bitsandbytes: it can differ with the number of threads.
-    """
-    offset = absmax.mean()
-    indices, nested = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, dynamic_map(_CPU), NESTED_BLOCK)
-    return indices, nested, offset
+    """A stack of one from [out, in]."""
+    return quantize_stack(matrix_OI.unsqueeze(0))
 
 
 def _decode_scales(indices: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     code = dynamic_map(_CPU)
     scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(indices, nested, code, NESTED_BLOCK, torch.float32)
     return scales + offset
-
-
-def _encode_piece(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [n / 2] codes and float32 [n / 64] scales of [n], by the arithmetic of bitsandbytes' CPU operator.
-
-    A weight's code is the number of midpoints between levels that lie below it. With the interval from -1 to 1 cut into
-    cells of which none holds two midpoints, that is the number below the cell, and one more if it is above the cell's
-    own midpoint. No midpoint is so near to a cell's edge that the rounding of x + 1 could matter.
-    """
-    blocks = weights.float().view(-1, BLOCK)
-    absmax = blocks.abs().amax(1)
-    x = (blocks * (1.0 / absmax.clamp(min=1e-38).view(-1, 1))).clamp_(-1, 1).view(-1)
-    cell = (x + 1).mul_(_CELLS / 2).to(torch.int32).clamp_(0, _CELLS)
-    codes = _BELOW.index_select(0, cell)
-    codes += x > _MIDPOINT_IN.index_select(0, cell)
-    pairs = codes.view(torch.int16)  # the even column in the low byte, to go to the high nibble
-    return ((pairs & 0xF) << 4 | pairs >> 8).to(torch.uint8), absmax
-
-
-def _table() -> tuple[Tensor, Tensor]:
-    """For every cell, uint8 midpoints below it and float32 the one inside, infinity without."""
-    levels = torch.tensor(NF4_CODE)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    places = (midpoints.double() + 1) * (_CELLS / 2)
-    cells = places.long()
-    assert len(cells.unique()) == len(cells), "a cell holds two midpoints"
-    assert ((places - places.round()).abs() > 0.01).all(), "a midpoint lies on the edge of a cell"
-    below = torch.searchsorted(cells, torch.arange(_CELLS + 1)).to(torch.uint8)
-    inside = torch.full((_CELLS + 1,), torch.inf)
-    inside[cells] = midpoints
-    return below, inside
-
-
-_CELLS = 2**12
-_BELOW, _MIDPOINT_IN = _table()
 
 
 def decode(stack: ExpertStack, dtype: torch.dtype) -> Tensor:
@@ -229,7 +180,8 @@ def trained_values(matrix_OI: Tensor, dtype: torch.dtype) -> Tensor:
         torch.amax(torch.bitwise_and(piece, 0x7FFF, out=magnitudes[: len(piece)]), 1, out=into)
     if not (((top >= _SHIFTED.start) & (top < _SHIFTED.stop)) | (top == 0)).all():
         return decode(encode(matrix_OI), dtype)
-    scales = _decode_scales(*_encode_scales(top.view(torch.bfloat16).float()))
+    indices, nested, offset = quantize_scales(top.view(torch.bfloat16).float().unsqueeze(0))
+    scales = _decode_scales(indices[0], nested[0], offset)
     table = ((top & 0x7F).to(torch.int32) * (2 * _STEPS)).view(-1, 1)
     # A block of zeros has any absmax above zero.
     top.clamp_(min=_SHIFTED.start)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, code_of, dynamic_map
+from finetune.kernels.nf4 import Nf4Stack, code_of
+from finetune.kernels.nf4_quantize import NESTED_BLOCK, dynamic_map
 from finetune.kernels.operators import HAS_TRITON, define
 from finetune.kernels.rows import sort_by_expert
 from finetune.kernels.stacks import ExpertStack, dequantize_expert, stack_of

@@ -6,9 +6,9 @@ section 3). That makes an expert's bytes independent of its neighbours, so the s
 offloaded and served, and equal `bitsandbytes.functional.quantize_4bit` of the matrix. Quantizing the fused
 [E, out, in] tensor in one go would not: its 8-bit scales differ by 0.28% (relative), since the mean is shared.
 
-The codec's arithmetic is bitsandbytes' own operators; on CUDA with triton, dequantization is one kernel that decodes
-the scales too (bitsandbytes makes three passes), with the same bits. `dequantize_reference` is the same in plain torch,
-as the truth for tests.
+Quantizing is nf4_quantize.py's, with the same bytes on every device. Dequantizing is bitsandbytes' own operators; on
+CUDA with triton one kernel that decodes the scales too (bitsandbytes makes three passes), with the same bits.
+`dequantize_reference` is the same in plain torch, as the truth for tests.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.nf4_quantize import BLOCK, NESTED_BLOCK, dynamic_map, quantize_codes, quantize_scales
 from finetune.kernels.operators import HAS_TRITON, define
 
 if HAS_TRITON:
     from finetune.kernels import triton_kernels
-
-BLOCK = 64  # weights per scale
-NESTED_BLOCK = 256  # scales per nested scale
 
 
 class Nf4Stack(NamedTuple):
@@ -76,25 +74,10 @@ def quantize_stack(weight_EOI: Tensor) -> Nf4Stack:
     """Quantizes [E, out, in] (float32, bfloat16 or float16) expert by expert; the result lives on the same device."""
     experts, out, in_ = weight_EOI.shape
     stack = empty_stack(experts, out, in_, weight_EOI.device)
-    for expert, matrix in enumerate(weight_EOI):
-        packed, state = bnb.quantize_4bit(
-            matrix.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-        )
-        stack.packed[expert] = packed.view(out, in_ // 2)
-        stack.absmax[expert] = state.absmax
-        stack.nested_absmax[expert] = state.state2.absmax
-        stack.offset[expert] = state.offset
-    return stack
-
-
-def dynamic_map(device: torch.device) -> Tensor:
-    """float32 [256]: bitsandbytes' signed dynamic 8-bit code, in which the scales are kept."""
-    if device not in _DYNAMIC_MAPS:
-        _DYNAMIC_MAPS[device] = bnb.create_dynamic_map().to(device)
-    return _DYNAMIC_MAPS[device]
-
-
-_DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
+    scales = torch.empty(stack.absmax.shape, dtype=torch.float32, device=weight_EOI.device)
+    for matrix, packed, scales_of in zip(weight_EOI, stack.packed, scales, strict=True):
+        quantize_codes(matrix, packed.view(-1), scales_of)
+    return Nf4Stack(stack.packed, *quantize_scales(scales))
 
 
 def code_of(device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from finetune.kernels.nf4 import (
     empty_stack,
     quantize_stack,
 )
+from finetune.kernels.nf4_quantize import quantize_scales
 from finetune.kernels.stacks import dequantize_expert
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +63,37 @@ def test_bits_equal_bitsandbytes_of_each_expert(shape: tuple[int, int, int], dty
         assert torch.equal(stack.absmax[expert], state.absmax)
         assert torch.equal(stack.nested_absmax[expert], state.state2.absmax)
         assert torch.equal(stack.offset[expert], state.offset)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    """Nor on the order in which a device would sum: any number of scales has the sum of one thread."""
+    weight = random_weights((2, 1024, 2560), torch.float32)  # 40,960 scales, which torch's sum would share out
+    one = quantize_stack(weight)
+    torch.set_num_threads(3)
+    three = quantize_stack(weight)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    for count in (1, 5, 7, 8, 31, 33, 100, 127, 1000, 4095, 33_333, 700_001):
+        scales = torch.rand(1, count, generator=torch.Generator().manual_seed(count))
+        assert quantize_scales(scales)[2] == scales[0].mean(), count
+
+
+def test_8_bit_codes_of_scales_equal_bitsandbytes_at_every_edge() -> None:
+    """Of its table of 65,536 cells, both ways of every edge; and where all scales are equal."""
+    edges = ((torch.arange(65535, dtype=torch.float64) + 0.5) / 65535 * 2 - 1).float()
+    around = torch.cat([edges, edges.nextafter(torch.tensor(2.0)), edges.nextafter(torch.tensor(-2.0))])
+    values = torch.cat([around, around.new_zeros(-len(around) % 127)]).view(-1, 127)
+    values = torch.cat([values, torch.ones(len(values), 1)], 1).view(-1, 32)
+    # Each beside its negative in the order of the sum: their mean is 0, and the edges stay where they are.
+    scales = torch.stack([values, -values], 1).view(1, -1)
+    code = dynamic_map(torch.device("cpu"))
+    indices, nested, offset = quantize_scales(scales)
+    expected, absmax = torch.ops.bitsandbytes.quantize_blockwise(scales[0] - offset, code, 256)
+    assert offset == 0
+    assert torch.equal(nested[0], absmax)
+    assert torch.equal(indices[0], expected)
+    same = torch.full((1, 300), 0.25)
+    assert torch.equal(quantize_scales(same)[0], torch.zeros(1, 300, dtype=torch.uint8))
 
 
 def test_bits_do_not_depend_on_neighbours_or_strides() -> None:

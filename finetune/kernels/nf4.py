@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from finetune.kernels.nf4_code import NF4_CODE
@@ -124,6 +124,27 @@ def stack_of_linear(layer: Linear4bit) -> Nf4Stack:
         state.absmax.view(1, -1),
         state.state2.absmax.view(1, -1),
         state.offset.view(1),
+    )
+
+
+def quantized_parameter(weight_OI: Tensor, layer: Linear4bit) -> Params4bit:
+    """The parameter of bitsandbytes' layer with the bytes of `quantize_stack`, for a weight [out, in]."""
+    packed, absmax, nested_absmax, offset = quantize_stack(weight_OI.unsqueeze(0))
+    device = weight_OI.device
+    nested = bnb.QuantState(nested_absmax[0], code=dynamic_map(device), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    state = bnb.QuantState(
+        absmax[0],
+        shape=weight_OI.shape,
+        code=code_of(device).clone(),  # transformers saves no tensor that two share
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=weight_OI.dtype,
+        offset=offset[0],
+        state2=nested,
+    )
+    layer.quant_state = state
+    return Params4bit(
+        packed.view(-1, 1), quant_state=state, blocksize=BLOCK, quant_type="nf4", module=layer, bnb_quantized=True
     )
 
 

@@ -53,7 +53,7 @@ def quantize_scales(absmax_EN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     cells = x.nan_to_num_(0.0).clamp_(-1, 1).add_(1).mul_(0.5).mul_(_SCALE_CELLS).add_(0.5).to(torch.int32)
     indices = _scale_codes(absmax_EN.device).index_select(0, cells.view(-1)).view(experts, -1, NESTED_BLOCK)
     indices.masked_fill_((nested == 0).unsqueeze(2), 0)
-    return indices.view(experts, -1)[:, :count].contiguous(), nested, offset_E
+    return indices.view(experts, -1)[:, :count].clone(), nested, offset_E
 
 
 def _quantize_piece(weights: Tensor, packed: Tensor, scales: Tensor) -> None:

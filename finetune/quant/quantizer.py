@@ -9,7 +9,7 @@ parameter names and is read as it is.
 A weight is cast to the load dtype before it is quantized, as upstream casts every tensor: a bf16 checkpoint gives the
 same bits in float32 and bfloat16, and other bits in float16 where that cannot hold a value.
 
-Left to upstream: 4-bit attention in all its parts (bitsandbytes' layer, its quantize and deserialize operations).
+Left to upstream: the layer of 4-bit attention (bitsandbytes'), and reading a saved one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize, replace_with_bnb_linear
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, replace_with_bnb_linear
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import ModelError
-from finetune.kernels.nf4 import BLOCK
+from finetune.kernels.nf4 import quantized_parameter
+from finetune.kernels.nf4_quantize import BLOCK
 from finetune.kernels.stacks import ExpertStorage
 from finetune.quant.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
 from finetune.quant.experts import QuantizedExperts
@@ -170,11 +171,10 @@ class Moe4bitQuantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    """Fused experts into their module; attention by upstream's operation."""
+    """Fused experts into their module, attention into bitsandbytes' parameter."""
 
     def __init__(self, quantizer: Moe4bitQuantizer):
         self.quantizer = quantizer
-        self.linear = Bnb4bitQuantize(quantizer)
 
     def convert(  # type: ignore[override]  # upstream passes every argument by name
         self,
@@ -196,8 +196,8 @@ class _Quantize(ConversionOps):
             # log: told when loading has ended.
             self.quantizer.misshapen[full_layer_name] = (tuple(value.shape), tuple(expected))
             return {}
-        if not isinstance(module, QuantizedExperts):
-            return self.linear.convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
+        if isinstance(module, Linear4bit):
+            return {full_layer_name: quantized_parameter(value, module)}
         module.quantize(name, value)
         assert missing_keys is not None
         missing_keys.discard(full_layer_name)

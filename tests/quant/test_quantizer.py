@@ -203,7 +203,7 @@ def test_round_trip_is_exact_and_quantizes_nothing(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("quantized again")
 
-    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", refuse)
+    monkeypatch.setattr("finetune.kernels.nf4.quantize_codes", refuse)
     again = reload(tmp_path / "once")
     assert again.dtype == dtype
     assert again.config.quantization_config.attention == attention

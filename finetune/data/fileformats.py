@@ -26,6 +26,7 @@ from finetune.data.reading import CHUNK_ROWS, SAVE_AS_UTF8, Reader, SizeUnit, di
 from finetune.data.rows import RawChunk, RowFault
 from finetune.errors import DataError
 
+ONLY_SPLIT = "train"  # what a single file is, as `datasets` has it
 _HASHED_WHOLE = 1 << 30  # larger files are recognized by size and time of change
 _BAD_RECORD = RowFault(
     "bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)", fix=SAVE_AS_UTF8
@@ -49,6 +50,10 @@ class FileReader(Reader):
         with self.path.open("rb") as file:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         return digest(kind, content.hexdigest())
+
+    def splits(self) -> dict[str, FileReader]:
+        """Readers of the splits that the file names; all of it is one where it names none."""
+        return {ONLY_SPLIT: self}
 
     def _value_chunks(self, index: int, rows: Iterator[tuple[list[Any], int]]) -> Iterator[tuple[RawChunk, int]]:
         """Chunks of values, their positions running on; an empty list is no chunk."""
@@ -84,11 +89,18 @@ class JsonLines(FileReader):
 
 
 class JsonList(FileReader):
-    """A JSON document that is a list of rows, or an object with one list of rows in it."""
+    """A JSON document that is a list of rows, or an object with lists of rows in it."""
 
-    def __init__(self, path: Path, *, name: str, rows: list[Any]) -> None:
+    def __init__(self, path: Path, *, name: str, value: Any) -> None:
         super().__init__(path, name=name)
-        self._rows = rows
+        self._rows = _rows_in(value)
+        self._lists = _lists_in(value) if isinstance(value, dict) else {}
+
+    def splits(self) -> dict[str, FileReader]:
+        if len(self._lists) < 2:
+            return super().splits()
+        named = self._lists.items()
+        return {split: JsonList(self.path, name=f"{self.name}, {split},", value=rows) for split, rows in named}
 
     def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
         count = len(self._rows)
@@ -102,6 +114,12 @@ class JsonList(FileReader):
 
 def _open_json(path: Path, *, name: str) -> FileReader:
     """A list, an object with one list, or JSON lines under another name."""
+    value = _whole_json(path)
+    return JsonLines(path, name=name) if value is None else JsonList(path, name=name, value=value)
+
+
+def _whole_json(path: Path) -> Any:
+    """The value of the whole file, or None where it is JSON lines."""
     with open_binary(path) as file:
         try:
             beginning = file.read(MAX_LINE).removeprefix(BOM).lstrip()
@@ -109,10 +127,10 @@ def _open_json(path: Path, *, name: str) -> FileReader:
             raise _not("gzip", path, fault) from fault
     line, _, rest = beginning.partition(b"\n")
     if not beginning.startswith(b"[") and _is_object(line) and rest.strip():
-        return JsonLines(path, name=name)
+        return None
     try:
         with open_binary(path) as file:
-            value = json.loads(file.read().removeprefix(BOM).decode("utf-8"))
+            return json.loads(file.read().removeprefix(BOM).decode("utf-8"))
     except DAMAGE as fault:
         raise _not("gzip", path, fault) from fault
     except (ValueError, RecursionError) as fault:
@@ -121,7 +139,6 @@ def _open_json(path: Path, *, name: str) -> FileReader:
             where=str(path),
             fix="correct the file, or name it .jsonl if it holds one object a line",
         ) from fault
-    return JsonList(path, name=name, rows=_rows_in(value))
 
 
 def _rows_in(value: Any) -> list[Any]:
@@ -129,10 +146,16 @@ def _rows_in(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
-        lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
-        if len(lists) == 1 and not {"role", "from"} & lists[0][0].keys():
+        lists = list(_lists_in(value).values())
+        if len(lists) == 1:
             return lists[0]
     return [value]
+
+
+def _lists_in(value: dict[str, Any]) -> dict[str, list[Any]]:
+    """The lists of rows in an object; a list of turns is none."""
+    lists = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
+    return {key: rows for key, rows in lists.items() if not {"role", "from"} & rows[0].keys()}
 
 
 def _is_object(line: bytes) -> bool:

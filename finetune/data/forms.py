@@ -17,7 +17,8 @@ from typing import Any, Literal, cast
 from finetune.data.messages import ROLES, kind, shortened, text_of
 from finetune.data.reading import parse_json, rows_of
 from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
-from finetune.data.turns import Form, FormName, Turn, turns_of
+from finetune.data.texts import text_form
+from finetune.data.turns import Form, FormName, Turn, listed, turns_of
 from finetune.data.unseen import unseen_in
 from finetune.errors import DataError
 
@@ -40,6 +41,7 @@ _REQUIRED: dict[FormName, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "chatml_text": ("text",),
+    "inst_text": ("text",),
     "human_text": ("text",),
 }
 _OPTIONAL: dict[FormName, dict[str, str | None]] = {  # with the user's name if he gives none; None: not looked for
@@ -48,13 +50,14 @@ _OPTIONAL: dict[FormName, dict[str, str | None]] = {  # with the user's name if 
     "prompt_completion": {"role": "role", "content": "content", "train": None, "system": None},
     "alpaca": {"input": "input", "system": "system", "history": "history"},
     "chatml_text": {},
+    "inst_text": {},
     "human_text": {},
 }
 COLUMNS = sorted({*_TURN_KEYS, *(c for names in _REQUIRED.values() for c in names), "input", "system", "history"})
 _ACCEPTED = (
     "`messages` (a list of {role, content}), `conversations` (ShareGPT: a list of {from, value}), `prompt` and "
     "`completion`, `instruction`, `input` and `output` (Alpaca), or `text` in ChatML (<|im_start|>role, newline, "
-    "content, <|im_end|>) or as `### Human: ...### Assistant: ...`"
+    "content, <|im_end|>), as `<s>[INST] ... [/INST] ...</s>` or as `### Human: ...### Assistant: ...`"
 )
 
 
@@ -114,18 +117,9 @@ def _recognized(row: Mapping[str, Any], columns: Mapping[str, str], *, where: st
         if all(columns.get(column, column) in row for column in _REQUIRED[form]):
             return form
     text = row.get(columns.get("text", "text"))
-    if isinstance(text, str):
-        if "<|im_start|>" in text:
-            return "chatml_text"
-        if "### Human:" in text:
-            return "human_text"
-    raise DataError(
-        f"no column holds conversations; the columns are: {_listed(row)}",
-        where=where,
-        allowed=_ACCEPTED,
-        fix="name your columns in data.columns, or bring every row into the form "
-        "{messages: [{role: user, content: ...}, {role: assistant, content: ...}]}",
-    )
+    if isinstance(text, str) and (form_of_text := text_form(text)) is not None:
+        return form_of_text
+    raise _no_conversations(row, where=where, plain_text=isinstance(text, str))
 
 
 def _first_turn(value: Any) -> Mapping[str, Any]:
@@ -134,6 +128,10 @@ def _first_turn(value: Any) -> Mapping[str, Any]:
             value = parse_json(value)
         except RowFault:
             return {}
+    try:
+        value = listed(value)
+    except RowFault:
+        return {}
     return value[0] if isinstance(value, list) and value and isinstance(value[0], Mapping) else {}
 
 
@@ -164,7 +162,7 @@ def _check_names(columns: Mapping[str, str], roles: Mapping[str, str], *, where:
 def _missing_column(form: FormName, column: str, row: Mapping[str, Any], *, where: str) -> DataError:
     near = difflib.get_close_matches(column, [str(name) for name in row], n=1)
     return DataError(
-        f"data.format {form} needs a column `{column}`; the columns are: {_listed(row)}",
+        f"data.format {form} needs a column `{column}`; the columns are: {_names(row)}",
         where=where,
         allowed=_ACCEPTED,
         fix=f"did you mean `{near[0]}`? Name it in data.columns"
@@ -173,7 +171,23 @@ def _missing_column(form: FormName, column: str, row: Mapping[str, Any], *, wher
     )
 
 
-def _listed(row: Mapping[str, Any]) -> str:
+def _no_conversations(row: Mapping[str, Any], *, where: str, plain_text: bool) -> DataError:
+    what = f"no column holds conversations; the columns are: {_names(row)}"
+    fix = (
+        "name your columns in data.columns, or bring every row into the form "
+        "{messages: [{role: user, content: ...}, {role: assistant, content: ...}]}"
+    )
+    if {"chosen", "rejected"} <= row.keys():
+        what += "; pairs of a chosen and a rejected answer are for training on preferences, which is not done here"
+        column = "completion" if isinstance(row["chosen"], str) else "messages"
+        fix = f"to train on the chosen answers alone, set data.columns: {{{column}: chosen}}"
+    elif plain_text:
+        what += "; `text` is plain text, and pretraining on it is not done here"
+        fix += ", with what is to be learnt as the answer"
+    return DataError(what, where=where, allowed=_ACCEPTED, fix=fix)
+
+
+def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(str(name) for name in row) or "none"
 
 

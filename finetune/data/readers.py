@@ -19,7 +19,7 @@ from pathlib import Path
 from datasets import ReadInstruction
 
 from finetune.data import hub
-from finetune.data.fileformats import SUFFIXES, Arrow, open_file, suffix_of
+from finetune.data.fileformats import ONLY_SPLIT, SUFFIXES, Arrow, open_file, suffix_of
 from finetune.data.hub import unknown_split
 from finetune.data.reading import Joined, Reader, Sliced, row_count, rows_of, sample_row
 from finetune.errors import DataError
@@ -27,7 +27,6 @@ from finetune.errors import DataError
 __all__ = ["Reader", "Source", "open_source", "rows_of", "sample_row"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_ONLY_SPLIT = "train"  # what a single file is, as `datasets` has it
 _ENDLESS = 1 << 62
 
 
@@ -56,12 +55,13 @@ def open_source(source: Source) -> Reader:
     """
     path = Path(source.path).expanduser()
     if path.is_file():
-        reader = _of_split(source.split, [_ONLY_SPLIT], lambda _: _open_single(path), where=str(path))
+        files = _open_single(path)
+        reader = _of_split(source.split, list(files), files.__getitem__, where=str(path))
     elif (path / "dataset_dict.json").is_file():
         known = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
         reader = _of_split(source.split, known, lambda name: _open_saved(path / name), where=str(path))
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        reader = _of_split(source.split, [_ONLY_SPLIT], lambda _: _open_saved(path), where=str(path))
+        reader = _of_split(source.split, [ONLY_SPLIT], lambda _: _open_saved(path), where=str(path))
     elif path.is_dir():
         splits = _splits_of(path, source.split)
         reader = _of_split(source.split, list(splits), lambda name: _open_files(path, splits[name]), where=str(path))
@@ -142,7 +142,7 @@ def _splits_of(folder: Path, spec: str) -> dict[str, list[Path]]:
         own = [path for path in files if name in _words(path.as_posix()) or name == path.name.split(".")[0]]
         if name not in splits and own:  # beyond `datasets`: any word that the files themselves carry
             splits[name] = own
-    return splits or {_ONLY_SPLIT: files}
+    return splits or {ONLY_SPLIT: files}
 
 
 def _named(files: list[Path], text: Callable[[Path], str]) -> dict[str, list[Path]]:
@@ -157,10 +157,11 @@ def _words(text: str) -> set[str]:
 # ---- files and folders ----------------------------------------------------------------------------------------------
 
 
-def _open_single(path: Path) -> Reader:
+def _open_single(path: Path) -> dict[str, Reader]:
+    """The file's splits; all of it is one where it does not name any."""
     if path.stat().st_size == 0 and suffix_of(path) in SUFFIXES:
         raise DataError("the data file is empty", where=str(path), fix="name a file that holds conversations")
-    return open_file(path, name=path.name)
+    return {**open_file(path, name=path.name).splits()}
 
 
 def _open_files(folder: Path, files: list[Path]) -> Reader:

@@ -7,7 +7,6 @@ the user's columns. Leaves out what makes a turn usable.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 from finetune.data.messages import kind
 from finetune.data.reading import parse_json
 from finetune.data.rows import Role, RowFault
+from finetune.data.texts import TextForm, spoken_in
 
-FormName = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "human_text"]
+FormName = Literal["messages", "sharegpt", "prompt_completion", "alpaca"] | TextForm
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ class Turn(NamedTuple):
     unread: Mapping[str, Any] | None = None
 
 
-_CHATML_TURN = re.compile(r"\s*<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
-_HUMAN_MARK = re.compile(r"### (Human|Assistant):")
 # Keys in use for "learn this turn", 0 or 1: axolotl (train, training, train_on_turn), OpenAI and mistral-finetune
 # (weight), ms-swift (loss), slime (step_loss_mask), others; and for "leave it out": torchtune (masked). A plain `mask`
 # is used both ways, so it is not read but named.
@@ -70,7 +68,7 @@ def turns_of(row: Any, form: Form) -> list[Turn]:
     """
     if not isinstance(row, Mapping):
         raise RowFault(f"the row is {kind(row)}, not a mapping")
-    if form.name in ("messages", "sharegpt"):
+    if form.name == "messages" or form.name == "sharegpt":
         return _with_system(row, form, _list_turns(row, form, "messages"))
     if form.name == "prompt_completion":
         prompt = [turn._replace(train=False) for turn in _text_or_turns(row, form, "prompt", "user")]
@@ -80,7 +78,7 @@ def turns_of(row: Any, form: Form) -> list[Turn]:
     text = _required(row, form, "text")
     if not isinstance(text, str):
         raise RowFault(f"`{form.columns['text']}` is {kind(text)}, not a string")
-    return _chatml_turns(text, form) if form.name == "chatml_text" else _human_turns(text, form)
+    return [Turn(role, said) for role, said in spoken_in(text, form.name, form.columns["text"])]
 
 
 # ---- forms with a list of turns -------------------------------------------------------------------------------------
@@ -93,11 +91,24 @@ def _list_turns(row: Mapping[str, Any], form: Form, column: str) -> list[Turn]:
             value = parse_json(value)
         except RowFault:
             raise RowFault(f"`{name}` is a string that is not JSON") from None
+    value = listed(value)
     if not isinstance(value, list):
         raise RowFault(f"`{name}` is {kind(value)}, not a list")
     if not value:
         raise RowFault(f"`{name}` is empty")
     return [_turn(item, form) for item in value]
+
+
+def listed(value: Any) -> Any:
+    """Turns that are kept as lists of roles, of contents and so on, as `datasets` does it, one by one."""
+    if not isinstance(value, Mapping):
+        return value
+    columns = {key: of_key for key, of_key in value.items() if of_key is not None}
+    if not columns or not all(isinstance(of_key, list) for of_key in columns.values()):
+        return value
+    if len({len(of_key) for of_key in columns.values()}) > 1:
+        raise RowFault(f"{' and '.join(f'`{key}`' for key in columns)} are lists of different lengths")
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def _turn(item: Any, form: Form) -> Turn:
@@ -185,34 +196,6 @@ def _history(row: Mapping[str, Any], form: Form) -> list[list[Any]]:
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise RowFault(f"`{name}` is not a list of [question, answer]")
     return value
-
-
-# ---- flat text ------------------------------------------------------------------------------------------------------
-
-
-def _chatml_turns(text: str, form: Form) -> list[Turn]:
-    turns: list[Turn] = []
-    position = 0
-    while match := _CHATML_TURN.match(text, position):
-        if "<|im_start|>" in match[2]:
-            raise RowFault(f"a turn of `{form.columns['text']}` has no <|im_end|>")
-        turns.append(Turn(match[1].strip(), match[2]))
-        position = match.end()
-    if not turns or position < len(text):
-        raise RowFault(f"`{form.columns['text']}` is not ChatML from its beginning to its end")
-    return turns
-
-
-def _human_turns(text: str, form: Form) -> list[Turn]:
-    """Whitespace beside a marker is not text, and a last marker with nothing behind it is no turn."""
-    text = text.strip()
-    text = text.removesuffix("### Human:") if text.endswith(":") else text.removesuffix("### Human")
-    before, *pieces = _HUMAN_MARK.split(text)
-    if before or not pieces:
-        raise RowFault(f"`{form.columns['text']}` does not begin with `### Human:`")
-    speakers, contents = pieces[::2], pieces[1::2]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [Turn(roles[speaker], content.strip()) for speaker, content in zip(speakers, contents, strict=True)]
 
 
 def _required(row: Mapping[str, Any], form: Form, column: str) -> Any:

@@ -110,7 +110,9 @@ class TrainableSection(Section):
     """With `router: true`: the routers' own learning rate, under the run's schedule; null: the run's."""
 
 
-DataFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "human_text"]
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "chatml_text", "inst_text", "human_text"
+]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # JSON has one kind of number, and 1 is a weight too.
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -24,6 +24,7 @@ from finetune.data.forms import Form, find_form, parse
 from finetune.data.readers import open_source
 from finetune.data.reading import Reader, rows_of, sample_row
 from finetune.data.rows import RowFault
+from finetune.data.texts import text_form
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ ROW_TOKENS = 512
 MAX_TOKENS = 65_536
 # A plain text is read as far as so many bytes for each token that is wanted; a token has 3 to 5.
 _BYTES_A_TOKEN = 16
-_DIALOGUE = ("<|im_start|>", "### Human:")  # what makes a `text` a conversation, see data/forms.py
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Passages:
             return
         reader = open_source(Source(self.path))
         sample = sample_row(reader)
-        if isinstance(sample.get("text"), str) and not any(mark in sample["text"] for mark in _DIALOGUE):
+        if isinstance(sample.get("text"), str) and text_form(sample["text"]) is None:
             yield from self._texts(reader)
         else:
             yield from self._conversations(reader, sample)

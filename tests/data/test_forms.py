@@ -180,6 +180,96 @@ def test_prompt_and_completion_of_text_and_of_turns() -> None:
     assert fault_of({"prompt": "a", "completion": None}, form_of(mixed)) == "`completion` is missing"
 
 
+def spoken(row: dict[str, Any]) -> list[tuple[str, str]]:
+    return [turn[:2] for turn in read(row)]
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        ("<s>[INST] a [/INST] b</s>", ["a", "b"]),  # Mistral v1
+        (" <s> [INST] a [/INST] b</s> [INST] c [/INST] d", ["a", "b", "c", "d"]),
+        ("<s>[INST] a\n[/INST]b </s><s>[INST] c [/INST] d </s>\n", ["a", "b", "c", "d"]),  # Llama 2
+        ("<s>[INST] a </s> [/INST] b</s> or </s>x</s>", ["a </s>", "b</s> or </s>x"]),  # typed ones are text
+        ("[INST]a[/INST]b</s></s>", ["a", "b</s>"]),
+    ],
+)
+def test_text_of_mistral_and_llama_2(text: str, turns: list[str]) -> None:
+    assert form_of({"text": text}).name == "inst_text"
+    assert spoken({"text": text}) == [(("user", "assistant")[i % 2], said) for i, said in enumerate(turns)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST] d </s>",
+        "<s>[SYSTEM_PROMPT] s[/SYSTEM_PROMPT][INST] a[/INST] b</s>[INST] c[/INST] d</s>",
+    ],
+)
+def test_text_with_a_system_prompt(text: str) -> None:
+    expected = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    assert spoken({"text": text}) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("x [INST] a [/INST] b</s>", "`text` is not [INST] ... [/INST] ...</s> from its beginning to its end"),
+        ("<s>[INST] a", "`text` is not [INST] ... [/INST] ...</s> from its beginning to its end"),
+        (
+            "[INST] a [/INST] b [INST] c [/INST] d</s>",
+            "[INST] or [/INST] in `text` stands where no turn begins or ends",
+        ),
+        ("[INST] a [/INST] b [/INST] c</s>", "[INST] or [/INST] in `text` stands where no turn begins or ends"),
+        ("[INST] a [INST] b [/INST] c</s>", "[INST] or [/INST] in `text` stands where no turn begins or ends"),
+        ("[INST] a [/INST]</s>", "every assistant turn is empty"),
+    ],
+)
+def test_text_that_is_not_of_mistral(text: str, fault: str) -> None:
+    assert fault_of({"text": text}, form_of({"text": "[INST] a [/INST] b"})) == fault
+
+
+@pytest.mark.parametrize(("begin", "end"), [("<s>", "</s>"), ("<|begin_of_text|>", "\n"), ("<s>\n", "<|endoftext|>")])
+def test_a_beginning_and_an_end_of_sequence_around_a_text_are_none(begin: str, end: str) -> None:
+    for row in (OASST_TOP1, {"text": GUANACO["text"].removesuffix("### Human: Now explain it to a dog")}):
+        assert spoken({"text": begin + row["text"].strip() + end}) == spoken(row)
+    assert fault_of({"text": OASST_TOP1["text"] + "</s>x"}, form_of(OASST_TOP1)) == (
+        "`text` is not ChatML from its beginning to its end"
+    )
+
+
+def test_turns_as_lists_of_roles_and_of_contents() -> None:
+    columns = {"role": ["user", "assistant"], "content": ["a", "b"], "weight": [None, 0], "name": None}
+    assert read({"messages": columns}) == [("user", "a", True), ("assistant", "b", False)]
+    assert spoken({"conversations": {"from": ["human", "gpt"], "value": ["a", "b"]}}) == [
+        ("user", "a"),
+        ("assistant", "b"),
+    ]
+    uneven = {"messages": {"role": ["user"], "content": ["a", "b"]}}
+    assert fault_of(uneven, MESSAGES) == "`role` and `content` are lists of different lengths"
+
+
+def test_preferences_and_plain_text_are_refused_by_name() -> None:
+    turns = [user(), assistant()]
+    text = refusal({"chosen": turns, "rejected": turns, "score": 1})
+    assert "training on preferences, which is not done here" in text
+    assert "set data.columns: {messages: chosen}" in text
+    assert spoken_with({"chosen": turns, "rejected": turns}, messages="chosen") == [("user", "a"), ("assistant", "b")]
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert "set data.columns: {completion: chosen}" in refusal(pair)
+    assert spoken_with(pair, completion="chosen") == [("user", "a"), ("assistant", "b")]
+    assert parse(RawChunk(0, 1, values=[pair]), form_of(pair, columns={"completion": "chosen"})).unseen == {
+        "`rejected`": [1]
+    }
+    text = refusal({"text": "Once upon a time."})
+    assert "`text` is plain text, and pretraining on it is not done here" in text
+    assert "with what is to be learnt as the answer" in text
+
+
+def spoken_with(row: dict[str, Any], **columns: str) -> list[tuple[str, str]]:
+    return [turn[:2] for turn in read(row, columns=columns)]
+
+
 # ---- turns ----------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +488,7 @@ def test_text_that_is_not_chatml(text: Any, fault: str) -> None:
     [
         ("A chat. ### Human: a### Assistant: b", "`text` does not begin with `### Human:`"),
         ("plain", "`text` does not begin with `### Human:`"),
+        ("</s>### Human: a### Assistant: b", "`text` does not begin with `### Human:`"),
         ("### Human: a### Human: b### Assistant: c", "two user turns in a row"),
         ("### Human: a### Assistant:", "every assistant turn is empty"),
         (["a"], "`text` is a list, not a string"),

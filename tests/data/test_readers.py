@@ -132,6 +132,16 @@ def test_json_in_its_other_layouts(tmp_path: Path) -> None:
         assert read(tmp_path / f"{name}.json") == expected, name
 
 
+def test_json_with_a_list_for_each_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", "train": ROWS[:3], "test": ROWS[3:5]}))
+    assert read(path) == ROWS[:3]
+    assert read(Source(str(path), "test")) == ROWS[3:5]
+    assert read(Source(str(path), "train[1:]+test[:1]")) == ROWS[1:4]
+    assert open_source(Source(str(path), "test")).locate(2) == "a.json, test, row 2"
+    assert "allowed: train, test" in refusal(path, split="dev")
+
+
 def test_a_byte_order_mark_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
     found = [row for chunk in chunks_of(open_source(Source(str(tmp_path / "a.jsonl")))) for row in rows_of(chunk)]

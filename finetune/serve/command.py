@@ -19,7 +19,7 @@ from finetune.serve.desk import Desk
 from finetune.serve.gate import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
-from finetune.web.addresses import bind, is_local, url_of
+from finetune.web.addresses import allow_connections, bind, is_local, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +77,7 @@ def serve(
         def ready() -> None:
             report.line(f"serving {', '.join(engine.names)} on {url_of(bound)}/v1 (Ctrl+C stops)")
 
-        server = Server(app, desk, max_connections=max_connections, ready=ready)
+        server = Server(app, desk, max_connections=allow_connections(max_connections), ready=ready)
         try:
             server.run(sockets=[bound])
         finally:

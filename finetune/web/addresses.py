@@ -8,12 +8,14 @@ such a server answers only to names that nobody else can point anywhere.
 from __future__ import annotations
 
 import re
+import resource
 import socket
 from ipaddress import ip_address
 
 from finetune.errors import FinetuneError
 
 BACKLOG = 2048
+_OTHER_FILES = 200  # that a process with a model has open: libraries, devices, pipes
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:\[\]/@]+)(?::\d{1,5})?", re.IGNORECASE)
 
 
@@ -50,6 +52,17 @@ def listen(bound: socket.socket) -> None:
     except OSError as error:
         host, port = bound.getsockname()[:2]
         raise _cannot_listen(host, port, error) from None
+
+
+def allow_connections(count: int) -> int:
+    """How many clients may be connected: `count`, or fewer where the system lets a process open fewer files."""
+    wanted = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return max(soft - _OTHER_FILES, 1)
+    return count
 
 
 def url_of(bound: socket.socket) -> str:

@@ -69,6 +69,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if self._connections_at_most is not None and len(self.connections) > self._connections_at_most:
             self._refuse(503, "too many clients are connected; try again later", "too_many_connections")
+            self.transport.close()  # without lingering, or they would be many all the same
         else:
             self._expect(HEAD_SECONDS, self._head_is_late)
 

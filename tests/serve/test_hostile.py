@@ -298,6 +298,6 @@ def test_a_huge_body_does_not_hold_up_others() -> None:
             delays.append(time.monotonic() - began)
             assert response.status_code == 200
     print(f"others waited {max(delays):.2f} s at most, {len(delays)} times; the bodies: {answers}")
-    assert max(delays) < 2  # 0.1 s on two idle cores
+    assert max(delays) < 2  # 0.4 to 0.7 s on two cores with a load of 7; a minute when all went through one thread
     assert sorted(status for status, _ in answers) == [200] + [400] * 6
     assert max(seconds for _, seconds in answers) < 20

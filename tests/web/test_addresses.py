@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 
 import pytest
 
 from finetune.errors import FinetuneError
-from finetune.web.addresses import bind, host_name, is_local, is_local_name, listen, url_of
+from finetune.web.addresses import allow_connections, bind, host_name, is_local, is_local_name, listen, url_of
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,15 @@ def test_a_port_that_is_taken() -> None:
         port = int(url_of(first).rpartition(":")[2])
         with pytest.raises(FinetuneError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
             bind("127.0.0.1", port)
+
+
+def test_open_files_for_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (256, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, now: limits.update(now=now))
+    assert allow_connections(1000) == 1000
+    assert limits["now"] == (1200, 4096)
+    assert allow_connections(500) == 500
+    assert limits["now"] == (1200, 4096)
+    assert allow_connections(10_000) == 3896
+    assert limits["now"] == (4096, 4096)

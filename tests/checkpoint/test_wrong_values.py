@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.adapter import save_non_moe
+from finetune.adapter import Adapter, load_non_moe, save_non_moe
 from finetune.adapter.lora import read_saved
 from finetune.errors import FinetuneError
-from finetune.model import BaseSpec, check_base, load_base, load_tokenizer, read_config, require_base
+from finetune.model import BaseSpec, check_base, load_base, load_tokenizer, read_config
 from finetune.skeleton import build_skeleton
 from finetune.trainable import unfreeze_non_moe
-from finetune.trainable.non_moe import load_non_moe
 
 
 def edited(file: Path, **changes: object) -> None:
@@ -147,14 +146,18 @@ def test_values_in_the_other_files_of_a_model(model: Path, name: str, changes: d
         ),
         ("adapter_config.json", {"target_modules": "("}, "adapter_config.json cannot be used: "),
         ("adapter_config.json", {"target_modules": ["layers.0.self_attn.q_proj"]}, "does not fit this model"),
-        ("adapter_config.json", {"arrow_config": 7}, "adapter_config.json cannot be used: TypeError: `ArrowConfig`"),
+        (
+            "adapter_config.json",
+            {"arrow_config": 7},
+            "the adapter is not LoRA of one rank on the attention: arrow_config is 7",
+        ),
     ],
 )
 def test_values_in_the_files_of_an_adapter(adapter: Path, name: str, changes: dict[str, object], says: str) -> None:
     edited(adapter / name, **changes)
 
     def read() -> None:
-        spec = require_base(adapter)
+        spec = Adapter.open(adapter).require_base()
         read_saved(build_skeleton(read_config(spec.path), spec.path), adapter)
 
     text = message(read)

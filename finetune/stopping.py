@@ -10,6 +10,8 @@ get a gradient of zeros, so that momentum and weight decay go on. What a step ha
 vector of three numbers, whose largest over all processes is copied to the host and read a step later, when it has long
 been there: every process reads the same and stops at the same step. On a CPU it is read at once.
 
+An evaluation, which waits for every batch, is cut off by a signal; the checkpoint is that of the step before it.
+
 With fp16, whose loss scale is found by gradients that overflow, the scaler skips steps, and only the loss is judged.
 
 Leaves out: the router's alarms (routing/), saving (the trainer's).
@@ -48,6 +50,10 @@ class _Step:
     number: int = 0
     words: Tensor | None = None  # on the host: gradient not finite, loss not finite, number of a signal
     ready: torch.cuda.Event | None = None
+
+
+class EvaluationCut(Interrupted):
+    """A signal during an evaluation, in all processes at the same batch."""
 
 
 class Stopping(TrainerCallback):
@@ -142,6 +148,18 @@ class Stopping(TrainerCallback):
             self.finite_weights = _all_finite(p for p in model.parameters() if p.requires_grad)
             control.should_training_stop = True
             control.should_evaluate, control.should_save = False, self.finite_weights
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        received = self.signals.received or 0
+        if _several():
+            word = torch.tensor(received, device=args.device)
+            dist.all_reduce(word, op=dist.ReduceOp.MAX)
+            received = int(word)
+        if received:
+            self.signal = received
+            raise EvaluationCut(received, goes_on=self.signals.goes_on)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

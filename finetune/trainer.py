@@ -28,7 +28,7 @@ from finetune.errors import FinetuneError
 from finetune.model import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
-from finetune.stopping import Stopping
+from finetune.stopping import EvaluationCut, Stopping
 from finetune.trainable import trained_tensors
 
 # What TRL averages over the batches of an evaluation.
@@ -259,6 +259,16 @@ class MoeTrainer(SFTTrainer):
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
+    ) -> None:
+        """Upstream's; a signal that cuts off the evaluation stops the run, with a checkpoint."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
+        except EvaluationCut:
+            self.control.should_training_stop = True
+            self._save_checkpoint(model, trial)
 
     def tuned_tensors(self) -> dict[str, torch.Tensor]:
         """What trains, whole, by name; every process must call it."""

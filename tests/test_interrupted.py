@@ -154,10 +154,14 @@ main()
 def test_an_interrupted_merge_says_how_it_goes_on(
     saved_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     merge = ("merge", saved_adapter, "--output", tmp_path / "merged", "--device", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.export.command.run_merge", interrupted)
+        stopped = run_finetune(*merge)
+    assert (stopped.status, stopped.stderr) == (130, "interrupted\n"), "nothing is there yet"
     with monkeypatch.context() as patched:
         patched.setattr(Partial, "_put", interrupted)
         stopped = run_finetune(*merge)

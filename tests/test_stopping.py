@@ -294,6 +294,23 @@ def test_a_stopped_run_goes_on_by_the_command_that_it_prints_and_an_ended_one_st
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_signal_cuts_off_an_evaluation(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, seen = MoeTrainer.prediction_step, []
+
+    def stopped(self: MoeTrainer, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.state.global_step)
+        signal.raise_signal(signal.SIGTERM)
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoeTrainer, "prediction_step", stopped)
+    training = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+    ran = run_finetune("train", write_recipe(training=training))
+    assert ran.status == 143
+    assert "stopped by SIGTERM after step 1: checkpoint-1 is saved; to go on:\n" in ran.stderr
+    assert seen == [1], "one of its eight batches"
+    assert [path.name for path in (tmp_path / "run").glob("checkpoints/*-*")] == ["checkpoint-1"]
+
+
 def test_a_run_that_is_stopped_before_it_has_begun_offers_nothing_to_go_on_with(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

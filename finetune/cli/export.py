@@ -41,7 +41,8 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter: exactly in 4-bit experts and 16-bit attention, or as a checkpoint for other engines."""
-    with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
+    goes_on = "the same command goes on from what is there"
+    with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
         quiet_libraries(debug)
         from finetune.export.command import run_merge
 
@@ -98,7 +99,8 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Fetch an adapter or a model from the Hugging Face Hub: one commit, verified by hash, safetensors only."""
-    with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
+    goes_on = "the same command goes on from what is there"
+    with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
         quiet_libraries(debug, hub_progress=True)
         from finetune.export.pull import pull as fetch
 

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -20,11 +21,14 @@ from finetune.signals import Interrupted, is_main
 
 
 @contextlib.contextmanager
-def reporting(as_json: bool, debug: bool, *, goes_on: str | None = None) -> Iterator[Report]:
+def reporting(
+    as_json: bool, debug: bool, *, goes_on: str | None = None, unfinished: Path | None = None
+) -> Iterator[Report]:
     """Gives a command its report, and turns a user's mistake into one message and exit status 2.
 
     Args:
         goes_on: what to say after Ctrl+C, for commands that keep what was done.
+        unfinished: the output folder of such a command; nothing is said unless its unfinished one lies beside it.
     """
     report = Report(as_json=as_json)
     try:
@@ -37,7 +41,8 @@ def reporting(as_json: bool, debug: bool, *, goes_on: str | None = None) -> Iter
             sys.stderr.write(f"{stop.what}; to go on:\n  {stop.goes_on}\n" if stop.goes_on else f"{stop.what}\n")
         raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted; {goes_on}\n" if goes_on else "interrupted\n")
+        kept = unfinished is None or any(unfinished.absolute().parent.glob(f".{unfinished.name}.*.partial"))
+        sys.stderr.write(f"interrupted; {goes_on}\n" if goes_on and kept else "interrupted\n")
         raise typer.Exit(128 + signal.SIGINT) from None
 
 

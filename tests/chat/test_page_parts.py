@@ -76,7 +76,7 @@ def test_stopping_ends_both_and_keeps_what_came() -> None:
 
 
 def test_whoever_turns_away_ends_the_answers() -> None:
-    engine: Any = FakeEngine(delay=0.02)
+    engine: Any = FakeEngine(delay=0.2)
     asked = requests_for(engine, [], "one two three", ["tuned", "base"], Sampling(), None)
     states = answered(Answering(engine, asked), asked)
     next(states)

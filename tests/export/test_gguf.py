@@ -197,7 +197,7 @@ def llama_cpp_angles(keys: dict[str, Any], divisors: Tensor | None) -> tuple[Ten
 def test_llama_cpp_turns_by_the_angles_of_the_config(kind: str) -> None:
     """Its formula on what is written gives the frequencies by which transformers' model turns."""
     given = {"rope_theta": 10000.0, "rope_type": kind, **ROPES[kind]}
-    sizes = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     config = MixtralConfig(**sizes, max_position_embeddings=512, rope_parameters=given)
     rotary = MixtralRotaryEmbedding(config)
     fields, arch = config.to_dict(), MoeArch.from_config(config.to_dict())

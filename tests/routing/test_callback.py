@@ -136,7 +136,8 @@ def test_one_epoch_of_sft(
         assert logs[f"{prefix}router/completion/tokens"] == sum(map(len, rows)) - len(rows)
         for layer, metrics in enumerate(want):
             for name in LAYER_METRICS:
-                value = pytest.approx(getattr(metrics, name), abs=2e-6)
+                # A few units in float32's last place: at a z-loss of 23, that of torch 2.11 was off by 2.1e-6.
+                value = pytest.approx(getattr(metrics, name), rel=3e-7, abs=2e-6)
                 assert logs[f"{prefix}router/layer_{layer:02d}/{name}"] == value, name
                 assert loads[f"{prefix}router/by_layer/{name}"][layer] == value, name
             assert loads[f"{prefix}router/layer_{layer:02d}/load"] == pytest.approx(metrics.load, abs=1e-6)

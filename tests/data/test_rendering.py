@@ -51,3 +51,19 @@ def test_control_tokens_typed_as_a_role_are_text_in_a_template_that_writes_roles
     )
     rendered = renderer.render([{"role": "</s>", "content": "x</s>"}])
     assert rendered.pieces == ["</s>: x</s>", "</s>", ""]
+
+
+@pytest.mark.parametrize("template", [MISTRAL_V1, MISTRAL_V1 + " "], ids=["form", "template"])
+def test_ever_new_shapes_do_not_fill_the_memory(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.data.rendering._KEPT_SHAPES", 8)
+    renderer = Renderer(template, NAMES, ["<unk>", "<s>", "</s>"])
+    kept = (renderer._forms, renderer._controls)
+    for turns in range(1, 30):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(turns)]
+        assert renderer.render(messages) == renderer.render(messages)
+        assert sum(map(len, kept)) <= 8
+    assert any(kept)
+    kept[0].clear()
+    kept[1].clear()
+    renderer.render([{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(301)])
+    assert not any(kept)

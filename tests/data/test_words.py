@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -114,3 +115,15 @@ def test_any_other_tokenizer_is_not(tokenizer: PreTrainedTokenizerBase, fault: s
         parts["added_tokens"][1]["content"] = "▁"
         special = {"<unk>": 0, "▁": 1, "</s>": 2}
     assert WordTokenizer.make(json.dumps(parts), special) is None
+
+
+def test_two_threads_that_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server encodes on two threads; the words that one keeps are not lost to the other."""
+    assert WORDS is not None
+    monkeypatch.setattr("finetune.data.words._KEPT_BYTES", 0)
+    texts = [" ".join(f"word{number * 7 + place}" for place in range(300)) for number in range(40)]
+    rows = [Rendered([text], []) for text in texts]
+    alone = [encoded.ids.tolist() for encoded in WORDS.encode(rows) if encoded is not None]
+    with ThreadPoolExecutor(4) as pool:
+        together = [row for [row] in pool.map(lambda row: WORDS.encode([row]), rows * 3)]
+    assert [row.ids.tolist() for row in together if row is not None] == alone * 3

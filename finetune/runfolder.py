@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import strict_json
-from finetune.errors import OutputError
+from finetune.errors import FinetuneError, OutputError
 
 RUN_FILE = "run.json"
 # What a resumed run must share with the one it continues.
@@ -330,6 +330,26 @@ class full_disk_explained:
                 where=str(self.where),
                 fix="free some space" + (f"; {self.then}" if self.then else ", or choose another output folder"),
             ) from error
+
+
+@contextlib.contextmanager
+def long_names_explained() -> Iterator[None]:
+    """Turns a path that no disk holds, which any look at it raises, into one message.
+
+    Raises:
+        FinetuneError: names the beginning of the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FinetuneError(
+            "a path is too long for a file system",
+            where=f"{str(error.filename)[:100]}...",
+            allowed="names of at most 255 bytes, paths of at most 4,096",
+            fix="check the path",
+        ) from None
 
 
 def is_disk_full(error: BaseException) -> bool:

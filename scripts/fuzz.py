@@ -29,7 +29,7 @@ from pathlib import Path
 from random import Random
 
 FAILURES = ("traceback", "hang", "signal")
-_LONGEST_MESSAGE = 4000
+_LONGEST_MESSAGE = 20_000  # a path of thousands of characters is named, a file is not printed
 _KEPT = 20  # inputs of a kind
 
 
@@ -47,27 +47,29 @@ class Tally:
         return sum(self.counts[name] for name in FAILURES)
 
 
-def work(name: str, seeds: range, root: Path, said: Connection) -> None:
+def work(name: str, seeds: range, root: Path, load_every: int, said: Connection) -> None:
     """The worker: tells each case's seed before and its outcome after."""
     import fuzz_kinds
 
     from finetune.errors import FinetuneError
+    from finetune.runfolder import long_names_explained
 
     os.setpgid(0, 0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     material = fuzz_kinds.Material(*(root / part for part in fuzz_kinds.Material.__dataclass_fields__))
-    with fuzz_kinds.opened(name, material, root / f"{name}-{seeds.start}") as kind:
+    with fuzz_kinds.opened(name, material, root / f"{name}-{seeds.start}", load_every) as kind:
         for seed in seeds:
             case = kind.case(Random(f"{name} {seed}"))
             said.send((seed, "begun", case.name, case.content))
             outcome, detail = "used", ""
             try:
-                case.act()
+                with long_names_explained():  # as around every command
+                    case.act()
             except FinetuneError as error:
                 outcome = "refused"
-                if "Traceback" in str(error) or len(str(error)) > _LONGEST_MESSAGE or not str(error).encode("utf-8"):
+                if "Traceback" in str(error) or len(str(error)) > _LONGEST_MESSAGE:
                     outcome, detail = "traceback", f"a message of {len(str(error))} characters"
             except BaseException as error:  # noqa: BLE001  # what ends the process in a user's hands is looked for here
                 outcome, detail = "traceback", "".join(traceback.format_exception(error))
@@ -76,14 +78,14 @@ def work(name: str, seeds: range, root: Path, said: Connection) -> None:
     os._exit(0)  # threads of a server or a pool do not hold it up
 
 
-def fuzz(name: str, seeds: range, root: Path, *, timeout: float, keep: Path) -> Tally:
+def fuzz(name: str, seeds: range, root: Path, *, timeout: float, keep: Path, load_every: int = 1) -> Tally:
     """Runs a kind's cases, with as many workers one after another as it takes."""
     tally, begun = Tally(), time.perf_counter()
     context = multiprocessing.get_context("fork")  # a worker starts with everything imported
     at = seeds.start
     while at < seeds.stop:
         heard, said = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(name, range(at, seeds.stop), root, said))
+        worker = context.Process(target=work, args=(name, range(at, seeds.stop), root, load_every, said))
         worker.start()
         said.close()
         case, content = "", b""
@@ -136,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(fuzz_kinds.KINDS))
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--timeout", type=float, default=20, help="seconds of a case")
+    parser.add_argument(
+        "--load-every", type=int, default=1, help="of so many sound models one is loaded; others checked"
+    )
     parser.add_argument("--keep", type=Path, default=Path("outputs/fuzz"), help="where failing inputs go")
     asked = parser.parse_args(argv)
     failures = 0
@@ -148,7 +153,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         for name in asked.kinds.split(","):
             seeds = range(asked.seed, asked.seed + asked.cases)
-            tally = fuzz(name, seeds, Path(scratch), timeout=asked.timeout, keep=asked.keep)
+            tally = fuzz(
+                name, seeds, Path(scratch), timeout=asked.timeout, keep=asked.keep, load_every=asked.load_every
+            )
             numbers = f"{asked.cases:>8}{tally.counts['used']:>8}{tally.counts['refused']:>9}"
             numbers += "".join(f"{tally.counts[failure]:>11}" for failure in FAILURES)
             print(f"{name:10}{numbers}{tally.seconds:>10.1f}", flush=True)

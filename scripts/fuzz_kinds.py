@@ -26,12 +26,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from finetune.adapter import Adapter, is_adapter, load
 from finetune.data import apply_template
 from finetune.datacheck.prepare import prepare_data
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
 from finetune.infer.settings import EngineSettings
-from finetune.model import BaseSpec, load, load_base, load_tokenizer
+from finetune.model import BaseSpec, check_base, load_base, load_tokenizer
 from finetune.preflight import preflight
 from finetune.recipe import load_recipe, resolved_yaml
 from finetune.serve.app import make_app
@@ -40,7 +41,7 @@ from finetune.serve.gate import read_hosts
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.train import training_arguments
-from finetune.trainable import add_attention_lora, save_adapter, save_non_moe, unfreeze_non_moe
+from finetune.trainable import add_attention_lora, unfreeze_non_moe
 from finetune.web.addresses import bind
 
 TEMPLATE = (
@@ -100,30 +101,24 @@ def make_material(root: Path) -> Material:
     plain = MixtralForCausalLM(config).to(torch.bfloat16)
     plain.save_pretrained(made.base)
     plain.save_pretrained(made.sharded, max_shard_size="80KB")
-    loaded = {}
-    for folder in (made.base, made.sharded):
+    for folder in (made.base, made.sharded, made.quantized):
         tokenizer.save_pretrained(folder)
-    for attention in ("nf4", "16bit"):
-        loaded[attention] = load_base(BaseSpec(str(made.base), attention=attention), device="cpu")  # type: ignore[arg-type]
-    loaded["nf4"].model.save_pretrained(made.quantized)
-    for folder in (made.adapter, made.non_moe):
+    lora = load_base(BaseSpec(str(made.base)), device="cpu")
+    lora.model.save_pretrained(made.quantized)
+    full = load_base(BaseSpec(str(made.base), attention="16bit"), device="cpu")
+    unfreeze_non_moe(full.model, full.arch)
+    for folder, loaded in ((made.adapter, lora), (made.non_moe, full)):
         folder.mkdir()
-    save_adapter(add_attention_lora(loaded["nf4"].model, loaded["nf4"].arch, r=2), made.adapter)
-    unfreeze_non_moe(loaded["16bit"].model, loaded["16bit"].arch)
-    spec = loaded["16bit"].base
-    save_non_moe(loaded["16bit"].model, made.non_moe, base={"path": spec.path, "fingerprint": spec.fingerprint})
-    for folder, attention in ((made.quantized, "nf4"), (made.adapter, "nf4"), (made.non_moe, "16bit")):
-        tokenizer.save_pretrained(folder)
-        if folder != made.quantized:
-            loaded[attention].base.save(folder)
+        model = add_attention_lora(lora.model, lora.arch, r=2) if loaded is lora else full.model
+        Adapter.save(model, folder, base=loaded.base, tokenizer=tokenizer)
     return made
 
 
 class Kind:
     """Makes cases; lives in a worker process of its own."""
 
-    def __init__(self, material: Material, scratch: Path):
-        self.material, self.scratch = material, scratch
+    def __init__(self, material: Material, scratch: Path, load_every: int = 1):
+        self.material, self.scratch, self.load_every = material, scratch, load_every
 
     def case(self, rng: Random) -> Case:
         raise NotImplementedError
@@ -135,8 +130,8 @@ class Kind:
 class Recipes(Kind):
     """A recipe file and `--set` options."""
 
-    def __init__(self, material: Material, scratch: Path):
-        super().__init__(material, scratch)
+    def __init__(self, material: Material, scratch: Path, load_every: int = 1):
+        super().__init__(material, scratch, load_every)
         self.files = [
             {
                 "model": {"path": str(material.base), "device": "cpu", "dtype": "auto"},
@@ -184,8 +179,8 @@ class Files(Kind):
 
     names: tuple[tuple[str, str], ...]
 
-    def __init__(self, material: Material, scratch: Path):
-        super().__init__(material, scratch)
+    def __init__(self, material: Material, scratch: Path, load_every: int = 1):
+        super().__init__(material, scratch, load_every)
         self.sources: dict[tuple[str, str], bytes] = {}
         for folder, name in self.names:
             whole = getattr(material, folder)
@@ -202,11 +197,15 @@ class Files(Kind):
         (folder, name), raw = rng.choice(list(self.sources.items()))
         content = self.changed(rng, raw) if not name.endswith(".safetensors") else mutate.safetensors_of(rng, raw)
         file = self.scratch / folder / name
+        whole = rng.randrange(self.load_every) == 0
 
         def act() -> None:
             file.write_bytes(content)
             try:
-                answer(str(file.parent))
+                if whole:
+                    answer(file.parent)
+                else:
+                    check(file.parent)
             finally:
                 file.write_bytes(raw)
 
@@ -242,9 +241,17 @@ class Headers(Files):
     )
 
 
-def answer(path: str) -> None:
+def check(folder: Path) -> None:
+    """All that commands ask of a folder before they load its weights."""
+    adapter = Adapter.open(folder) if is_adapter(folder) else None
+    spec = BaseSpec(str(folder)) if adapter is None else adapter.require_base()
+    check_base(spec)
+    load_tokenizer(str(folder))
+
+
+def answer(folder: Path) -> None:
     """Loads whatever lies there, and runs it on four tokens."""
-    loaded = load(path, device="cpu")
+    loaded = load(str(folder), device="cpu")
     with torch.no_grad():
         loaded.model(input_ids=torch.tensor([[1, 2, 3, 4]]))
 
@@ -262,8 +269,8 @@ ROWS: list[dict[str, Any]] = [
 class Data(Kind):
     """Rows and files: JSON lines, JSON, CSV, Parquet, Arrow."""
 
-    def __init__(self, material: Material, scratch: Path):
-        super().__init__(material, scratch)
+    def __init__(self, material: Material, scratch: Path, load_every: int = 1):
+        super().__init__(material, scratch, load_every)
         os.environ["MOE_QLORA_CACHE"] = str(scratch / "cache")
         self.tokenizer = load_tokenizer(str(material.base))
         apply_template(self.tokenizer, "model")
@@ -352,8 +359,8 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 class Http(Kind):
     """Bodies of requests, to a server on loopback over the engine."""
 
-    def __init__(self, material: Material, scratch: Path):
-        super().__init__(material, scratch)
+    def __init__(self, material: Material, scratch: Path, load_every: int = 1):
+        super().__init__(material, scratch, load_every)
         self.engine = Engine.load(str(material.base), device="cpu", settings=EngineSettings(max_batch=4))
         desk = Desk(self.engine, Metrics(self.engine.stats), max_waiting=64)
         bound, ready = bind("127.0.0.1", 0), threading.Event()
@@ -394,9 +401,9 @@ KINDS: dict[str, type[Kind]] = {"recipe": Recipes, "json": Json, "headers": Head
 
 
 @contextlib.contextmanager
-def opened(name: str, material: Material, scratch: Path) -> Iterator[Kind]:
+def opened(name: str, material: Material, scratch: Path, load_every: int) -> Iterator[Kind]:
     scratch.mkdir(parents=True, exist_ok=True)
-    kind = KINDS[name](material, scratch)
+    kind = KINDS[name](material, scratch, load_every)
     try:
         yield kind
     finally:

@@ -63,6 +63,12 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path, "train", tmp_path / "none.yaml", says=("cannot read the recipe: No such file", "none.yaml"))
 
 
+def test_a_path_that_no_disk_holds(write_recipe: Write, tmp_path: Path) -> None:
+    says = ("a path is too long for a file system", "where: aaaa", "names of at most 255 bytes", "check the path")
+    refused(tmp_path, "preflight", write_recipe(model={"path": "a" * 5000}), says=says)
+    refused(tmp_path, "generate", "a" * 5000, "--prompt", "Hello", says=says)
+
+
 def test_an_override_that_sets_nothing(write_recipe: Write, tmp_path: Path) -> None:
     says = ("`training.max_steps` sets nothing", "--set training.max_steps", "allowed: section.key=value", "1e-4")
     refused(tmp_path, "train", write_recipe(), "--set", "training.max_steps", says=says)

@@ -23,8 +23,9 @@ _EXPERT_WEIGHT = re.compile(r"(?P<layer>.+\.experts\.)(?P<expert>\d+)(?P<project
 
 
 class _Index(FileSchema):
-    """`model.safetensors.index.json`: tensor to file."""
+    """`model.safetensors.index.json`: tensor to file. transformers does not read one without metadata."""
 
+    metadata: dict[str, Any]
     weight_map: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=255)]], Field(min_length=1)]
 
 

@@ -16,7 +16,7 @@ import typer
 
 from finetune.console import Report
 from finetune.errors import FinetuneError
-from finetune.runfolder import full_disk_explained
+from finetune.runfolder import full_disk_explained, long_names_explained
 from finetune.signals import Interrupted, is_main
 
 
@@ -32,7 +32,8 @@ def reporting(
     """
     report = Report(as_json=as_json)
     try:
-        with report.working(), full_disk_explained("an output folder, or the cache of a library"):
+        disk = full_disk_explained("an output folder, or the cache of a library")
+        with report.working(), disk, long_names_explained():
             yield report
     except FinetuneError as error:
         fail(error, debug)

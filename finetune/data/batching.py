@@ -45,6 +45,8 @@ def pack(rows: Dataset, max_length: int, *, strategy: PackingStrategy = "bfd") -
     """
     from trl import pack_dataset  # brings torch
 
+    if not len(rows):  # TRL's packing of none has not even the columns that it asks for
+        return rows
     sample = row_lengths(rows.select(range(0, len(rows), max(len(rows) // _SAMPLE, 1))))
     mean = max(sample.sum() / max(len(sample), 1), 1)
     examples = max(math.ceil(_POOL * max_length / mean), 1000)

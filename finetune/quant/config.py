@@ -47,6 +47,7 @@ class Moe4bitConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # a config.json may hold a key of that name as well
         attention: AttentionStorage = "nf4",
         experts: ExpertStorage = "nf4",
         format_version: int | None = None,

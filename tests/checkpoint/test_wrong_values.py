@@ -192,7 +192,14 @@ def test_what_non_moe_weights_say_of_themselves(small_mixtral: Path, tmp_path: P
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/hostname", "a/../../b.safetensors"])
 def test_an_index_that_leaves_its_folder(model: Path, name: str) -> None:
     (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
     text = message(lambda: check_base(BaseSpec(str(model))))
     assert text.startswith(f"model.safetensors.index.json names files outside of its folder: {name}\n")
     assert "allowed: names of files beside the index" in text
+
+
+def test_an_index_without_what_transformers_wants(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "one.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    text = message(lambda: check_base(BaseSpec(str(model))))
+    assert text.startswith("model.safetensors.index.json does not fit: `metadata` is missing\n")

@@ -197,7 +197,10 @@ def test_a_folder_without_a_finished_run_is_refused(hub: StandIn, finished_run: 
     (tmp_path / "linked" / "x.safetensors").touch()
     says = ("there is no merged model to push", "finetune merge")
     refused(tmp_path, "push", finished_run, *args, "--merged", tmp_path / "linked", says=says)
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
     (tmp_path / "linked" / "model.safetensors").unlink()
     (tmp_path / "linked" / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "linked" / "model-00001-of-00002.safetensors").touch()

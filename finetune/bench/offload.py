@@ -66,7 +66,7 @@ def bench_offload(
 
 def _follow_trace(engine: Engine, batch: int, loaded: LoadedModel) -> None:
     runner = engine._runner
-    step = TracedStep(runner.causal, loaded.arch, (), runner.max_length)
+    step = TracedStep(runner.causal, loaded.arch, (), runner.rotary)
     step.follow(make_trace(_TRACE_STEPS, batch, loaded.arch.layers, seed=0).to(loaded.device))
     runner.decode = step
 

@@ -194,6 +194,7 @@ class Batch:
             [(*row.request.ids, *row.tokens) for row in rows],
             [row.pages for row in rows],
             [row.sampling for row in rows],
+            [len(row.request.ids) for row in rows],
         )
         return self._launched(rows, tokens, ready)
 

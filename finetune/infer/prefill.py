@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from finetune.infer.pages import PAGE, PagePool
+from finetune.infer.rotary import RotaryTables
 
 
 class _PageWriter(Cache):
@@ -36,13 +37,21 @@ class _PageWriter(Cache):
         return query_length, 0
 
 
-def prefill(model: Any, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], pool: PagePool) -> Tensor:
+def prefill(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pages: Sequence[Sequence[int]],
+    pool: PagePool,
+    rotary: RotaryTables,
+    began: Sequence[int] | None = None,
+) -> Tensor:
     """float32 logits [N, V] after the last token of each of N prompts.
 
     Args:
         model: the causal LM itself, with the adapter active that all prompts go by; its attention must take packed
             rows (`attention.VARLEN`).
         pages: each prompt's pages, in order.
+        began: tokens of each prompt that were not generated after it, as those of a row that is computed anew were.
     """
     device = model.device
     lengths = [len(prompt) for prompt in prompts]
@@ -56,14 +65,16 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], pages: Sequence[Sequen
     ids = torch.tensor([token for prompt in prompts for token in prompt])
     ends = torch.tensor(lengths).cumsum(0)
     boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32)
-    hidden = model.model(
-        input_ids=ids.to(device)[None],
-        position_ids=positions.to(device)[None],
-        past_key_values=_PageWriter(pool, slots.to(device)),
-        use_cache=True,
-        cu_seq_lens_q=boundaries,
-        cu_seq_lens_k=boundaries,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
-    ).last_hidden_state
+    position_T = positions.to(device)
+    with rotary.turning(position_T, lengths, began or lengths):
+        hidden = model.model(
+            input_ids=ids.to(device)[None],
+            position_ids=position_T[None],
+            past_key_values=_PageWriter(pool, slots.to(device)),
+            use_cache=True,
+            cu_seq_lens_q=boundaries,
+            cu_seq_lens_k=boundaries,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+        ).last_hidden_state
     return model.lm_head(hidden[0, (ends - 1).to(device)]).float()

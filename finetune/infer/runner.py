@@ -22,6 +22,7 @@ from finetune.infer.offloaded import expert_bytes, least_slots, offload_experts,
 from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
 from finetune.infer.prefill import prefill
 from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, divide, read_load
+from finetune.infer.rotary import RotaryTables
 from finetune.infer.sampler import Chosen, RowSampling, choose
 from finetune.infer.settings import EngineSettings
 from finetune.infer.step import DecodeStep
@@ -91,7 +92,8 @@ class Runner:
             )
         self.pool = PagePool(self.arch, count, dtype, self.device)
         with torch.inference_mode():
-            self.decode = DecodeStep(self.causal, self.arch, served.adapters, self.max_length)
+            self.rotary = RotaryTables(self.causal.model, self.max_length)
+            self.decode = DecodeStep(self.causal, self.arch, served.adapters, self.rotary)
         rows, width = settings.max_batch, pages_for(self.max_length)
         self._token_T = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._position_T = torch.zeros(rows, dtype=torch.int32, device=self.device)
@@ -105,7 +107,7 @@ class Runner:
     def probe(self) -> None:
         """Runs a token through the base and waits for it; raises whatever torch does where nothing works any more."""
         with self.active(0):
-            prefill(self.causal, [[0]], [[0]], self.pool)
+            prefill(self.causal, [[0]], [[0]], self.pool, self.rotary)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -141,11 +143,16 @@ class Runner:
         prompts: Sequence[Sequence[int]],
         pages: Sequence[Sequence[int]],
         samplings: Sequence[RowSampling],
+        began: Sequence[int],
     ) -> tuple[Tensor, Callable[[], Chosen]]:
-        """The first token of each prompt's answer: on the device [N], and a function that waits for it on the host."""
+        """The token after each prompt: on the device [N], and a function that waits for it on the host.
+
+        Args:
+            began: as `prefill.prefill`.
+        """
         self._last = []
         with self.active(selector):
-            logits = prefill(self.causal, prompts, pages, self.pool)
+            logits = prefill(self.causal, prompts, pages, self.pool, self.rotary, began)
         chosen = choose(logits, samplings)
         return chosen.token_T, _to_host(chosen)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finetune.arch import MoeArch
 from finetune.infer.pages import PagePool
+from finetune.infer.rotary import RotaryTables
 from finetune.infer.weights import Adapters, Layer, read_layers
 from finetune.kernels.decode import add_norm, lora_rows, route
 from finetune.kernels.few_rows import Halves, few_experts, nf4_rows, runs_on_kernels
@@ -34,19 +35,16 @@ class DecodeStep:
     Args:
         model: the causal LM itself, without a PEFT wrapper around it.
         adapters: names of the PEFT adapters in it that rows may choose.
-        positions: how long the rotary tables are.
+        rotary: as long as the longest row.
     """
 
-    def __init__(self, model: Any, arch: MoeArch, adapters: Sequence[str], positions: int):
+    def __init__(self, model: Any, arch: MoeArch, adapters: Sequence[str], rotary: RotaryTables):
         self.arch, self.decoder, self.head = arch, model.model, model.lm_head
         self.layers = read_layers(self.decoder, arch, adapters)
-        weight = self.decoder.embed_tokens.weight
-        steps = torch.arange(positions, device=weight.device)[None]
-        cos, sin = self.decoder.rotary_emb(weight.new_zeros(1), steps)
-        self.cos_LD, self.sin_LD = cos[0].contiguous(), sin[0].contiguous()
+        self.cos_LD, self.sin_LD = rotary.cos_LD, rotary.sin_LD
         self.window = getattr(model.config, "sliding_window", None)
         self.clip = getattr(model.config, "clip_qkv", None)
-        self.dtype = weight.dtype
+        self.dtype = self.decoder.embed_tokens.weight.dtype
 
     def __call__(
         self, tokens_T: Tensor, position_T: Tensor, pages_TP: Tensor, adapter_T: Tensor, pool: PagePool

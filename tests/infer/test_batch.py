@@ -22,6 +22,7 @@ from finetune.infer.sampler import RowSampling
 from finetune.infer.settings import EngineSettings
 from finetune.infer.text import AnswerText
 from finetune.model import read_config
+from tests.running import refused
 
 IDS = tuple(range(3, 20))
 
@@ -106,6 +107,17 @@ def test_an_adapter_of_nan_ends_its_own_requests(engine: Engine, temperature: fl
     assert [tokens(first), tokens(second)] == alone
     assert error_of(first) is error_of(second) is None
     assert engine.failure is None
+
+
+@pytest.mark.parametrize("more", [(), ("--json",), ("--temperature", 1)])
+def test_generate_says_so_and_does_not_succeed(broken_adapter: Path, tmp_path: Path, more: tuple[Any, ...]) -> None:
+    ran = refused(
+        tmp_path,
+        *("generate", broken_adapter, "--raw", "--prompt", "Hi", "--device", "cpu", *more),
+        says=("gave NaN or infinity", "where: after ", "fix: look for NaN"),
+    )
+    assert ran.stdout == ""
+    assert ran.stderr.count("error: ") == 1
 
 
 def test_what_raises_for_one_request_ends_that_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from finetune.arch import MoeArch
 from finetune.attention import read_packing
 from finetune.infer.pages import PAGE, PagePool
 from finetune.infer.prefill import prefill
+from finetune.infer.rotary import RotaryTables
 from finetune.infer.step import DecodeStep
 from finetune.model import BaseSpec, load_base
 from finetune.quant import Moe4bitConfig
@@ -51,7 +52,7 @@ def rows_logits(
     pages: Any,
 ) -> Tensor:
     """Logits after each whole row: its last token by a step, what is before by a prompt's forward."""
-    step = DecodeStep(causal, arch, adapters, 512)
+    step = DecodeStep(causal, arch, adapters, RotaryTables(causal.model, 512))
     table = torch.zeros(len(ids), 4, dtype=torch.int32)
     for row, own in enumerate(pages):
         table[row, : len(own)] = torch.tensor(own)
@@ -82,7 +83,7 @@ def test_equals_the_models_forward(family: str, overrides: dict[str, Any], atten
     ids = prompts(arch.vocab)
     pages: list[list[int]] = [[] for _ in ids]
     assert all(pool.extend(own, len(row) + 2) for own, row in zip(pages, ids, strict=True))
-    after_prompt = prefill(model, ids, pages, pool)
+    after_prompt = prefill(model, ids, pages, pool, RotaryTables(model.model, 512))
     expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
     torch.testing.assert_close(after_prompt, expected, atol=TOLERANCE, rtol=0)
     longer = [[*row, 5] for row in ids]
@@ -113,6 +114,7 @@ def test_each_row_goes_by_its_own_adapter(small_mixtral: Path, tmp_path: Path) -
     model: Any = add_adapters(loaded.model, {name: tmp_path / name for name in kinds})
     causal, arch = model.get_base_model(), loaded.arch
     pool = PagePool(arch, 20, torch.float32, loaded.device)
+    rotary = RotaryTables(causal.model, 512)
     row = [*prompts(arch.vocab)[1], 9]
     names = [None, *kinds]
     pages: list[list[int]] = [[] for _ in names]
@@ -121,11 +123,11 @@ def test_each_row_goes_by_its_own_adapter(small_mixtral: Path, tmp_path: Path) -
         pool.extend(own, len(row))
         if name is None:
             with model.disable_adapter():
-                prefill(causal, [row[:-1]], [own], pool)
+                prefill(causal, [row[:-1]], [own], pool, rotary)
                 expected.append(causal(torch.tensor([row])).logits[0, -1])
         else:
             model.set_adapter(name)
-            prefill(causal, [row[:-1]], [own], pool)
+            prefill(causal, [row[:-1]], [own], pool, rotary)
             expected.append(causal(torch.tensor([row])).logits[0, -1])
     found = rows_logits(causal, arch, list(kinds), [0, 1, 2, 3], [row] * 4, pool, pages)
     torch.testing.assert_close(found, torch.stack(expected), atol=5 * TOLERANCE, rtol=0)

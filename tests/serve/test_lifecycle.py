@@ -123,7 +123,7 @@ def test_what_was_let_in_before_a_stop_is_answered(
     """One whose prompt is still being encoded, and one whose body is not there yet."""
     encode, encodes, go_on = engine.encode_text, threading.Event(), threading.Event()
 
-    def slowly(text: str) -> tuple[int, ...]:
+    def slowly(text: str, model: str | None = None) -> tuple[int, ...]:
         encodes.set()
         go_on.wait(20)
         return encode(text)

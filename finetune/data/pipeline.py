@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 _VERSION = 3  # of the files below; another one is not read
 _ROWS, _LEDGER = "rows.arrow", "ledger.json"
 _POSITIONS_KEPT = 8
+_MOST_NAMES = 1000  # of reasons and keys that are told apart; rows may be keyed by ids
+_OTHERS = "and others"
 _ABANDONED_SECONDS = 24 * 3600
 _AHEAD = 2  # chunks a process has waiting
 
@@ -246,7 +248,10 @@ def _write(
             ledger.lengths += result.lengths
             for counted, found in ((ledger.refused, result.refused), (ledger.unseen, result.unseen)):
                 for name_of, positions in found.items():
-                    counted.setdefault(name_of, Places()).add(positions)
+                    if name_of in counted or len(counted) < _MOST_NAMES:
+                        counted.setdefault(name_of, Places()).add(positions)
+                    else:
+                        counted.setdefault(_OTHERS, Places()).add(positions)
             bar.update(reached - done)
             done = reached
     return ledger

@@ -10,19 +10,22 @@ configurations of a hub data set, and data behind a loading script.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 from datasets import ReadInstruction
+from pydantic import Field
 
+from finetune.checkpoint.json_file import read_json
 from finetune.data import hub
 from finetune.data.fileformats import ONLY_SPLIT, SUFFIXES, Arrow, open_file, suffix_of
 from finetune.data.hub import unknown_split
 from finetune.data.reading import Joined, Reader, Sliced, row_count, rows_of, sample_row
 from finetune.errors import DataError
+from finetune.values import FileSchema, check_object
 
 __all__ = ["Reader", "Source", "open_source", "rows_of", "sample_row"]
 
@@ -58,7 +61,7 @@ def open_source(source: Source) -> Reader:
         files = _open_single(path)
         reader = _of_split(source.split, list(files), files.__getitem__, where=str(path))
     elif (path / "dataset_dict.json").is_file():
-        known = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        known = _saved(path / "dataset_dict.json", _SavedSplits).splits
         reader = _of_split(source.split, known, lambda name: _open_saved(path / name), where=str(path))
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         reader = _of_split(source.split, [ONLY_SPLIT], lambda _: _open_saved(path), where=str(path))
@@ -169,10 +172,37 @@ def _open_files(folder: Path, files: list[Path]) -> Reader:
     return readers[0] if len(readers) == 1 else Joined(readers, where=str(folder), name=folder.name)
 
 
+class _SavedSplits(FileSchema):
+    """`dataset_dict.json`"""
+
+    splits: Annotated[list[str], Field(min_length=1)]
+
+
+class _SavedFile(FileSchema):
+    filename: Annotated[str, Field(min_length=1, max_length=255)]
+
+
+class _SavedState(FileSchema):
+    """`state.json`"""
+
+    data_files: Annotated[list[_SavedFile], Field(min_length=1, alias="_data_files")]
+
+
+S = TypeVar("S", bound=FileSchema)
+
+
+def _saved(file: Path, schema: type[S]) -> S:
+    content = read_json(file, kind=DataError)
+    return check_object(
+        content, schema, kind=DataError, name=file.name, where=str(file.parent), fix="copy the folder again"
+    )
+
+
 def _open_saved(folder: Path) -> Reader:
     """A folder that `Dataset.save_to_disk` wrote."""
-    files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
-    paths = [folder / file["filename"] for file in files]
+    paths = [folder / file.filename for file in _saved(folder / "state.json", _SavedState).data_files]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise DataError(f"there is no file {missing.name!r}", where=str(folder), fix="copy the folder again")
     readers = [Arrow(path, name=path.relative_to(folder.parent).as_posix()) for path in paths]
     return Joined(readers, where=str(folder), name=folder.name)
 

@@ -26,6 +26,7 @@ _FLAG = re.compile(r"mask|loss|train|weight|learn|supervis|^labels?$", re.IGNORE
 _METADATA = re.compile(
     r"(^|_)(id|idx|index|uuid|hash|count|length|len|tokens|type|name|source|lang|language)s?$", re.IGNORECASE
 )
+_LONGEST = 60  # characters of a name; a row may be keyed by anything
 _TEMPLATE = "which the chat template leaves out"
 _SPACE = "white space"
 
@@ -41,8 +42,8 @@ def unseen_in(row: Mapping[str, Any], form: Form, turns: Sequence[Turn]) -> Iter
     """Names of what is unread in a row, each once; a text that a turn says besides is not missing."""
     for name, value in unread_columns(row, form).items():
         if not (isinstance(value, str) and matters(name) and any(_says(turn, value) for turn in turns)):
-            yield f"`{name}`"
-    yield from {f"`{name}` of turns" for turn in turns if turn.unread for name in turn.unread}
+            yield f"`{name[:_LONGEST]}`"
+    yield from {f"`{name[:_LONGEST]}` of turns" for turn in turns if turn.unread for name in turn.unread}
 
 
 def _says(turn: Turn, text: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from finetune.datacheck.words import counts, duration, share
 
 NOTHING = "nothing"
+_MOST_KEYS = 8  # in one line
 
 
 def settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -44,7 +45,9 @@ def unused(part: Mapping[str, Any]) -> str:
 
 def unseen(part: Mapping[str, Any]) -> str:
     """What the rows hold besides, in one line."""
-    return ", ".join(f"{entry['what']} ({counts(entry['rows'], 'row')})" for entry in part["unseen"]) or NOTHING
+    said = [f"{entry['what']} ({counts(entry['rows'], 'row')})" for entry in part["unseen"][:_MOST_KEYS]]
+    more = len(part["unseen"]) - len(said)
+    return ", ".join([*said, *([f"{more:,} more"] if more else [])]) or NOTHING
 
 
 def too_long(part: Mapping[str, Any]) -> str:

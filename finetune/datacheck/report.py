@@ -128,14 +128,13 @@ def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, st
                 f"{name}: {missing:,} of {part['turns']:,} supervised turns do not end with the end of sequence",
                 _UNCUT if part["too_long"]["truncated"] else _ENDS,
             )
-        for unseen in part["unseen"]:
-            if unseen["matters"]:
-                add(
-                    "warning",
-                    f"{name}: {unseen['what']}: {unseen['rows']:,} of {rows:,} rows have it, and the model never sees "
-                    f"it ({', '.join(unseen['where'][:3])})",
-                    advice(unseen["what"]),
-                )
+        for unseen in [entry for entry in part["unseen"] if entry["matters"]][:_SHOWN]:
+            add(
+                "warning",
+                f"{name}: {unseen['what']}: {unseen['rows']:,} of {rows:,} rows have it, and the model never sees "
+                f"it ({', '.join(unseen['where'][:3])})",
+                advice(unseen["what"]),
+            )
         if 0 < part["supervised_share"] < _FEW_SUPERVISED:
             add(
                 "warning",

@@ -271,6 +271,22 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     assert read(tmp_path / "three") == [*ROWS[:2], {"somebody": "else's"}]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("state.json", "{}", "state.json does not fit: `_data_files` is missing"),
+        ("state.json", '{"_data_files": [{"filename": 5}]}', "`_data_files[0].filename` cannot be 5"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "there is no file 'gone.arrow'"),
+        ("state.json", "[" * 100_000, "state.json is not valid JSON"),
+        ("dataset_dict.json", '{"splits": "train"}', "`splits` cannot be 'train'"),
+    ],
+)
+def test_a_damaged_folder_of_save_to_disk(tmp_path: Path, name: str, content: str, says: str) -> None:
+    datasets.Dataset.from_list(ROWS[:2]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text(content)
+    assert says in refusal(tmp_path / "saved")
+
+
 def test_the_sample_row_has_every_column_of_the_first_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": null}\nnot json\n[]\n{"a": 1, "s": null}\n{"a": 2, "s": "x"}\n{"late": 1}\n')

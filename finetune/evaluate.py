@@ -7,15 +7,21 @@ alike. Differences of routing are measured on the experts that were chosen, laye
 from __future__ import annotations
 
 import contextlib
+import gc
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from finetune.data import IGNORED
+from finetune.model import LoadedModel
 from finetune.routing.recording import recorded_routing
+from finetune.runfolder import require_space
 
 Row = Mapping[str, Any]
 # Positions whose distributions are alive in float64: of a long row the whole would take gigabytes.
@@ -157,6 +163,63 @@ def fidelity(
         with candidate():
             ((other, _),) = said_to(model, [row], device)
         sums.append(row_sums(reference, other, labels))
+    return _over(sums, layers * top_k)
+
+
+def fidelity_between(
+    reference: Callable[[], LoadedModel], candidate: Callable[[], LoadedModel], rows: Sequence[Row]
+) -> Fidelity:
+    """Compares two models, of which one is in memory at a time: `reference` and `candidate` load them.
+
+    Raises:
+        OutputError: the disk has no room for what the reference says.
+        FinetuneError: as the two.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-evaluate-") as folder:
+        loaded = reference()
+        kept = KeptAnswers(Path(folder) / "logits", loaded, rows)
+        for said, _ in said_to(loaded.model.eval(), rows, loaded.device):
+            kept.add(said)
+        # Before the next one comes; hooks and wrappers hold each other in circles.
+        del loaded, said
+        gc.collect()
+        loaded = candidate()
+        answers = enumerate(said_to(loaded.model.eval(), rows, loaded.device))
+        sums = [row_sums(kept.said(number), said, labels) for number, (said, labels) in answers]
+        return _over(sums, loaded.arch.layers * loaded.arch.top_k)
+
+
+class KeptAnswers:
+    """What a model said to rows: logits in a file, row after row, chosen experts in host memory.
+
+    Raises:
+        OutputError: the disk has no room.
+    """
+
+    def __init__(self, path: Path, loaded: LoadedModel, rows: Sequence[Row]):
+        self._path, self._vocab = path, loaded.arch.vocab
+        self._chosen: list[list[Tensor]] = []
+        self._starts = [0]
+        self._dtype = torch.float32
+        needed = sum(len(row["input_ids"]) for row in rows) * self._vocab * loaded.model.dtype.itemsize
+        require_space(path, needed, what="the reference's logits (fewer rows, or TMPDIR on another disk)")
+
+    def add(self, said: Said) -> None:
+        self._dtype = said.logits.dtype
+        data = said.logits.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        with self._path.open("ab") as file:
+            data.tofile(file)
+        self._starts.append(self._starts[-1] + data.nbytes)
+        self._chosen.append([chosen.cpu() for chosen in said.chosen])
+
+    def said(self, row: int) -> Said:
+        start, end = self._starts[row : row + 2]
+        raw = np.fromfile(self._path, dtype=np.uint8, count=end - start, offset=start)
+        return Said(torch.from_numpy(raw).view(self._dtype).view(-1, self._vocab), self._chosen[row])
+
+
+def _over(sums: Sequence[RowSums], choices: int) -> Fidelity:
+    """Of all rows; `choices` is how many experts a token chooses over all layers."""
     tokens, supervised = sum(row.tokens for row in sums), sum(row.supervised for row in sums)
     positions, targets = max(tokens, 1), max(supervised, 1)
     return Fidelity(
@@ -166,7 +229,7 @@ def fidelity(
         candidate_loss=sum(row.candidate_nll for row in sums) / targets,
         kl=max(sum(row.kl for row in sums) / positions, 0.0),
         greedy_agreement=sum(row.agreed for row in sums) / positions,
-        top_k_overlap=sum(sum(row.shared) for row in sums) / (positions * layers * top_k),
+        top_k_overlap=sum(sum(row.shared) for row in sums) / (positions * choices),
         max_logit_difference=max((row.largest for row in sums), default=0.0),
     )
 

@@ -52,7 +52,8 @@ class BaseSpec:
     `path` is a folder or hub id, `fingerprint` the hash of the base's routers (empty until loaded). A saved folder
     knows how its experts are stored, whatever `experts` says. `quantizing_dtype` is that of the weights that were
     quantized: another dtype rounds them first, and gives other bytes. None where nothing was quantized (the base is a
-    saved folder), or in a base.json from before it was recorded.
+    saved folder), or in a base.json from before it was recorded. `experts_sha256` is `quant.hash_experts` of the model
+    that was trained, and None until then.
     """
 
     # base.json holds these fields and no others.
@@ -64,6 +65,7 @@ class BaseSpec:
     fingerprint: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
     experts: ExpertStorage = "nf4"
     quantizing_dtype: QuantizingDtype | None = None
+    experts_sha256: dict[str, str] | None = None
 
     def save(self, folder: Path) -> None:
         (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

@@ -48,7 +48,8 @@ from finetune.model import (
 )
 from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.progress import ProgressCallback
-from finetune.quant import Census, QuantizedExperts, require_quantized_experts, take_census
+from finetune.quant import Census, QuantizedExperts, hash_experts, require_quantized_experts, take_census
+from finetune.quant.census import require_same_experts
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.routerwatch import watch_router
 from finetune.routing import RouterCallback
@@ -263,7 +264,8 @@ def prepare(
 
     # Model: quantized while loading, from the dtype that an interrupted run began with, then proven to be.
     if checkpoint is not None:
-        base = replace(base, quantizing_dtype=BaseSpec.read(checkpoint).quantizing_dtype)
+        begun = BaseSpec.read(checkpoint)
+        base = replace(base, quantizing_dtype=begun.quantizing_dtype, experts_sha256=begun.experts_sha256)
     loaded = load_base(
         base,
         dtype=recipe.model.dtype,
@@ -278,6 +280,11 @@ def prepare(
     if main:
         show_census(census, report)
     require_quantized_experts(census)
+    if main:
+        hashes = hash_experts(loaded.model)
+        if base.experts_sha256:
+            require_same_experts(base.experts_sha256, hashes, where=base.path)
+        loaded = replace(loaded, base=replace(loaded.base, experts_sha256=hashes))
 
     # What trains.
     model = choose_trainable(loaded, recipe)

@@ -17,19 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets.utils import tqdm
 
 from finetune.console import Report
 from finetune.errors import DataError
-from finetune.evaluate import Row, RowSums, Said, row_sums, said_to
+from finetune.evaluate import KeptAnswers, Row, RowSums, row_sums, said_to
 from finetune.evaluation.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
 from finetune.evaluation.models import Compared
 from finetune.export.held_out import HeldOut
-from finetune.export.shards import as_bytes
 from finetune.model import LoadedModel
-from finetune.runfolder import require_space
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def compare(
         rows = held_out.rows(loaded.tokenizer, max_rows, report)
         if not rows:
             raise _no_data(first.name)
-        kept = _Kept(Path(folder) / "logits", loaded, rows if others else ())
+        kept = KeptAnswers(Path(folder) / "logits", loaded, rows if others else ())
         about = [_stored(first, loaded)]
         sums: list[list[RowSums]] = [[]]
         for said, labels in said_to(loaded.model, _shown(rows, first.name), loaded.device):
@@ -150,31 +146,6 @@ def _no_data(model: str) -> DataError:
         allowed="--data FILE, or an adapter in the folder of a run whose recipe holds conversations out",
         fix="name conversations that were not trained on with --data",
     )
-
-
-class _Kept:
-    """What the reference said: logits in a file, row after row, chosen experts in host memory."""
-
-    def __init__(self, path: Path, loaded: LoadedModel, rows: Sequence[Row]):
-        self._path, self._vocab = path, loaded.arch.vocab
-        self._chosen: list[list[torch.Tensor]] = []
-        self._starts = [0]
-        self._dtype = torch.float32
-        needed = sum(len(row["input_ids"]) for row in rows) * self._vocab * loaded.model.dtype.itemsize
-        require_space(path, needed, what="the reference's logits (--max-rows: fewer; TMPDIR: another disk)")
-
-    def add(self, said: Said) -> None:
-        self._dtype = said.logits.dtype
-        data = as_bytes(said.logits.cpu())
-        with self._path.open("ab") as file:
-            data.tofile(file)
-        self._starts.append(self._starts[-1] + data.nbytes)
-        self._chosen.append([chosen.cpu() for chosen in said.chosen])
-
-    def said(self, row: int) -> Said:
-        start, end = self._starts[row : row + 2]
-        raw = np.fromfile(self._path, dtype=np.uint8, count=end - start, offset=start)
-        return Said(torch.from_numpy(raw).view(self._dtype).view(-1, self._vocab), self._chosen[row])
 
 
 def _shown(rows: Sequence[Row], name: str) -> Iterable[Row]:

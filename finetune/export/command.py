@@ -1,22 +1,25 @@
 """`finetune merge`: one command for every format; what belongs to another format is refused before anything is read.
 
-The nf4 format ends with a comparison against the live adapter, which needs the model in memory while writing did not.
-So it comes after the folder has its name: where the comparison is killed, or has no room, the merged model is there.
+The nf4 format ends with a comparison against the live adapter: each is loaded as any command loads it, the written
+folder with every byte that lies on the disk. That needs the model in memory while writing did not, so it comes after
+the folder has its name: where the comparison is killed, or has no room, the merged model is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finetune.adapter import load
 from finetune.console import Report, gib
 from finetune.errors import OutputError
-from finetune.evaluate import Fidelity
+from finetune.evaluate import Fidelity, fidelity_between
 from finetune.export.gguf import write_gguf
 from finetune.export.held_out import HeldOut
-from finetune.export.live import measure_fidelity
 from finetune.export.shards import parse_size
 from finetune.export.source import MergeSource, open_source
 from finetune.export.standard import DTYPES, write_standard
@@ -24,10 +27,11 @@ from finetune.export.streamed_nf4 import write_nf4
 from finetune.export.trained_base import Onto
 from finetune.export.tunings import Weighted
 from finetune.model import resolve_device
-from finetune.runfolder import require_fresh
+from finetune.runfolder import require_fresh, write_json
 
 FORMATS = ("nf4", *DTYPES, "gguf")
 SHARD_SIZE = "4GB"
+FIDELITY_FILE = "fidelity.json"
 # Option -> the formats that it belongs to.
 _BELONGS = {
     "--data": ("nf4",),
@@ -143,8 +147,19 @@ def _merge_nf4(
         command = f"`finetune evaluate {source.tunings[0].adapter.folder} --compare {output}`"
         report.line(f"Not compared with the live adapter: {reason}; {command} compares any two models")
         return {**document, "fidelity": None}
-    loaded = load(str(live), base_path=base, device=device)
-    found = measure_fidelity(loaded, output, probe, adapter=live, held_out=held_out.name)
+    # In float32: computing in bfloat16 alone differs more than a merge does, and would hide one that is wrong.
+    reference = partial(load, str(live), base_path=base, device=device, dtype="float32")
+    written = partial(load, str(output), device=device, dtype="float32")
+    try:
+        found = fidelity_between(reference, written, probe)
+    except torch.OutOfMemoryError:
+        report.line(
+            "Not compared with the live adapter: the device has no room for the model with float32 beside the experts; "
+            f"compare in 16 bits with `finetune evaluate {live} --compare {output}`"
+        )
+        return {**document, "fidelity": None}
+    about = {"format": "nf4", "merged_from": str(live), "base": document["base"], "held_out": held_out.name}
+    write_json(output / FIDELITY_FILE, {**about, "dtype": "float32", "fidelity": found.to_dict()})
     _show_fidelity(found, output, report)
     return {**document, "fidelity": found.to_dict()}
 
@@ -154,6 +169,13 @@ def _written(output: Path, about: dict[str, Any], report: Report) -> dict[str, A
     files = about["files"]
     size = gib(sum(files.values()))
     report.line(f"Merged model in {output}: {about['format']}, {len(files)} file(s), {size}, read back whole")
+    if about["experts_proven"]:
+        report.line("Experts: those that were trained, byte for byte (SHA-256 over all of them)")
+    elif about["onto"] == "trained" and about["experts_made_of"] is not None:
+        made_of = about["experts_made_of"]
+        report.line(
+            f"Experts: quantized from {made_of}; the adapter does not record of what theirs were, or their bytes"
+        )
     report.line(f"What serves it, with a command for each engine: {output / 'SERVING.md'}")
     return {"output": str(output), **about}
 

@@ -100,10 +100,16 @@ class MergeSource:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """What a written folder says of itself."""
+        """What a written folder says of itself, after the proof that the experts in it are those that were trained.
+
+        Raises:
+            AdapterError: they are not.
+        """
         return {
             "onto": self.weights.onto,
             "experts": self.weights.experts if self.weights.onto == "trained" else "original",
+            "experts_proven": self.weights.prove(),
+            "experts_made_of": self.weights.quantized_from,
             "base": str(self.folder),
             "trained_on": self.spec.path if self.recorded else None,
             "router_fingerprint": self.spec.fingerprint,
@@ -174,6 +180,7 @@ def open_source(
         # As most runs had it: a base.json from before it was recorded says nothing.
         quantizing_dtype=getattr(torch, spec.quantizing_dtype or "bfloat16"),
         onto=onto,
+        recorded=spec.experts_sha256,
     )
     routers = (weights.weight(f"{router_path(layer)}.weight") for layer in range(arch.layers))
     fingerprint = fingerprint_of(routers)

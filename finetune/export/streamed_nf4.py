@@ -7,7 +7,7 @@ merged model differs from the live adapter by one rounding. Rounding W' back ont
 small update: at |update| / |W| of 1% only 1% of it survives (PEFT's 4-bit `merge_and_unload`).
 
 Names, shapes, dtypes and bytes are those that `save_pretrained` writes of a model merged in memory, but no model is
-built: what is in memory is one expert's matrix. Leaves out: how far the result is from the live adapter (live.py).
+built: what is in memory is one expert's matrix. Leaves out: how far the result is from the live adapter (command.py).
 """
 
 from __future__ import annotations

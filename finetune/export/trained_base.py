@@ -12,6 +12,7 @@ no bytes are made: 3 ns a weight instead of 11 for both ways (1 core).
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ from finetune.kernels.nf4 import Nf4Stack, quantize_stack
 from finetune.kernels.nf4_code import NF4_CODE
 from finetune.kernels.nf4_quantize import BLOCK, NESTED_BLOCK, dynamic_map, quantize_scales
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, stack_type
+from finetune.quant.census import joined_hash, require_same_experts, stack_hash
 from finetune.quant.config import AttentionStorage
 
 Onto = Literal["trained", "original"]
@@ -45,6 +47,7 @@ class TrainedBase:
         attention: how the attention was stored in training.
         experts: how they are stored where the folder holds them quantized; else they are quantized to NF4.
         quantizing_dtype: what a 16-bit or 32-bit folder's weights had in training when they were quantized.
+        recorded: `quant.hash_experts` of the model that was trained, where the adapter says.
 
     Raises:
         ModelError: a weight is missing or has another shape than the config's.
@@ -60,7 +63,11 @@ class TrainedBase:
         experts: ExpertStorage,
         quantizing_dtype: torch.dtype,
         onto: Onto,
+        recorded: Mapping[str, str] | None = None,
     ):
+        self._recorded = recorded
+        self._hashes: dict[tuple[str, int], str] = {}
+        self._folder = folder
         self._quantizing_dtype = quantizing_dtype
         self.arch, self.attention, self.experts, self.onto = arch, attention, experts, onto
         self._stack = stack_type(experts)
@@ -86,7 +93,7 @@ class TrainedBase:
 
     def expert(self, layer: int, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
         """[out, in] of one expert's fused projection in a 16-bit dtype, rounded once."""
-        if self._holds_stacks:
+        if self._holds_stacks or (self._recorded and self.onto == "trained"):
             return decode(self.stack(layer, expert, projection), dtype)
         stored = self._stored_expert(layer, expert, projection)
         return trained_values(self._as_loaded(stored), dtype) if self.onto == "trained" else stored.to(dtype)
@@ -96,8 +103,39 @@ class TrainedBase:
         fused = f"{experts_path(layer)}.{projection}"
         if self._holds_stacks:
             fields = (self.tensors.read(f"{fused}_{field}", row=expert) for field in self._stack._fields)
-            return self._stack(*(field.unsqueeze(0) for field in fields))
-        return encode(self._as_loaded(self._stored_expert(layer, expert, projection)))
+            stack: ExpertStack = self._stack(*(field.unsqueeze(0) for field in fields))
+        else:
+            stack = encode(self._as_loaded(self._stored_expert(layer, expert, projection)))
+        if self._recorded:
+            self._hashes[fused, expert] = stack_hash(stack)
+        return stack
+
+    @property
+    def quantized_from(self) -> str | None:
+        """The dtype that experts are quantized from; None where the folder holds them quantized, or they stay as is."""
+        made = self.onto == "trained" and not self._holds_stacks
+        return str(self._quantizing_dtype).removeprefix("torch.") if made else None
+
+    def prove(self) -> bool:
+        """Whether the adapter records the experts' bytes, once all that were given out are proven to be those.
+
+        Experts that a killed merge had written are made once more.
+
+        Raises:
+            AdapterError: names a tensor whose bytes are others.
+        """
+        if self.onto != "trained" or not self._recorded:
+            return False
+        found = {}
+        for layer in range(self.arch.layers):
+            for projection in EXPERT_PROJECTIONS:
+                fused = f"{experts_path(layer)}.{projection}"
+                for expert in range(self.arch.experts):
+                    if (fused, expert) not in self._hashes:
+                        self.stack(layer, expert, projection)
+                found[fused] = joined_hash(self._hashes[fused, expert] for expert in range(self.arch.experts))
+        require_same_experts(self._recorded, found, where=str(self._folder))
+        return True
 
     def _stored_expert(self, layer: int, expert: int, projection: str) -> Tensor:
         if self._holds_fused:

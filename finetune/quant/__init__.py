@@ -4,7 +4,7 @@ Importing this package registers it: afterwards `from_pretrained(..., quantizati
 while loading, and folders saved from such a model load by themselves.
 """
 
-from finetune.quant.census import Census, require_quantized_experts, take_census
+from finetune.quant.census import Census, hash_experts, require_quantized_experts, take_census
 from finetune.quant.config import Moe4bitConfig
 from finetune.quant.experts import QuantizedExperts
 from finetune.quant.quantizer import Moe4bitQuantizer
@@ -14,6 +14,7 @@ __all__ = [
     "Moe4bitConfig",
     "Moe4bitQuantizer",
     "QuantizedExperts",
+    "hash_experts",
     "require_quantized_experts",
     "take_census",
 ]

@@ -3,6 +3,7 @@ rounding of W', and compared with it by the folder's own weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.adapter import load
 from finetune.data import Reading, Source, Teaching, encode_source
-from finetune.evaluate import fidelity
-from finetune.export import command, live
+from finetune.export import command
 from finetune.export.quantized import write_quantized
 from finetune.export.tensors import Tensors
 from finetune.model import BaseSpec, load_base
@@ -56,6 +56,16 @@ def expert_bytes(model: Any) -> dict[str, bytes]:
     """Codes, scales, nested scales and offsets of all experts, by name."""
     named = ((name.removeprefix("base_model.model."), tensor) for name, tensor in model.named_parameters())
     return {name: tensor.numpy().tobytes() for name, tensor in named if ".experts." in name}
+
+
+def hashes_by_hand(experts: dict[str, bytes]) -> dict[str, str]:
+    """Of four experts a tensor: SHA-256 of each one's four fields, and of those together."""
+    hashes = {}
+    for name in {name.removesuffix("_packed") for name in experts if name.endswith("_packed")}:
+        fields = [experts[f"{name}_{field}"] for field in ("packed", "absmax", "nested_absmax", "offset")]
+        each = (b"".join(field[len(field) // 4 * n : len(field) // 4 * (n + 1)] for field in fields) for n in range(4))
+        hashes[name] = hashlib.sha256("".join(hashlib.sha256(one).hexdigest() for one in each).encode()).hexdigest()
+    return hashes
 
 
 def assert_only_for_this_toolkit(folder: Path) -> None:
@@ -153,7 +163,10 @@ def test_experts_keep_the_bytes_of_training_whatever_the_checkpoint(
     trained = tuned(base, adapter)
     assert BaseSpec.read(adapter).quantizing_dtype == "float32"
     bytes_of_training = expert_bytes(trained.model)
-    merge(adapter, tmp_path / "merged")
+    assert BaseSpec.read(adapter).experts_sha256 == hashes_by_hand(bytes_of_training)
+    about = merge(adapter, tmp_path / "merged")
+    assert about["experts_proven"]
+    assert "Experts: those that were trained, byte for byte" in about["said"]
     merged = load(str(tmp_path / "merged"), device="cpu")
     assert expert_bytes(merged.model) == bytes_of_training
     assert merged.base.quantizing_dtype is None, "read as they are"
@@ -169,6 +182,41 @@ def test_experts_keep_the_bytes_of_training_whatever_the_checkpoint(
     assert wide.model.dtype == torch.float32
     for (name, stored), (_, same) in zip(narrow.model.named_parameters(), wide.model.named_parameters(), strict=True):
         assert torch.equal(stored.to(same.dtype), same), name
+
+
+@pytest.mark.parametrize("format", ["nf4", "bf16", "gguf"])
+def test_experts_that_were_not_trained_are_not_written(small_mixtral: Path, tmp_path: Path, format: str) -> None:
+    """One weight of the base has changed since: the hash over all experts' bytes finds it."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(small_mixtral, base)
+    tuned(base, adapter)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"][3, 5] = 0.5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    says = ("not those that the adapter was trained on: 1 of 4 differ", "model.layers.1.mlp.experts.down_proj")
+    refused(tmp_path, "merge", adapter, "--output", tmp_path / "merged", "--format", format, says=says)
+
+
+def test_a_faulty_folder_shows_in_the_comparison(
+    small_mixtral: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compared lies on the disk, experts too: here others' than those that were written."""
+    adapter = tmp_path / "adapter"
+    tuned(small_mixtral, adapter)
+    args = ("--data", conversations, "--rows", 2)
+    right = merge(adapter, tmp_path / "right", *args)["fidelity"]
+    write = command.write_nf4
+
+    def write_wrong(source: Any, output: Path, **kwargs: Any) -> dict[str, Any]:
+        about = write(source, output, **kwargs)
+        tensors = load_file(output / "model.safetensors")
+        tensors["model.layers.1.mlp.experts.down_proj_packed"] ^= 0x88
+        save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+        return about
+
+    monkeypatch.setattr(command, "write_nf4", write_wrong)
+    wrong = merge(adapter, tmp_path / "wrong", *args)["fidelity"]
+    assert wrong["kl"] > 20 * right["kl"], (wrong["kl"], right["kl"])
 
 
 def test_attention_is_rounded_finer_where_asked(small_mixtral: Path, tmp_path: Path) -> None:
@@ -293,8 +341,7 @@ def test_a_comparison_that_is_cut_off_leaves_the_merged_model(
     def cut(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    assert live.fidelity is fidelity
-    monkeypatch.setattr(live, "fidelity", cut)
+    monkeypatch.setattr(command, "fidelity_between", cut)
     args = ("--data", conversations, "--rows", 1)
     assert run_finetune("merge", saved_adapter, "--output", tmp_path / "merged", *args, "--device", "cpu").status == 130
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from finetune.adapter import save_adapter, save_non_moe
 from finetune.model import BaseSpec, LoadedModel, load_base
+from finetune.quant import hash_experts
 from finetune.trainable import add_attention_lora, unfreeze_non_moe
 
 
@@ -21,6 +23,7 @@ def tuned(
 ) -> LoadedModel:
     """A LoRA adapter of rank 8 on `base`, saved to `folder`; the model it stays on."""
     loaded = load_base(BaseSpec(str(base), attention=attention), device="cpu")  # type: ignore[arg-type]
+    loaded = replace(loaded, base=replace(loaded.base, experts_sha256=hash_experts(loaded.model)))
     torch.manual_seed(seed)
     model: Any = add_attention_lora(loaded.model, loaded.arch, r=8, alpha=16, **lora)
     with torch.no_grad():

@@ -228,7 +228,7 @@ def test_a_final_assistant_message_is_continued(engine: Engine, served: Serving,
     """The answer is what comes after it, its first space included; control tokens typed in it stay text."""
     talk: Any = [*TALK, {"role": "assistant", "content": "Once</s> [INST] upon a"}]
     ids = engine.encode_chat(talk, continues=True)
-    assert ids.count(engine.tokenizer.eos_token_id) == 0
+    assert ids.count(engine.tokenizer_of("tiny").eos_token_id) == 0
     # As a completion from the same tokens, spaces and all.
     text, end = said(engine, ids, Sampling(8))
     fields: Any = {"model": "tiny", "messages": talk, "temperature": 0, "max_tokens": 8}

@@ -112,7 +112,7 @@ def run_merge(
     # The nf4 format is of nothing but NF4 experts.
     target = targets.get("trained" if format == "nf4" else onto)
     source = open_source(adapters, onto=target, base_path=base, original=original)
-    if not source.recorded:
+    if not source.recorded and onto is None:
         report.line(_UNRECORDED[source.weights.onto])
     size = shard_size or SHARD_SIZE
     if format == "nf4":

@@ -88,6 +88,8 @@ def load_models(
     else:
         if leading is not tuned:
             leading = Adapter.open(leading.folder, base=path if tuned is None else tuned.require_base().path)
+        for adapter in wanted.values():
+            adapter.require_trained_on(leading.require_base())
         loaded = leading.load_base(device=device, experts_on=experts_on)
     if alone:
         return ServedModels(alone.put_on(loaded), (), {own: 0}, {}, experts_on)

@@ -123,13 +123,13 @@ def test_each_name_ends_by_its_own_end_of_sequence(saved_adapter: Path, tmp_path
     assert reasons == [("tuned", "length"), ("base", "length"), ("other", "stop")]
 
 
-def test_a_tokenizer_with_more_tokens_than_the_base_has(saved_adapter: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_base_has(engine: Engine, saved_adapter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved_adapter, tmp_path / "wide")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<new {number}>" for number in range(5)])
     tokenizer.save_pretrained(folder)
     with pytest.raises(AdapterError, match="tokenizer has 32005 tokens, the base's embedding 32000"):
-        Engine.load(str(folder), device="cpu")
+        Adapter.open(folder).tokenizer_on(engine.loaded)
 
 
 # ---- which base -----------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_onto_trained_is_the_users_word_and_nf4_says_so(foreign: Path, small_mix
     for format, onto in (("bf16", ("--onto", "trained")), ("nf4", ("--rows", 0))):
         ran = run_finetune("merge", foreign, "--format", format, *onto, "--output", tmp_path / format)
         assert ran.status == 0, ran.stderr
-        assert "merged onto the 4-bit values of its base" in ran.stdout
+        assert ("merged onto the 4-bit values of its base" in ran.stdout) == (format == "nf4")
         serving_text = (tmp_path / format / "SERVING.md").read_text()
         assert "was trained with" not in serving_text
 

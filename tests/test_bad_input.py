@@ -161,7 +161,14 @@ def _rows(*roles: str) -> str:
             _rows("user", "assistant") + '{"messages": [\n',
             ("1 of 2 rows cannot be used", "not valid JSON", "rows.jsonl line 2", "data.max_refused"),
         ),
-        (_rows("user", "bot"), ("1 of 1 rows cannot be used", "role 'bot' is unknown", "rows.jsonl line 1")),
+        (
+            _rows("user", "critic"),
+            (
+                "1 of 1 rows cannot be used",
+                "role 'critic' is unknown; if it is the user's, set data.roles: {critic: user}",
+                "rows.jsonl line 1",
+            ),
+        ),
         (_rows("user"), ("1 of 1 rows cannot be used", "no assistant turn", "rows.jsonl line 1", "correct them")),
     ],
     ids=["missing", "empty", "no rows", "malformed", "unknown role", "no assistant"],

@@ -186,6 +186,11 @@ def restore(root: Path) -> list[str]:
     return said
 
 
+def set_aside(root: Path) -> bool:
+    """Whether a claim, cut off or at work, has put aside what this folder held."""
+    return any(root.glob(f"{_CLAIMING}*.partial/*")) or any(root.glob(f"{_ASIDE}*.partial/*"))
+
+
 def _put_back(root: Path, aside: Path) -> None:
     """The folder as it was; may be cut off and repeated at any moment."""
     if aside.name.startswith(_ASIDE):

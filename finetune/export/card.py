@@ -26,7 +26,7 @@ from finetune.memory.static import EXPERT_FORMATS
 from finetune.model import BaseSpec
 from finetune.quant.config import QUANT_METHOD
 from finetune.recipe import Recipe
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, set_aside
 from finetune.summary import held_out_loss
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -57,6 +57,12 @@ class RunFacts:
         Raises:
             OutputError: a file of the run is missing or damaged, or the run has not come to its end.
         """
+        if set_aside(run.root):
+            raise OutputError(
+                "the run was put aside by a `finetune train --overwrite` that was cut off",
+                where=str(run.root),
+                fix="start `finetune train` with the run's recipe and --resume: it puts the run back",
+            )
         if not run.run_file.is_file():
             raise OutputError(
                 "this is not the folder of a run",

@@ -190,6 +190,16 @@ def test_a_folder_without_a_finished_run_is_refused(hub: StandIn, finished_run: 
     refused(tmp_path, "push", tmp_path, *args, says=("this is not the folder of a run", "output.dir"))
     says = ("this is not the folder of a run", "the folder above")
     refused(tmp_path, "push", finished_run / "adapter", *args, says=says)
+    aside = finished_run / ".aside.x.partial"
+    aside.mkdir()
+    (finished_run / "run.json").rename(aside / "run.json")
+    says = (
+        "the run was put aside by a `finetune train --overwrite` that was cut off",
+        "--resume: it puts the run back",
+    )
+    refused(tmp_path, "push", finished_run, *args, says=says)
+    (aside / "run.json").rename(finished_run / "run.json")
+    aside.rmdir()
     says = ("there is no merged model to push", "finetune merge RUN/adapter")
     refused(tmp_path, "push", finished_run, *args, "--merged", tmp_path / "nowhere", says=says)
     (tmp_path / "linked").mkdir()

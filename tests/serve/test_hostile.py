@@ -23,6 +23,7 @@ from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, eventually, serving
 
 KEY = "secret"
+CLIENT = httpx.Client(timeout=20)
 BODY = b'{"prompt": "Hi", "max_tokens": 2}'
 ASK = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 ASK += b"authorization: Bearer secret\r\n"
@@ -209,7 +210,7 @@ def test_one_client_too_many(engine: FakeEngine) -> None:
 @pytest.mark.parametrize("path", ["/v1/models", "/health"])
 def test_names_of_this_machine(keyless: Serving, served: Serving, path: str) -> None:
     def ask(server: Serving, host: str) -> httpx.Response:
-        return httpx.get(server.root + path, headers={"host": host, "authorization": f"Bearer {KEY}"})
+        return CLIENT.get(server.root + path, headers={"host": host, "authorization": f"Bearer {KEY}"})
 
     for host in (
         "localhost",
@@ -233,7 +234,7 @@ def test_names_of_this_machine(keyless: Serving, served: Serving, path: str) -> 
 
 def preflight(served: Serving, origin: str) -> httpx.Response:
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
-    return httpx.options(served.url + "/chat/completions", headers={"origin": origin, **asks})
+    return CLIENT.options(served.url + "/chat/completions", headers={"origin": origin, **asks})
 
 
 def test_pages_of_other_origins(engine: FakeEngine, keyless: Serving) -> None:
@@ -242,7 +243,7 @@ def test_pages_of_other_origins(engine: FakeEngine, keyless: Serving) -> None:
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (403, "origin_not_allowed")
     assert "--cors-origin" in refusal.json()["error"]["message"]
     assert not any(name.startswith("access-control") for name in refusal.headers)
-    plain = httpx.get(keyless.url + "/models", headers={"origin": app})
+    plain = CLIENT.get(keyless.url + "/models", headers={"origin": app})
     assert not any(name.startswith("access-control") for name in plain.headers)
     with serving(engine, key=KEY.encode(), origins=[app]) as served:
         allowed = preflight(served, app)
@@ -254,9 +255,9 @@ def test_pages_of_other_origins(engine: FakeEngine, keyless: Serving) -> None:
         # The page can also read why it is refused.
         for key, status in ((KEY, 200), ("guess", 401)):
             headers = {"origin": app, "authorization": f"Bearer {key}"}
-            response = httpx.get(served.url + "/models", headers=headers)
+            response = CLIENT.get(served.url + "/models", headers=headers)
             assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, app)
-        from_other = httpx.get(served.url + "/models", headers={"origin": other, "authorization": f"Bearer {KEY}"})
+        from_other = CLIENT.get(served.url + "/models", headers={"origin": other, "authorization": f"Bearer {KEY}"})
         assert "access-control-allow-origin" not in from_other.headers
     with serving(engine, origins=["*"]) as served:
         assert preflight(served, other).headers["access-control-allow-origin"] == "*"

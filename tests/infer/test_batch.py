@@ -29,13 +29,13 @@ IDS = tuple(range(3, 20))
 
 @pytest.fixture(scope="module")
 def broken_adapter(saved_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The saved adapter with one NaN, as a run leaves it whose loss became NaN."""
+    """The saved adapter with NaN in its weights, as a run leaves it whose loss became NaN."""
     folder = tmp_path_factory.mktemp("broken") / "adapter"
     shutil.copytree(saved_adapter, folder)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors[min(name for name in tensors if "lora_B" in name)][0, 0] = float("nan")
-    save_file(tensors, file)
+    # In every B: torch's attention on a CPU loses NaN that only some keys have.
+    save_file({name: t * float("nan") if "lora_B" in name else t for name, t in tensors.items()}, file)
     return folder
 
 
@@ -109,7 +109,7 @@ def test_an_adapter_of_nan_ends_its_own_requests(engine: Engine, temperature: fl
     assert engine.failure is None
 
 
-@pytest.mark.parametrize("more", [(), ("--json",), ("--temperature", 1)])
+@pytest.mark.parametrize("more", [(), ("--temperature", 1)])
 def test_generate_says_so_and_does_not_succeed(broken_adapter: Path, tmp_path: Path, more: tuple[Any, ...]) -> None:
     ran = refused(
         tmp_path,

@@ -132,7 +132,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for number, text in enumerate(lines, start=1):
         try:
             record = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)

@@ -398,7 +398,7 @@ def _require_same_run(run: RunFolder, recipe: Mapping[str, Any]) -> None:
     where = f"output.dir: {run.root}"
     try:
         saved = _flat(json.loads(run.run_file.read_text(encoding="utf-8"))["recipe"])
-    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise OutputError(
             "there is no run to resume", where=where, fix="start it without --resume, or name the folder of a run"
         ) from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from finetune.console import Report, gib
+from finetune.jsonl import read_metrics
 from finetune.quant import Census
 from finetune.routing import RouterCallback, layer_metrics
 from finetune.routing.plots import run_figures
@@ -58,7 +58,7 @@ def summarize(
         saved_step: whose weights the adapter has; not the last one where the best is loaded at the end.
     """
     figures = [str(path) for path in run_figures(run, run.figures)] if draw else []
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run.metrics)
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     evaluated = max((step for step in held_out if 0 < step <= saved_step), default=None)
     return {

@@ -9,7 +9,6 @@ claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ s
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +23,14 @@ from trl import SFTConfig
 from finetune.activations import apply_plan
 from finetune.arch import MoeArch
 from finetune.attention import VARLEN, FullRows
-from finetune.checkpoint import find_checkpoints
+from finetune.checkpoint import find_checkpoints, read_json
 from finetune.console import Report
 from finetune.data import apply_template
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document as describe_data
 from finetune.datacheck.report import require_sound
 from finetune.datacheck.short import show_short
-from finetune.errors import DeviceError, FinetuneError, RecipeError
+from finetune.errors import DeviceError, FinetuneError, OutputError, RecipeError
 from finetune.export.hub import Hub, require_writable
 from finetune.export.push import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
@@ -354,7 +353,7 @@ def _ended(run: RunFolder, checkpoint: Path | None) -> dict[str, Any] | None:
     """
     if not ((run.root / "summary.json").is_file() and run.adapter.is_dir()):
         return None
-    summary: dict[str, Any] = json.loads((run.root / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(run.root / "summary.json", kind=OutputError)
     lost = checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) < summary["steps"]
     return None if lost or summary["stopped_by"] is not None else summary
 

@@ -25,6 +25,7 @@ from finetune.arch import MoeArch, hub_name, router_path
 from finetune.checkpoint import check_model_folder, read_json, shard_files
 from finetune.console import Report
 from finetune.errors import AdapterError
+from finetune.export.run_files import DataFile, recorded
 from finetune.model import fingerprint_of, require_fingerprint
 from finetune.runfolder import RunFolder
 
@@ -201,9 +202,10 @@ def _training(folder: Path) -> dict[str, Any]:
     """Recipe and data: of the run that the folder lies in, or as they were published with it."""
     run = RunFolder(folder.absolute().parent)
     if run.run_file.is_file() and run.data.is_file():
-        return {"recipe": str(run.recipe), "data": data_facts(read_json(run.data, kind=AdapterError))}
+        return {"recipe": str(run.recipe), "data": data_facts(recorded(run.data, DataFile, kind=AdapterError))}
     if (folder / TRAINING_FILE).is_file():
-        return {"recipe": str(folder / "recipe.yaml"), "data": read_json(folder / TRAINING_FILE)["data"]}
+        data = read_json(folder / TRAINING_FILE, kind=AdapterError).get("data")
+        return {"recipe": str(folder / "recipe.yaml"), "data": data}
     return {"recipe": None, "data": None}
 
 

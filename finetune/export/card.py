@@ -18,9 +18,10 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.checkpoint import read_json
-from finetune.errors import HubError, OutputError
+from finetune.errors import HubError, ModelError, OutputError
 from finetune.export.hub import Destination, Hub, Kind
 from finetune.export.published import is_local, public_name
+from finetune.export.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
 from finetune.jsonl import read_metrics
 from finetune.memory.static import EXPERT_FORMATS
 from finetune.model import BaseSpec
@@ -76,14 +77,13 @@ class RunFacts:
                 where=str(run.root),
                 fix="continue it with `finetune train --resume`",
             )
-        about = read_json(run.run_file, kind=OutputError)
         return cls(
             run,
-            Recipe.model_validate(about["recipe"]),
+            recorded_recipe(run.run_file, kind=OutputError, fix="push it with the version that trained it"),
             BaseSpec.read(run.adapter),
-            read_json(run.root / "summary.json", kind=OutputError),
-            read_json(run.data, kind=OutputError),
-            about["packages"],
+            recorded(run.root / "summary.json", SummaryFile),
+            recorded(run.data, DataFile),
+            recorded(run.run_file, RunFile).get("packages") or {},
         )
 
 
@@ -175,8 +175,8 @@ def _body(
         run=facts.summary,
         held_out=held_out_loss(facts.summary),
         data=_data(facts.data),
-        versions=", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "transformers", "trl", "peft")),
-        version=facts.packages["moe-qlora"],
+        versions=", ".join(f"{name} {facts.packages.get(name)}" for name in ("torch", "transformers", "trl", "peft")),
+        version=facts.packages.get("moe-qlora"),
         pictures={name: f"figures/router_{name}.png" in files for name in ("load", "drift")},
         router=_router(facts),
         fidelity=_fidelity(merged),
@@ -265,7 +265,7 @@ def _fidelity(merged: Path | None) -> dict[str, Any] | None:
     """The table of a merged folder that was compared with its live adapter."""
     if merged is None or not (merged / "fidelity.json").is_file():
         return None
-    found = read_json(merged / "fidelity.json").get("fidelity")
+    found = recorded(merged / "fidelity.json", FidelityFile, kind=ModelError).get("fidelity")
     if not found:
         return None
     rows = [(name, form.format(found[key])) for key, (name, form) in _FIDELITY.items() if key in found]

@@ -6,16 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from finetune.checkpoint import read_json
 from finetune.console import Report
 from finetune.data import Reading, Source, Teaching, encode_source
 from finetune.data.readers import open_source
 from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
 from finetune.errors import AdapterError
 from finetune.evaluate import Row
+from finetune.export.run_files import recorded_recipe
 from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder
 
@@ -48,15 +47,7 @@ class HeldOut:
         run_file = RunFolder(model.parent).run_file
         if not run_file.is_file():
             return cls(None, None)
-        try:
-            recipe = Recipe.model_validate(read_json(run_file, kind=AdapterError)["recipe"])
-        except ValidationError as error:
-            raise AdapterError(
-                "the run's recipe is of another version of this toolkit, so its held-out conversations are not known",
-                where=f"{run_file}: {', '.join('.'.join(map(str, fault['loc'])) for fault in error.errors())}",
-                allowed="the run of an adapter that this version trained",
-                fix="name conversations with --data",
-            ) from None
+        recipe = recorded_recipe(run_file, kind=AdapterError, fix="name conversations with --data")
         if recipe.data.evaluates:
             open_source(readings_of(recipe)[-1].source)
         return cls(held_out_name(recipe), recipe)

@@ -7,7 +7,6 @@ forward pass. Under `offload` what those leave goes to slots (`offloaded.py`).
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from finetune.arch import MoeArch
+from finetune.checkpoint import read_json
 from finetune.errors import DataError, DeviceError
 from finetune.infer.offloaded import PIECE_TOKENS
 from finetune.infer.pages import page_bytes, pages_for
@@ -141,8 +141,8 @@ def read_load(file: Path, arch: MoeArch) -> Sequence[Sequence[float]]:
     Raises:
         DataError: not such a file, or of another model.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        load = [list(map(float, layer["load"])) for layer in json.loads(file.read_text(encoding="utf-8"))["layers"]]
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a FinetuneError is a ValueError
+        load = [list(map(float, layer["load"])) for layer in read_json(file, kind=DataError)["layers"]]
         if [len(row) for row in load] == [arch.experts] * arch.layers:
             return load
     raise DataError(

@@ -7,12 +7,12 @@ Leaves out: reading the metrics (routing/history.py), the rules of the verdict (
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint import read_json
 from finetune.console import Report
 from finetune.datacheck.words import counts, visible
 from finetune.errors import OutputError
@@ -201,12 +201,9 @@ def _read_run(run: RunFolder) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
-    if not isinstance(document, dict):
-        raise _unreadable(path, "it is not a JSON object")
-    return document
+        return read_json(path, kind=OutputError)
+    except OutputError as error:
+        raise _unreadable(path, error.what) from error
 
 
 def _unreadable(path: Path, why: str) -> OutputError:

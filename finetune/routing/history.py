@@ -12,7 +12,6 @@ Leaves out: drawing (plots.py), and what the numbers mean (the report).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint import read_json
 from finetune.errors import OutputError
 from finetune.jsonl import read_metrics
 from finetune.routing.metrics import LAYER_METRICS
@@ -275,8 +275,8 @@ def _read(path: Path, parse: Any, without: str) -> Any:
     if not path.is_file():
         return None
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        return parse(read_json(path, kind=OutputError))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise OutputError(
             f"a file of this run cannot be read: {type(error).__name__}: {error}",
             where=str(path),

@@ -29,6 +29,7 @@ from finetune.kernels.nf4_quantize import BLOCK, NESTED_BLOCK, dynamic_map, quan
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, stack_type
 from finetune.quant.census import joined_hash, require_same_experts, stack_hash
 from finetune.quant.config import AttentionStorage
+from finetune.quant.finite import is_finite, not_finite
 
 Onto = Literal["trained", "original"]
 Shapes = dict[str, tuple[int, ...]]
@@ -78,7 +79,18 @@ class TrainedBase:
         self.tensors.require(self._stored_shapes(shapes))
 
     def weight(self, name: str) -> Tensor:
-        """A parameter that is no expert's: float32 [out, in] of an attention matrix, else in the dtype it has."""
+        """A parameter that is no expert's: float32 [out, in] of an attention matrix, else in the dtype it has.
+
+        Raises:
+            ModelError: it is not finite.
+        """
+        weight = self._weight(name)
+        if not is_finite(weight):
+            stored = self._stored_name(name)
+            raise not_finite(name, self._folder, [stored, f"{stored}.nested_absmax"])
+        return weight
+
+    def _weight(self, name: str) -> Tensor:
         stored = self._stored_name(name)
         if self.onto == "original":
             return self.tensors.read(stored)
@@ -92,11 +104,28 @@ class TrainedBase:
         return trained_values(self._as_loaded(self.tensors.read(stored)), torch.float32)
 
     def expert(self, layer: int, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
-        """[out, in] of one expert's fused projection in a 16-bit dtype, rounded once."""
+        """[out, in] of one expert's fused projection in a 16-bit dtype, rounded once.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
         if self._holds_stacks or (self._recorded and self.onto == "trained"):
             return decode(self.stack(layer, expert, projection), dtype)
         stored = self._stored_expert(layer, expert, projection)
-        return trained_values(self._as_loaded(stored), dtype) if self.onto == "trained" else stored.to(dtype)
+        if self.onto == "trained":
+            values = trained_values(self._as_loaded(stored), dtype)
+            # A weight that is not finite reaches every value, through the mean of the scales.
+            self._require_finite(layer, expert, projection, values[:1, :1].float())
+            return values
+        self._require_finite(layer, expert, projection, stored)
+        return stored.to(dtype)
+
+    def _require_finite(self, layer: int, expert: int, projection: str, *tensors: Tensor) -> None:
+        if not is_finite(*tensors):
+            fused = f"{experts_path(layer)}.{projection}"
+            held = hub_expert_names(self.arch.model_type, layer, expert, projection)
+            fields = (f"{fused}_{field}" for field in self._stack._fields)
+            raise not_finite(f"{fused} of expert {expert}", self._folder, [*held, fused, *fields])
 
     def stack(self, layer: int, expert: int, projection: str) -> ExpertStack:
         """A stack of one expert: the bytes that training had."""
@@ -106,6 +135,7 @@ class TrainedBase:
             stack: ExpertStack = self._stack(*(field.unsqueeze(0) for field in fields))
         else:
             stack = encode(self._as_loaded(self._stored_expert(layer, expert, projection)))
+        self._require_finite(layer, expert, projection, *(field for field in stack if field.is_floating_point()))
         if self._recorded:
             self._hashes[fused, expert] = stack_hash(stack)
         return stack

@@ -33,6 +33,7 @@ from finetune.kernels.nf4_quantize import BLOCK
 from finetune.kernels.stacks import ExpertStorage
 from finetune.quant.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
 from finetune.quant.experts import QuantizedExperts
+from finetune.quant.finite import require_finite
 
 # NF4 with double quantization: 0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales a weight.
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / BLOCK + 4 / (BLOCK * 256)
@@ -139,6 +140,7 @@ class Moe4bitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.misshapen:
             raise _misshapen_error(self.misshapen)
+        require_finite(model)
         # peft and TRL look at this flag to find bitsandbytes layers; it says nothing about our experts.
         model.is_loaded_in_4bit = self.quantization_config.attention == "nf4"  # type: ignore[assignment]
         # The hub's per-expert names cannot be written back from 4-bit: save the module's own names.

@@ -6,11 +6,12 @@ import copy
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ from tests.quant.loading import (
     reload,
     tensors_of,
 )
+from tests.running import refused
 
 
 def save_random(config: PreTrainedConfig, folder: Path) -> None:
@@ -182,3 +184,29 @@ def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
 
 def test_the_module_prints_its_sizes() -> None:
     assert str(QuantizedExperts(4, 128, 192)) == "QuantizedExperts(experts=4, hidden=128, intermediate=192, nf4)"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.1.mlp.experts.gate_up_proj of expert 2"),
+        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.k_proj.weight"),
+        ("model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_a_weight_that_is_no_number_is_named_with_its_file(
+    small_mixtral: Path, saved_adapter: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    """By everything that loads, and by merges, which stream."""
+    base = tmp_path / "base"
+    shutil.copytree(small_mixtral, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[33] = float("inf" if "norm" in name else "nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    says = (f"infinite or no number (NaN): {said}", f"model.safetensors: {name}")
+    refused(tmp_path, "quantize", base, "--output", tmp_path / "out", "--device", "cpu", says=says)
+    if "gate" not in name or "experts" in name:  # a router is another base's first
+        args = ("merge", saved_adapter, "--base", base, "--output", tmp_path / "out", "--format")
+        for format in ("nf4", "bf16"):
+            refused(tmp_path, *args, format, says=says)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -68,11 +70,14 @@ class MoeTrainer(SFTTrainer):
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-            self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and no wrapper
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is not None:
             self.args.eval_on_start = False  # that was before the first step
+        if self.is_fsdp_enabled:
+            self.accelerator.prepare_model(
+                self.model, evaluation_mode=True
+            )  # autocast around TRL's forward, no wrapper
         with self.auxiliary or contextlib.nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -314,6 +319,22 @@ class MoeTrainer(SFTTrainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Upstream's; under FSDP without a second copy of the model, which would have the experts in it."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What is gathered for an evaluation stays so until the next backward pass; the optimizer knows the shards.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(self.model)

@@ -31,7 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": {"training": {"per_device_eval_batch_size": 2, "packing": True, "eval_packing": True}},
     "single-rows": {"training": {"per_device_eval_batch_size": 1}},
     "fsdp2-lora": {"model": {"dtype": "bfloat16"}, **PROBE},
-    "fsdp2-non-moe": {**NON_MOE, **PROBE},
+    "fsdp2-non-moe-bf16": {"model": {"dtype": "bfloat16"}, **NON_MOE, **PROBE},
+    "fsdp2-non-moe": {**NON_MOE, **PROBE, "training": {"save_strategy": "steps", "save_steps": 6}},
 }
 
 
@@ -92,6 +93,9 @@ def test_two_processes_are_one(runs: Callable[[str], tuple[Path, Path]], case: s
     for name, steps in (("loss", range(1, 7)), ("eval_loss", (0, 3, 6)), ("eval_mean_token_accuracy", (0, 3, 6))):
         assert sorted(logged(one, name)) == list(steps)
         assert logged(two, name) == pytest.approx(logged(one, name), rel=near), name
+    # Before weights have moved apart even bf16 says the same: the same products in the same dtype.
+    assert logged(two, "loss")[1] == pytest.approx(logged(one, "loss")[1], rel=1e-5)
+    assert logged(two, "eval_loss")[0] == pytest.approx(logged(one, "eval_loss")[0], rel=1e-5)
     for name in ("eval_router/tokens", "router/tokens", "num_tokens"):
         assert logged(two, name) == logged(one, name) != {}, name
     for name in ("eval_router/max_vio_worst", "grad_norm"):
@@ -99,6 +103,10 @@ def test_two_processes_are_one(runs: Callable[[str], tuple[Path, Path]], case: s
     files = [next(run.glob("adapter/*.safetensors")) for run in (one, two)]
     expected, found = (load_file(file) for file in files)
     assert expected.keys() == found.keys()
+    if case == "fsdp2-non-moe":  # what training goes on from, and no copy of the experts
+        sizes = {path.name: path.stat().st_size for path in (two / "checkpoints" / "checkpoint-6").iterdir()}
+        assert {"non_moe.safetensors", "optimizer.bin", "scheduler.pt", "trainer_state.json"} <= sizes.keys()
+        assert sum(sizes.values()) - sizes["tokenizer.json"] < 3.1 * sizes["non_moe.safetensors"]
     if near == 1e-5:
         for name, tensor in expected.items():
             assert (found[name] - tensor).norm() < 1e-3 * tensor.norm(), name

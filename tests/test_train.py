@@ -338,3 +338,22 @@ def test_every_module_trains_in_every_step(write_recipe: Write) -> None:
     assert modes.index(evaluated) == 2, "two steps, then an evaluation"
     assert [mode for mode in modes if mode not in (trained, evaluated)] == []
     assert ready.trainer.state.total_flos > 0
+
+    # An evaluation under data parallelism is of the model inside, and what wraps it does not hear of it.
+    trainer = ready.trainer
+    wrapper = WrappedModel(trainer.model)
+    trainer.model.eval()
+    assert wrapper.training
+    trainer.training_step(wrapper, next(iter(trainer.get_train_dataloader())))
+    assert modes[-1] == trained
+
+
+class WrappedModel(torch.nn.Module):
+    """As DistributedDataParallel holds a model."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)

@@ -45,7 +45,11 @@ def run(command: list[str], **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        },
         capture_output=True,
         text=True,
         check=False,

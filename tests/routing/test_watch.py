@@ -13,7 +13,15 @@ from test_callback import TRAIN_ROWS, dataset, trainer_for, with_lora
 from torch import nn
 
 from finetune.jsonl import read_metrics
-from finetune.routing import AlarmRules, RouterAlarms, RouterCallback, RouterReference, RouterWatch, probe_rows
+from finetune.routing import (
+    AlarmRules,
+    RouterAlarms,
+    RouterCallback,
+    RouterCapture,
+    RouterReference,
+    RouterWatch,
+    probe_rows,
+)
 from finetune.routing.metrics import LAYER_METRICS, layer_metrics, noise_floor
 
 EXPERTS, TOP_K = FAMILIES["mixtral"]
@@ -47,6 +55,18 @@ def watched(
         every=every,
     )
     return router.watch, told
+
+
+def test_measuring_the_base_does_not_freeze_the_adapter() -> None:
+    """FSDP2 decides by the first forward pass, once, what trains; the probe may be that one."""
+    model = with_lora()
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    seen: list[set[str]] = []
+    model.register_forward_pre_hook(lambda *_: seen.append({n for n, p in model.named_parameters() if p.requires_grad}))
+    RouterReference(RouterCapture(model, num_experts=EXPERTS, top_k=TOP_K), PROBE, name="probe").measure_base()
+    assert trains
+    assert seen == [trains] * len(PROBE)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
 
 
 def test_probe_rows_are_documents() -> None:

@@ -126,16 +126,19 @@ def test_a_run_that_cannot_fit_is_refused_unless_it_is_forced(
         f"the run does not fit: it needs {in_gib(document['total_bytes'])} and may use 3.0 MiB",
         *document["advice"],
     ]
-    with monkeypatch.context() as patched:
-        patched.setattr("finetune.train.load_base", None)
-        ran = refused(tmp_path, "train", recipe, says=(*says, "where: memory of cpu", "with --force"))
+
+    def reached(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.train.load_base", reached)
+    ran = refused(tmp_path, "train", recipe, says=(*says, "where: memory of cpu", "with --force"))
     assert document["advice"]
     assert "set training.per_device_train_batch_size: " in ran.stderr
     # What a shard needs is not estimated.
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_USE_FSDP", "true")
         require_fits(preflight(load_recipe(recipe), torch.device("cpu")), where="here")
-    assert run_finetune("train", recipe, "--force").status == 0
+    assert run_finetune("train", recipe, "--force").status == 130, "it went on to the weights"
 
 
 def test_a_sharded_run_recomputes_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ def read_saved(model: PreTrainedModel, folder: Path) -> SavedLora:
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
+        exclude_modules=settings.excluded,
         use_rslora=settings.rslora,
         use_dora=dora,
         modules_to_save=settings.modules_to_save,

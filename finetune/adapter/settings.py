@@ -28,12 +28,12 @@ _ROUTERS = ([ROUTER], [ROUTER.rsplit(".", 1)[-1]])
 # Fields that are read below, and fields that change nothing of what an adapter computes once it is trained: the
 # configurations of EVA, CorDA, LoRA-GA and LoftQ only matter with the `init_lora_weights` of that name. Any other field
 # that says something is refused, those of a later PEFT too.
-_READ_FIELDS: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
-_READ_FIELDS += ("modules_to_save", "peft_type", "task_type", "bias", "init_lora_weights", "revision")
-_READ_FIELDS += ("base_model_name_or_path",)
-_IDLE_FIELDS: tuple[str, ...] = ("auto_mapping", "peft_version", "inference_mode", "exclude_modules", "layers_pattern")
-_IDLE_FIELDS += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-_IDLE_FIELDS += ("ensure_weight_tying", "runtime_config")
+READ_FIELDS: tuple[str, ...] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
+READ_FIELDS += ("modules_to_save", "peft_type", "task_type", "bias", "init_lora_weights", "revision")
+READ_FIELDS += ("base_model_name_or_path", "exclude_modules")
+IDLE_FIELDS: tuple[str, ...] = ("auto_mapping", "peft_version", "inference_mode", "layers_pattern")
+IDLE_FIELDS += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+IDLE_FIELDS += ("ensure_weight_tying", "runtime_config")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LoraSettings:
 
     Attributes:
         scaling: s of W + s B A.
-        targets: `target_modules` as written, a list or a regular expression.
+        targets, excluded: `target_modules` and `exclude_modules` as written, a list or a regular expression.
         modules_to_save: the routers, where they trained in full.
         base: `base_model_name_or_path`, None where it says nothing.
     """
@@ -53,6 +53,7 @@ class LoraSettings:
     dora: bool
     rslora: bool
     targets: list[str] | str
+    excluded: list[str] | str | None
     modules_to_save: list[str] | None
     dropout: float
     base: str | None
@@ -82,6 +83,7 @@ def read_lora_settings(folder: Path) -> LoraSettings:
         dora=bool(config.get("use_dora")),
         rslora=rslora,
         targets=config.get("target_modules") or [],
+        excluded=config.get("exclude_modules") or None,
         modules_to_save=config.get("modules_to_save") or None,
         dropout=config.get("lora_dropout") or 0.0,
         base=config.get("base_model_name_or_path") or None,
@@ -90,7 +92,7 @@ def read_lora_settings(folder: Path) -> LoraSettings:
 
 
 def _require_plain(config: Mapping[str, Any], path: Path) -> None:
-    others = {key: value for key, value in config.items() if value and key not in (*_READ_FIELDS, *_IDLE_FIELDS)}
+    others = {key: value for key, value in config.items() if value and key not in (*READ_FIELDS, *IDLE_FIELDS)}
     faults = [f"{key} is {value!r:.80}" for key, value in others.items()]
     if config.get("modules_to_save") and config["modules_to_save"] not in _ROUTERS:
         faults.append(f"modules_to_save is {config['modules_to_save']!r:.80}")

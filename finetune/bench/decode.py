@@ -71,7 +71,7 @@ def bench_decode(
         device_gib: budgets to decode in with offloaded experts, instead of the above.
 
     Raises:
-        FinetuneError: as `model.load`.
+        FinetuneError: as `adapter.load`.
     """
     if device_gib:
         return _offloaded(

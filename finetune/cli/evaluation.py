@@ -83,7 +83,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the JSON here as well.", show_default=False, rich_help_panel=_BENCHMARKS),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,

@@ -35,7 +35,7 @@ def router_drift(
 @router_app.command("analyze")
 def router_analyze(
     model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved since training.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
     data: ProbeData = None,
     max_tokens: ProbeTokens = 65_536,
     device: Device = "auto",

@@ -123,7 +123,7 @@ class Engine:
         """Loads a base, merged, adapter or non-MoE folder, or a hub id, and further adapters by name.
 
         Raises:
-            FinetuneError: as `model.load`; `AdapterError` for adapters that do not go together; `DeviceError` for a
+            FinetuneError: as `adapter.load`; `AdapterError` for adapters that do not go together; `DeviceError` for a
                 device with too little room.
         """
         settings = settings or EngineSettings()

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.adapter import Adapter
-from finetune.adapter.settings import _IDLE_FIELDS, _READ_FIELDS, read_lora_settings
+from finetune.adapter.settings import IDLE_FIELDS, READ_FIELDS, read_lora_settings
 from finetune.errors import AdapterError, DataError
 from finetune.infer.engine import Engine
 from finetune.infer.generate import generate
@@ -239,7 +239,7 @@ REFUSED: dict[str, Any] = {
 
 def test_every_field_of_peft_has_a_verdict() -> None:
     """Fails when a PEFT with a new field is installed: decide whether an adapter that uses it computes W + s B A."""
-    assert {field.name for field in dataclasses.fields(LoraConfig)} == {*_READ_FIELDS, *_IDLE_FIELDS, *REFUSED}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == {*READ_FIELDS, *IDLE_FIELDS, *REFUSED}
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,13 @@ class MoeTrainer(SFTTrainer):
         with self.auxiliary or contextlib.nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # Around TRL's forward, which it puts there last, and around every call, also those of the probe.
+            self.model.forward = self.accelerator.autocast()(self.model.forward)
+        return prepared
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's; none where the checkpoint is that of the last step, which upstream asks only after a step."""
         if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:

@@ -42,12 +42,15 @@ def run(recipe: Path) -> None:
         os.environ.update(sharding())
 
         def as_on_devices(self: PartialState, *args: Any, **kwargs: Any) -> None:
+            fresh = not PartialState._shared_state
             begin(self, *args, **kwargs)
-            self.distributed_type = DistributedType.MULTI_GPU
+            if fresh:
+                self.distributed_type = DistributedType.MULTI_GPU
 
         PartialState.__init__ = as_on_devices  # type: ignore[method-assign]
     try:
         train(load_recipe(recipe), Report(as_json=True))
+        assert (PartialState().distributed_type == DistributedType.FSDP) is recipe.name.startswith("fsdp2")
     finally:
         PartialState.__init__ = begin  # type: ignore[method-assign]
 

@@ -28,6 +28,8 @@ from finetune.web.protocol import LimitedProtocol
 FLUSH_SECONDS = 10
 # How long clients hear 503 of an engine that has failed.
 FAILED_SECONDS = 5.0
+# Tenths of a second without work before a stop closes the port: whoever had just connected still hears 503.
+IDLE_TICKS = 3
 # A launcher such as `timeout` signals the process and its group; what comes again within this time is the same signal.
 RELAYED_SECONDS = 1.0
 
@@ -70,6 +72,7 @@ class Server(uvicorn.Server):
         self.stopped_at_once = False
         self._desk, self._ready = desk, ready
         self._asked_at = -math.inf
+        self._idle_ticks = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends: float | None = None
 
@@ -103,8 +106,9 @@ class Server(uvicorn.Server):
         now = asyncio.get_running_loop().time()
         if self._desk.engine.failure is not None and self._ends is None:
             self._ends = now + FAILED_SECONDS
-        stopped = self._desk.stopping and not (self._desk.open or self._desk.entered)
-        if stopped or (self._ends is not None and now >= self._ends):
+        idle = self._desk.stopping and not (self._desk.open or self._desk.entered)
+        self._idle_ticks = self._idle_ticks + 1 if idle else 0
+        if self._idle_ticks >= IDLE_TICKS or (self._ends is not None and now >= self._ends):
             self.should_exit = True
         return await super().on_tick(counter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import signal
@@ -14,7 +15,11 @@ import httpx
 import openai
 import pytest
 
+from finetune.serve.app import make_app
+from finetune.serve.desk import Desk
+from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
+from finetune.web.addresses import bind
 from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, eventually, serving
 
@@ -148,6 +153,29 @@ def test_what_was_let_in_before_a_stop_is_answered(
     assert json.loads(connection.getresponse().read())["choices"][0]["text"] == "0 1 "
     served.thread.join(20)
     assert not served.thread.is_alive()
+
+
+def test_clients_in_the_queue_of_the_port_hear_503(engine: FakeEngine) -> None:
+    """They connected before the server's loop ran, and the stop came as soon."""
+    desk = Desk(engine, Metrics(engine.stats), max_waiting=1)  # type: ignore[arg-type]
+    with contextlib.closing(bind("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+        connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=20) for _ in range(20)]
+
+        def ready() -> None:
+            for connection in connections:
+                connection.request("POST", "/v1/completions", b"{}", {"content-type": "application/json"})
+            server.begin_stop()
+            asked.set()
+
+        asked = threading.Event()
+        server = Server(make_app(desk, max_body_bytes=100, key=None), desk, ready=ready)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        assert asked.wait(20)
+        assert [connection.getresponse().status for connection in connections] == [503] * 20
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_a_signal_that_is_passed_on_is_one_signal(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from finetune.cli.options import sane_size
 from finetune.console import Report
 from finetune.model import BaseSpec, load_base
 from finetune.recipe import load_recipe, recipe_schema
@@ -183,3 +186,11 @@ def test_text_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     report.prose_table("Side by side", ("prompt", "answer"), [("[INST] hi [/INST]", "[/red]")])
     for text in ("[bold]path[/x] :smile:", "[INST] hi [/INST]", "[/red]"):
         assert text in out.getvalue()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e308, 0.0, -1.0])
+def test_a_size_that_is_none(value: float) -> None:
+    with pytest.raises(typer.BadParameter, match="is no size; give a number above 0 and of at most 1,000,000"):
+        sane_size(value)
+    assert sane_size(80.0) == 80.0
+    assert sane_size(None) is None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.cli.options import Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile
+from finetune.cli.options import Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile, sane_size
 from finetune.cli.reporting import quiet_libraries, reporting
 
 
@@ -133,9 +133,11 @@ def serve(
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,
-    max_body_mib: Annotated[float, typer.Option(min=0.001, help="Size of a request.")] = 8.0,
+    max_body_mib: Annotated[float, typer.Option(min=0.001, callback=sane_size, help="Size of a request.")] = 8.0,
     max_connections: Annotated[int, typer.Option(min=1, help="Clients that are connected at once.")] = 1000,
-    kv_gib: Annotated[float | None, typer.Option(help="Memory for keys and values; what is free by default.")] = None,
+    kv_gib: Annotated[
+        float | None, typer.Option(callback=sane_size, help="Memory for keys and values; what is free by default.")
+    ] = None,
     residency: ResidencyOption = "auto",
     device_gib: DeviceGib = None,
     routing: RoutingFile = None,

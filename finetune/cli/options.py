@@ -17,8 +17,20 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ResidencyOption = Annotated[
     str, typer.Option("--residency", help="Where the experts live: resident, offload (host memory), or auto.")
 ]
+
+
+def sane_size(value: float | None) -> float | None:
+    """Refuses what is no size, before it is made a number of bytes: NaN passes every bound."""
+    if value is not None and not 0 < value <= 1_000_000:
+        raise typer.BadParameter(f"{value} is no size; give a number above 0 and of at most 1,000,000")
+    return value
+
+
 DeviceGib = Annotated[
-    float | None, typer.Option("--device-gib", min=0.1, help="How much of the GPU to use; what is free by default.")
+    float | None,
+    typer.Option(
+        "--device-gib", min=0.1, callback=sane_size, help="How much of the GPU to use; what is free by default."
+    ),
 ]
 RoutingFile = Annotated[
     Path | None,

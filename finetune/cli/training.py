@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath
+from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath, sane_size
 from finetune.cli.reporting import quiet_libraries, reporting
 from finetune.console import gib
 from finetune.recipe import load_recipe
@@ -67,7 +67,9 @@ def resuming_command(arguments: Sequence[str]) -> str:
 def preflight(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpu_gib: Annotated[float | None, typer.Option(help="Estimate for a GPU of this size, at hand or not.")] = None,
+    gpu_gib: Annotated[
+        float | None, typer.Option(callback=sane_size, help="Estimate for a GPU of this size, at hand or not.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

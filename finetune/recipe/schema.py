@@ -205,7 +205,7 @@ class DataSection(Section):
 class MemorySection(Section):
     """How much of the device a run may use."""
 
-    budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    budget_gib: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """GiB that this process may use, to which activations are planned; null: what is free on the device."""
 
 

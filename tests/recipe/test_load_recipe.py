@@ -273,6 +273,11 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
             "  allowed: q_proj, k_proj, v_proj, o_proj\n  fix: did you mean 'q_proj'?",
         ),
         (
+            "memory:\n  budget_gib: 1e308",
+            "`memory.budget_gib` cannot be 1e+308\n  where: r.yaml:8: memory.budget_gib\n"
+            "  allowed: less than or equal to 1000000",
+        ),
+        (
             "logging: offline",
             "`logging` is a section, and cannot be 'offline'\n  where: r.yaml:7: logging\n"
             "  allowed: a mapping: one indented key a line\n  fix: write keys under `logging:`",

@@ -213,6 +213,7 @@ def test_a_device_that_answers_nothing_ends_the_engine(small_mixtral: Path, monk
         assert "illegal memory access" in str(engine.failure)
 
 
+@pytest.mark.slow  # greedy rows that made room: test_rotary.py
 def test_a_row_that_made_room_says_what_it_would_have_said(small_mixtral: Path) -> None:
     """Three requests of two pages in a pool of three; greedy and drawn, one by a repetition penalty.
 

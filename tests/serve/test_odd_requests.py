@@ -1,0 +1,57 @@
+"""A hundred odd requests at once, of a sound model and of an adapter of NaN, in a pool that is too small for them.
+
+`scripts/fuzz_engine.py` sends thousands to a server that runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.adapter import save_adapter
+from finetune.arch import MoeArch
+from finetune.infer.engine import Engine
+from finetune.infer.pages import page_bytes
+from finetune.infer.settings import EngineSettings
+from finetune.model import BaseSpec, load_base, read_config
+from finetune.trainable import add_attention_lora
+from tests.conftest import REPOSITORY
+from tests.serve.serving import serving
+
+
+def broken(model: Path, folder: Path) -> Path:
+    """An adapter of NaN."""
+    loaded = load_base(BaseSpec(str(model)), device="cpu")
+    save_adapter(add_attention_lora(loaded.model, loaded.arch, r=2), folder)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.base.save(folder)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(file).items()}, file)
+    return folder
+
+
+def test_nobody_is_left_unanswered(talkative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "scripts"), *sys.path])
+    import fuzz_engine
+
+    page = page_bytes(MoeArch.from_config(read_config(str(talkative))), torch.float32)
+    settings = EngineSettings(max_batch=8, max_length=128, kv_gib=4 * page / 2**30)
+    adapters = {"broken": str(broken(talkative, tmp_path / "adapter"))}
+    with (
+        Engine.load(str(talkative), name="tiny", adapters=adapters, device="cpu", settings=settings) as engine,
+        serving(engine) as served,
+    ):
+        found = fuzz_engine.run(served.root, 100, 16, seed=0)
+        stats = engine.stats()
+    print(found, stats)
+    assert fuzz_engine.unanswered(found) == 0
+    assert found["plain"] == {"answered": 16}
+    assert found["health"] == 200
+    assert {"200", "400", "500"} <= found["odd"].keys()
+    assert (engine.failure, engine.restarts) == (None, 0)
+    assert stats.failed > 0
+    assert stats.preempted > 0

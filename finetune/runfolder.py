@@ -45,6 +45,11 @@ _FIXED_SECTIONS = ("model", "quantization", "trainable", "data", "training", "ro
 # Names of what is put aside; `staged` has the last, for a folder that it replaces.
 _CLAIMING, _ASIDE, _REPLACED, _EARLIER = ".claiming.", ".aside.", ".replaced.", ".earlier."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Read-only, forbidden, a mount point in the place of a folder, broken, or a name or file larger than it may be.
+_UNWRITABLE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.EFBIG, errno.ENOTDIR),
+)
 _DISK_FULL_SIGNS = (*(f"(os error {code})" for code in _DISK_FULL), "unexpected pos", "PytorchStreamWriter failed")
 
 
@@ -277,7 +282,9 @@ def require_fresh(folder: Path) -> None:
     Raises:
         OutputError: names the folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with full_disk_explained(folder):
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken:
         raise OutputError(
             "the output folder is not empty", where=str(folder), fix="choose another --output, or remove it first"
         )
@@ -300,19 +307,19 @@ def staged(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         partial.chmod(0o755)
         with full_disk_explained(folder):
             yield partial
-        if folder.is_dir():
-            earlier = _scratch(folder.parent, prefix=f".{folder.name}{_EARLIER}")
-            os.replace(folder, earlier)
-            os.replace(partial, folder)
-            shutil.rmtree(earlier)
-        else:
-            os.replace(partial, folder)
+            if folder.is_dir():
+                earlier = _scratch(folder.parent, prefix=f".{folder.name}{_EARLIER}")
+                os.replace(folder, earlier)
+                os.replace(partial, folder)
+                shutil.rmtree(earlier)
+            else:
+                os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 class full_disk_explained:
-    """Turns whatever a library raises when the disk is full into one message.
+    """Turns whatever a library raises when the disk is full, or cannot be written, into one message.
 
     Args:
         then: what can be done once there is space.

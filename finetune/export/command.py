@@ -174,7 +174,7 @@ def _written(output: Path, about: dict[str, Any], report: Report) -> dict[str, A
     elif about["onto"] == "trained" and about["experts_made_of"] is not None:
         made_of = about["experts_made_of"]
         report.line(
-            f"Experts: quantized from {made_of}; the adapter does not record of what theirs were, or their bytes"
+            f"Experts: quantized from {made_of}; no hash in base.json proves that they are those that were trained"
         )
     report.line(f"What serves it, with a command for each engine: {output / 'SERVING.md'}")
     return {"output": str(output), **about}

@@ -215,7 +215,7 @@ def resumable(output: Path, job: Mapping[str, Any]) -> Iterator[Partial]:
             where=str(output.parent),
             fix="choose a folder that you may write to",
         ) from None
-    with (folder / JOURNAL).open("a+", encoding="utf-8") as journal, full_disk_explained(output):
+    with full_disk_explained(output), (folder / JOURNAL).open("a+", encoding="utf-8") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

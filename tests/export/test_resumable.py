@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import threading
 import time
@@ -19,7 +21,7 @@ from finetune.export.resumable import OutputFile, Part, Partial, Place, resumabl
 from finetune.export.source import open_source
 from finetune.export.standard import write_standard
 from finetune.export.tunings import Weighted
-from tests.running import contents, refused
+from tests.running import contents, refused, run_finetune
 
 
 def test_a_cut_merge_goes_on_where_it_stopped(
@@ -173,3 +175,24 @@ def test_two_merges_to_one_output(tmp_path: Path) -> None:
         resumable(tmp_path / "out", {}).__enter__()
     assert str(caught.value).startswith("another merge is writing there")
     assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("command", ["merge", "quantize"])
+def test_a_folder_that_cannot_be_written_is_one_message(
+    small_mixtral: Path, saved_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A name that no disk takes, a file in the folder's place, and a disk that turns read-only at the end."""
+    args = ("merge", saved_adapter, "--rows", 0) if command == "merge" else ("quantize", small_mixtral)
+    (tmp_path / "file").write_text("")
+    for output, says in (("n" * 300, "a path is too long for a file system"), ("file/out", "cannot be written")):
+        refused(tmp_path, *args, "--device", "cpu", "--output", tmp_path / output, says=(says,))
+
+    def read_only(source: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(target))
+
+    monkeypatch.setattr(os, "replace", read_only)
+    ran = run_finetune(*args, "--device", "cpu", "--output", tmp_path / "out")
+    assert ran.status == 2
+    assert "the output folder cannot be written: Read-only file system" in ran.stderr
+    assert f"where: {tmp_path / 'out'}" in ran.stderr
+    assert not (tmp_path / "out").exists()

@@ -42,7 +42,9 @@ def test_train_merge_answer(tmp_path: Path) -> None:
     for run, merged, answer in results:
         assert run["eval_loss_last"] < run["eval_loss_first"] - 0.1
         assert run["peak_device_bytes"] > 0
-        # Measured on CPU in float32: 1e-7 and below. In bf16 arithmetic live and merged round differently.
-        assert merged["fidelity"]["kl"] < 1e-2
-        assert merged["fidelity"]["top_k_overlap"] > 0.97
+        assert merged["experts_proven"], "the CPU makes the experts' bytes again that the GPU had quantized"
+        # Compared in float32, so what is left is one bfloat16 rounding of what was tuned: 1.0e-3 (LoRA) and 2.0e-3
+        # (non-MoE) after these 40 steps on a CPU. Computing in bfloat16 would add 4e-3 and more.
+        assert merged["fidelity"]["kl"] < 6e-3
+        assert merged["fidelity"]["top_k_overlap"] > 0.99
         assert answer["answers"][0]["completion_tokens"] > 0

@@ -45,10 +45,10 @@ _FIXED_SECTIONS = ("model", "quantization", "trainable", "data", "training", "ro
 # Names of what is put aside; `staged` has the last, for a folder that it replaces.
 _CLAIMING, _ASIDE, _REPLACED, _EARLIER = ".claiming.", ".aside.", ".replaced.", ".earlier."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# Read-only, forbidden, a mount point in the place of a folder, broken, or a name or file larger than it may be.
+# Read-only, forbidden, a mount point in the place of a folder, broken, or a file larger than it may be.
 _UNWRITABLE = (
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV, errno.EIO),
-    *(errno.ENAMETOOLONG, errno.EFBIG, errno.ENOTDIR),
+    *(errno.EFBIG, errno.ENOTDIR),
 )
 _DISK_FULL_SIGNS = (*(f"(os error {code})" for code in _DISK_FULL), "unexpected pos", "PytorchStreamWriter failed")
 
@@ -341,6 +341,12 @@ class full_disk_explained:
                 "no space left on the disk",
                 where=str(self.where),
                 fix="free some space" + (f"; {self.then}" if self.then else ", or choose another output folder"),
+            ) from error
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise OutputError(
+                f"the output folder cannot be written: {error.strerror}",
+                where=str(error.filename or self.where),
+                fix="choose a folder that you may write to",
             ) from error
 
 

@@ -194,5 +194,5 @@ def test_a_folder_that_cannot_be_written_is_one_message(
     ran = run_finetune(*args, "--device", "cpu", "--output", tmp_path / "out")
     assert ran.status == 2
     assert "the output folder cannot be written: Read-only file system" in ran.stderr
-    assert f"where: {tmp_path / 'out'}" in ran.stderr
+    assert f"where: {tmp_path}" in ran.stderr
     assert not (tmp_path / "out").exists()

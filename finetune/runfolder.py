@@ -322,6 +322,7 @@ class full_disk_explained:
     """Turns whatever a library raises when the disk is full, or cannot be written, into one message.
 
     Args:
+        where: the output folder; words where it is not known.
         then: what can be done once there is space.
 
     Raises:
@@ -343,11 +344,13 @@ class full_disk_explained:
                 fix="free some space" + (f"; {self.then}" if self.then else ", or choose another output folder"),
             ) from error
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            raise OutputError(
-                f"the output folder cannot be written: {error.strerror}",
-                where=str(error.filename or self.where),
-                fix="choose a folder that you may write to",
-            ) from error
+            place = Path(error.filename or self.where).absolute()
+            output = Path(self.where).absolute().parent  # what is staged lies beside its place
+            if isinstance(self.where, Path) and (place.is_relative_to(output) or output.is_relative_to(place)):
+                what, fix = "the output folder cannot be written", "choose a folder that you may write to"
+            else:
+                what, fix = "a file cannot be read or written", "check who may read and write it"
+            raise OutputError(f"{what}: {error.strerror}", where=str(error.filename or self.where), fix=fix) from error
 
 
 @contextlib.contextmanager

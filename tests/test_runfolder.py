@@ -283,21 +283,31 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path) == 8
 
 
+FULL = "no space left on the disk"
+
+
 @pytest.mark.parametrize(
-    ("error", "full"),
+    ("error", "says"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), True),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
-        (Exception("No space left on device (os error 28)"), True),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), FULL),
+        (Exception("No space left on device (os error 28)"), FULL),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), FULL),
         # A damaged file that is read, not written.
-        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip"), False),
-        (OSError(errno.EACCES, "Permission denied"), False),
-        (ValueError("something else"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip"), None),
+        (OSError(errno.EACCES, "Permission denied"), "the output folder cannot be written: Permission denied"),
+        (ValueError("something else"), None),
     ],
 )
-def test_what_a_full_disk_looks_like(error: Exception, full: bool) -> None:
-    assert is_disk_full(error) is full
-    with pytest.raises(OutputError if full else type(error)) as raised, full_disk_explained("/somewhere"):
+def test_what_a_full_disk_looks_like(error: Exception, says: str | None) -> None:
+    assert is_disk_full(error) is (says == FULL)
+    with pytest.raises(OutputError if says else type(error)) as raised, full_disk_explained(Path("/some/where")):
         raise error
-    assert not full or "no space left on the disk\n  where: /somewhere\n" in str(raised.value)
+    assert not says or f"{says}\n  where: /some/where\n" in str(raised.value)
+
+
+def test_a_file_elsewhere_is_not_the_output_folder() -> None:
+    with pytest.raises(OutputError) as raised, full_disk_explained(Path("/some/where")):
+        raise PermissionError(errno.EACCES, "Permission denied", "/models/base/model.safetensors")
+    said = "a file cannot be read or written: Permission denied\n  where: /models/base/model.safetensors\n"
+    assert said in str(raised.value)

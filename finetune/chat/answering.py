@@ -7,7 +7,7 @@ event, so nobody has to guess what was still on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ class Answering:
         for ticket in self._tickets:
             ticket.cancel()
 
-    def __iter__(self) -> Iterator[tuple[int, Event]]:
+    def __iter__(self) -> Generator[tuple[int, Event], None, None]:
         try:
             while self._open:
                 number, event = self._events.get()

@@ -6,6 +6,7 @@ later goes on from what the first side had said.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,17 +72,19 @@ def answered(answering: Answering, requests: Sequence[Request]) -> Iterator[list
     """The sides as their answers come, at most so often as a page is drawn; the last time all have ended."""
     sides = [Side(str(request.model), list(request.ids), len(request.ids), "", []) for request in requests]
     drawn = 0.0
-    for number, event in answering:
-        side, now = sides[number], time.monotonic()
-        side.text += event.text if side.text else event.text.lstrip()
-        if isinstance(event, TokenEvent):
-            side.seen.append(event.token)
-            side.times.append(now)
-        else:
-            side.end = event
-        if now - drawn >= _REDRAW:
-            yield sides
-            drawn = now
+    # Closed here: on Python 3.12 the iterator of a loop outlives the generator around it when that is closed.
+    with contextlib.closing(iter(answering)) as events:
+        for number, event in events:
+            side, now = sides[number], time.monotonic()
+            side.text += event.text if side.text else event.text.lstrip()
+            if isinstance(event, TokenEvent):
+                side.seen.append(event.token)
+                side.times.append(now)
+            else:
+                side.end = event
+            if now - drawn >= _REDRAW:
+                yield sides
+                drawn = now
     yield sides
 
 

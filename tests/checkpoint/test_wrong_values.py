@@ -75,7 +75,7 @@ def test_sizes_in_config_json(small_mixtral: Path, key: str, value: Any) -> None
         ({"num_experts_per_tok": 5}, ("contradicts itself: num_experts_per_tok is 5, and there are 4 experts",)),
         ({"head_dim": 17}, ("`head_dim` cannot be 17", "multiple of 2")),
         ({"router_aux_loss_coef": 1}, ("config.json cannot be used: ", "expected float, got int")),
-        ({"id2label": 7}, ("config.json cannot be used: ", "'int' object")),
+        ({"id2label": 7}, ("config.json cannot be used: ",)),
         ({"num_hidden_layers": 3}, ("weights are missing from the checkpoint", "model.layers.2.")),
         (
             {"intermediate_size": 64},

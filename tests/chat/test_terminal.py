@@ -57,6 +57,7 @@ class Terminal:
         if self._pid == 0:
             os.chdir(REPOSITORY)
             os.environ["TERM"] = "xterm"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell started the tests in the background
             os.execv(TALKING[0], [*TALKING, *arguments])
         self.seen = ""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finetune.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name
-from finetune.checkpoint import read_tensor_infos, shard_files
+from finetune.checkpoint import incomplete, read_tensor_infos, shard_files
 from finetune.errors import ModelError
 from finetune.quant.experts import QuantizedExperts
 
@@ -31,7 +31,7 @@ def require_finite(model: PreTrainedModel) -> None:
     """Looks at every parameter of a loaded model, the experts' scales and the state of 4-bit layers.
 
     Raises:
-        ModelError: names the tensors, and the files where they lie.
+        ModelError: names the tensors, and the files where they lie; or the scales of a 4-bit layer are missing.
     """
     folder, kind = Path(model.config.name_or_path or ""), model.config.model_type
     for name, module in model.named_modules():
@@ -56,6 +56,9 @@ def require_finite(model: PreTrainedModel) -> None:
             values: list[Tensor] = [parameter] if parameter.is_floating_point() and not parameter.is_meta else []
             if isinstance(module, Linear4bit) and key == "weight":
                 state: Any = parameter.quant_state if isinstance(parameter, Params4bit) else None
+                if state is not None and state.state2 is None:
+                    # bitsandbytes would take the scales' 8-bit codes for the scales.
+                    raise incomplete([f"{name}.weight.nested_absmax"])
                 values = [] if state is None else [state.offset, state.state2.absmax]
             if not is_finite(*values):
                 full = f"{name}.{key}"

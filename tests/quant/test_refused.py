@@ -182,6 +182,19 @@ def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
         reload(tmp_path / "quantized")
 
 
+def test_a_saved_layer_without_its_nested_scales_is_refused(tmp_path: Path) -> None:
+    """bitsandbytes would take the scales' 8-bit codes for the scales."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain", attention="nf4").save_pretrained(tmp_path / "quantized")
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.k_proj.weight.nested_absmax"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 weight is missing") as caught:
+        reload(tmp_path / "quantized")
+    assert "where: model.layers.1.self_attn.k_proj.weight.nested_absmax" in str(caught.value)
+
+
 def test_the_module_prints_its_sizes() -> None:
     assert str(QuantizedExperts(4, 128, 192)) == "QuantizedExperts(experts=4, hidden=128, intermediate=192, nf4)"
 

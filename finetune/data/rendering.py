@@ -165,13 +165,17 @@ class Renderer:
         return Rendered(pieces, spans, _cut(hidden, text))
 
     def _run(self, messages: Turns, add_generation_prompt: bool) -> tuple[str, Spans]:
-        rendered: Any = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            chat_template=self._template,
-            return_assistant_tokens_mask=self._is_marked,
-            add_generation_prompt=add_generation_prompt,
-            **self._names,
-        )
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._template,
+                return_assistant_tokens_mask=self._is_marked,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
+            )
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as fault:
+            # What its expressions raise: `1 / 0`, or a text plus a number.
+            raise TemplateRefusal(f"the chat template fails: {type(fault).__name__}: {fault}") from None
         texts, spans = rendered
         return texts[0], spans[0] if self._is_marked else []
 

@@ -159,6 +159,8 @@ def test_a_jinja_file(own_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) ->
         (None, "cannot be read: .*No such file"),
         ("{% for m in messages %}\n{{ m['content'] }}\n{% endfo %}", "is not Jinja: .*endfo.*, line 3"),
         ("{{ raise_exception('never') }}", "refuses a conversation: never"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content + 1 }}", "fails: TypeError: can only concatenate str"),
         ("{{ messages[0]['content'] }}{%- generation -%}x{%- endgeneration -%}", "marks 'ax' as the assistant's"),
         (
             "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}",

@@ -8,6 +8,7 @@ that everything here runs on, and `recorded` is False, so that no text claims mo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ from finetune.model import (
     saved_quantization,
 )
 from finetune.quant.config import AttentionStorage
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Adapter:
         settings = read_lora_settings(folder) if kind == "lora" else None
         shapes = read_shapes(folder / LORA_TENSORS) if settings else read_non_moe(folder / NON_MOE_TENSORS)[1]
         targets = projections_of(settings, shapes, where=str(folder / LORA_CONFIG)) if settings else ()
-        recorded = (folder / BASE_FILE).is_file()
+        recorded = os.path.lexists(folder / BASE_FILE)
         if recorded:
             spec = BaseSpec.read(folder)
         elif settings is not None:
@@ -131,7 +134,8 @@ class Adapter:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer, with its chat template, was saved with it; else it speaks by its base's."""
-        return (self.folder / "tokenizer_config.json").is_file()
+        # Any of its files: where another was lost, loading says so, instead of the base's answering unasked.
+        return any(os.path.lexists(self.folder / name) for name in _TOKENIZER_FILES)
 
     @property
     def tokenizer_of(self) -> str:

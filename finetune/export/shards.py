@@ -82,15 +82,15 @@ def parse_size(text: str) -> int:
         OutputError: it is no such size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if not size:
+    size = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else 0.0
+    if not 1 <= size < 2**63:
         raise OutputError(
             f"{text!r} is not a size",
             where="--shard-size",
             allowed="a number with KB, MB, GB, KiB, MiB or GiB",
             fix="give a size like 4GB",
         )
-    return size
+    return int(size)
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:

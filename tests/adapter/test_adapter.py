@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.adapter import Adapter
 from finetune.adapter.settings import IDLE_FIELDS, READ_FIELDS, read_lora_settings
-from finetune.errors import AdapterError, DataError
+from finetune.errors import AdapterError, DataError, ModelError
 from finetune.infer.engine import Engine
 from finetune.infer.generate import generate
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
+from finetune.model import load_tokenizer
 from tests.export.tunings import tuned
 from tests.running import refused, run_finetune
 from tests.serve.serving import Serving, serving
@@ -153,6 +154,20 @@ def test_an_adapter_without_base_json_runs_on_the_base_that_is_named(
     edited(foreign, "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(AdapterError, match="does not say which base it was trained on"):
         Adapter.open(foreign).require_base()
+
+
+def test_a_damaged_folder_is_not_taken_for_one_that_never_had_the_file(saved_adapter: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(saved_adapter, tmp_path / "damaged")
+    (damaged / "tokenizer_config.json").unlink()
+    (damaged / "tokenizer.json").write_text("{")
+    adapter = Adapter.open(damaged)
+    assert adapter.tokenizer_of == str(damaged)
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(adapter.tokenizer_of)
+    (damaged / "base.json").unlink()
+    (damaged / "base.json").symlink_to(damaged / "base.json")
+    with pytest.raises(AdapterError, match=r"base\.json"):
+        Adapter.open(damaged)
 
 
 def test_the_base_is_stored_as_its_adapters_were_trained(

@@ -295,6 +295,7 @@ def test_the_config_has_the_keys_of_earlier_readers() -> None:
         (("--onto", "original"), ("--onto original does not go with --format nf4", "--format bf16 or fp16 or gguf")),
         (("--format", "fp16", "--gguf-type", "q8_0"), ("--gguf-type does not go with --format fp16",)),
         (("--format", "bf16", "--shard-size", "4 parsecs"), ("'4 parsecs' is not a size", "give a size like 4GB")),
+        (("--format", "bf16", "--shard-size", f"{'9' * 400}GB"), ("is not a size", "give a size like 4GB")),
         (("--format", "bf16", "--with", "B=much"), ("'much' is not a factor", "where: --with B=much")),
         (("--format", "bf16", "--with", "nowhere"), ("there is no adapter to merge", "where: nowhere")),
         (("--format", "bf16", "--original", "x"), ("--original names a checkpoint that is not merged onto",)),

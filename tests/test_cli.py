@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import subprocess
@@ -14,11 +15,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes.backends.cpu.ops
 import pytest
 import torch
 import typer
 
 from finetune.cli.options import sane_size
+from finetune.cli.reporting import quiet_libraries
 from finetune.console import Report
 from finetune.model import BaseSpec, load_base
 from finetune.recipe import load_recipe, recipe_schema
@@ -194,3 +197,19 @@ def test_a_size_that_is_none(value: float) -> None:
         sane_size(value)
     assert sane_size(80.0) == 80.0
     assert sane_size(None) is None
+
+
+def test_a_library_does_not_speak_before_the_report() -> None:
+    """bitsandbytes warns, at each start on some CPUs, that an optional package is missing."""
+    logger = bitsandbytes.backends.cpu.ops.logger
+    before = logger.level
+    try:
+        quiet_libraries(debug=False)
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+        assert logging.getLogger("bitsandbytes").isEnabledFor(logging.WARNING)
+        logger.setLevel(logging.NOTSET)
+        quiet_libraries(debug=True)
+        assert logger.isEnabledFor(logging.WARNING)
+    finally:
+        logger.setLevel(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -72,3 +73,6 @@ def quiet_libraries(debug: bool, *, hub_progress: bool = False) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers 5.2x renames arguments that 5.17 knows only by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not debug:
+        # Each start on a CPU with AVX-512 BF16 warns of an optional package, of which nothing here makes use.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

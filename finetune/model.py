@@ -43,6 +43,8 @@ from finetune.values import check_object
 BASE_FILE = "base.json"
 ExpertsOn = Literal["device", "host"]
 QuantizingDtype = Literal["float32", "bfloat16", "float16"]
+# What an adapter that does not record it is taken to be trained on: what a GPU and `finetune quantize` quantize from.
+UNRECORDED_DTYPE: QuantizingDtype = "bfloat16"
 
 
 @dataclass(frozen=True)

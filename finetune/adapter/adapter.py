@@ -34,6 +34,7 @@ from finetune.adapter.settings import LoraSettings, read_lora_settings
 from finetune.errors import AdapterError, ModelError
 from finetune.model import (
     BASE_FILE,
+    UNRECORDED_DTYPE,
     BaseSpec,
     ExpertsOn,
     LoadedModel,
@@ -175,9 +176,14 @@ class Adapter:
                 f"the base that the adapter names cannot be read: {error.what}", where=where, fix=fix
             ) from None
         stored = {"attention": self.base.attention, "experts": self.base.experts}
-        found = replace(self.base, **(stored | {name: saved[name] for name in stored if name in saved}))
+        found = replace(self._trained_on, **(stored | {name: saved[name] for name in stored if name in saved}))
         self.require_trained_on(found)
         return found
+
+    @property
+    def _trained_on(self) -> BaseSpec:
+        """The base with the dtype that its weights are quantized from, whether that was recorded or not."""
+        return replace(self.base, quantizing_dtype=self.base.quantizing_dtype or UNRECORDED_DTYPE)
 
     def require_trained_on(self, found: BaseSpec) -> None:
         """Refuses another base than the recorded one: other routers, or other values of the weights.
@@ -185,7 +191,7 @@ class Adapter:
         Experts in fewer bits than in training are not refused: whoever names such a base wants it smaller.
 
         Args:
-            found: of a loaded base, or what another adapter was trained on.
+            found: of a loaded base, without a dtype where it was saved quantized, or of another adapter.
 
         Raises:
             AdapterError: says both.
@@ -198,14 +204,14 @@ class Adapter:
                 allowed=f"adapters of the base with router fingerprint {found.fingerprint[:12]}",
                 fix=fix,
             )
-        trained, here = self.base, found
-        if trained.quantizing_dtype is None or here.quantizing_dtype is None:
-            trained, here = replace(trained, quantizing_dtype=None), replace(here, quantizing_dtype=None)
-        if self.recorded and _storage(trained) != _storage(here):
+        trained = self._trained_on if found.quantizing_dtype else replace(self.base, quantizing_dtype=None)
+        if self.recorded and _storage(trained) != _storage(found):
+            assumed = trained.quantizing_dtype and not self.base.quantizing_dtype
+            taken = f"; {BASE_FILE} does not record the dtype, which is then {UNRECORDED_DTYPE}" if assumed else ""
             raise AdapterError(
-                f"the adapter was trained with {_storage(trained)}",
+                f"the adapter was trained with {_storage(trained)}{taken}",
                 where=str(self.folder),
-                allowed=f"adapters trained with {_storage(here)}, as here",
+                allowed=f"adapters trained with {_storage(found)}, as here",
                 fix=fix,
             )
 
@@ -288,6 +294,31 @@ def put_side_by_side(base: LoadedModel, adapters: Mapping[str, Adapter]) -> Load
     return replace(base, model=model)
 
 
+def open_tuned(path: str, *, base: str | None = None) -> Adapter | None:
+    """The adapter in a folder; None where `path` is anything else.
+
+    Raises:
+        AdapterError: as `Adapter.open`, or a base is named for what is no adapter.
+    """
+    require_tuned(base, path)
+    return Adapter.open(Path(path), base=base) if is_adapter(path) else None
+
+
+def require_tuned(base: str | None, *paths: str) -> None:
+    """Refuses a base that the user named for nothing.
+
+    Raises:
+        AdapterError: none of the paths is an adapter.
+    """
+    if base is not None and not any(map(is_adapter, paths)):
+        raise AdapterError(
+            f"--base names the base of an adapter, and there is none in {' or '.join(paths)}",
+            where=f"--base {base}",
+            allowed="--base with the folder of an adapter, as `finetune train` or peft saved it",
+            fix="leave --base out, or give the adapter's folder instead of a model's",
+        )
+
+
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is a folder of tuned weights, rather than a model or a hub id."""
     return kind_of(Path(path)) is not None
@@ -311,11 +342,11 @@ def load(
         experts_on: as `model.load_base`.
 
     Raises:
-        FinetuneError: as `model.load_base`; `AdapterError` if adapter and base do not fit.
+        FinetuneError: as `model.load_base` and `open_tuned`; `AdapterError` if adapter and base do not fit.
     """
     how: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
-    if is_adapter(path):
-        adapter = Adapter.open(Path(path), base=base_path)
+    adapter = open_tuned(path, base=base_path)
+    if adapter is not None:
         return adapter.put_on(adapter.load_base(**how, experts_on=experts_on))
     saved = saved_quantization(read_config(path)).get("attention")
     return load_base(BaseSpec(path, attention=saved or attention or "nf4"), **how, experts_on=experts_on)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Device, Json
+from finetune.cli.options import Base, Debug, Device, Json
 from finetune.cli.reporting import quiet_libraries, reporting
 from finetune.errors import FinetuneError
 
@@ -83,7 +83,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the JSON here as well.", show_default=False, rich_help_panel=_BENCHMARKS),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,

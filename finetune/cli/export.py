@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Device, Json, Output
+from finetune.cli.options import Base, Debug, Device, Json, Output
 from finetune.cli.reporting import quiet_libraries, reporting
 
 
@@ -30,7 +30,7 @@ def merge(
     original: Annotated[
         str | None, typer.Option(help="The 16-bit checkpoint, where the trained base is a quantized folder.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     data: Annotated[str | None, typer.Option(help="nf4: held-out conversations to compare on.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="nf4: how many of them; 0 compares nothing.")] = 64,
     shard_size: Annotated[str | None, typer.Option(help="All but gguf: of a file; 4GB by default.")] = None,
@@ -115,7 +115,7 @@ adapter_app = typer.Typer(name="adapter", no_args_is_help=True, help="Look at ad
 @adapter_app.command("inspect")
 def adapter_inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter or non-MoE tuning.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="Its base, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.cli.options import Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile, sane_size
+from finetune.cli.options import Base, Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile, sane_size
 from finetune.cli.reporting import quiet_libraries, reporting
 
 
@@ -15,7 +15,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; may be given several times.")],
     against: Annotated[str | None, typer.Option(help="Another model to answer the same, side by side.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
@@ -74,7 +74,7 @@ def chat(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     ui: Annotated[bool, typer.Option("--ui", help="A page in the browser: two models side by side, experts.")] = False,
     host: Annotated[str, typer.Option(help="Of the page: address to listen on.")] = "127.0.0.1",
@@ -129,7 +129,7 @@ def serve(
         typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its folder's")] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,

@@ -26,6 +26,16 @@ def sane_size(value: float | None) -> float | None:
     return value
 
 
+def named(value: str | None) -> str | None:
+    """Refuses an empty name, as a variable of the shell that is not set leaves it."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("it is empty; name a folder or hub id, or leave --base out")
+    return value
+
+
+Base = Annotated[
+    str | None, typer.Option(callback=named, help="Base of an adapter, if it has moved or is not recorded.")
+]
 DeviceGib = Annotated[
     float | None,
     typer.Option(

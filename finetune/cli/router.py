@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Device, DocumentOut, Json, ProbeData, ProbeTokens
+from finetune.cli.options import Base, Debug, Device, DocumentOut, Json, ProbeData, ProbeTokens, named
 from finetune.cli.reporting import quiet_libraries, reporting
 
 router_app = typer.Typer(name="router", no_args_is_help=True, help="Look at routers.")
@@ -16,7 +16,7 @@ router_app = typer.Typer(name="router", no_args_is_help=True, help="Look at rout
 @router_app.command("drift")
 def router_drift(
     model: Annotated[Path, typer.Argument(help="Adapter folder, or a merged model with --base.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="Base model; an adapter names its own.")] = None,
+    base: Annotated[str | None, typer.Option(callback=named, help="Base model; an adapter names its own.")] = None,
     data: ProbeData = None,
     max_tokens: ProbeTokens = 65_536,
     device: Device = "auto",
@@ -35,7 +35,7 @@ def router_drift(
 @router_app.command("analyze")
 def router_analyze(
     model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if it has moved or is not recorded.")] = None,
+    base: Base = None,
     data: ProbeData = None,
     max_tokens: ProbeTokens = 65_536,
     device: Device = "auto",

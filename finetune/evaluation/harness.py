@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from finetune.console import Report
 from finetune.errors import DataError, FinetuneError, ModelError
-from finetune.evaluation.models import Compared
+from finetune.evaluation.models import Compared, open_compared
 from finetune.model import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
 from finetune.recipe import provenance
 from finetune.routerstudy.passing import require_writable
@@ -70,7 +70,7 @@ def run_harness(
     _require_sensible(limit, batch_size, resolve_device(device).type, tasks_path)
     require_writable("--output", output)
     _require_harness()
-    compared = Compared.open(model, model, base=base)
+    (compared,) = open_compared(model, (), base=base)
     if chat_template and load_tokenizer(compared.tokenizer_of).chat_template is None:
         raise ModelError(
             "the tokenizer has no chat template",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.adapter import Adapter, is_adapter, load
+from finetune.adapter import Adapter, is_adapter, load, require_tuned
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError, ModelError
 from finetune.model import (
@@ -100,8 +100,10 @@ def open_compared(reference: str, others: Sequence[str], *, base: str | None = N
 
     Raises:
         AdapterError, ModelError: as `Compared.open`.
+        AdapterError: a base is named, and none of the models is an adapter.
         ModelError: another vocabulary, or another number of layers or experts.
     """
+    require_tuned(base, reference, *others)
     models = [Compared.open(name, reference, base=base) for name in (reference, *others)]
     first = models[0]
     for other in models[1:]:

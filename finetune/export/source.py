@@ -161,6 +161,7 @@ def open_source(
             fix="name the original with --original, or merge onto what was trained",
         )
     quantization = config.get("quantization_config") or {}
+    assert spec.quantizing_dtype is not None, "an adapter's base has one"
     if onto == "trained" and not quantization and spec.experts != "nf4":
         raise AdapterError(
             f"the adapter was trained on experts in {spec.experts}, and the base is a checkpoint in 16 bits",
@@ -177,8 +178,7 @@ def open_source(
         shapes,
         attention=spec.attention,
         experts=quantization.get("experts", "nf4"),
-        # As most runs had it: a base.json from before it was recorded says nothing.
-        quantizing_dtype=getattr(torch, spec.quantizing_dtype or "bfloat16"),
+        quantizing_dtype=getattr(torch, spec.quantizing_dtype),
         onto=onto,
         recorded=spec.experts_sha256,
     )

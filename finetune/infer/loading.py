@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.adapter import Adapter, is_adapter, load, put_side_by_side
+from finetune.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError, FinetuneError
 from finetune.infer.residency import needs_offload, require_residency
@@ -63,7 +63,7 @@ def load_models(
         FinetuneError: as `adapter.load`; `AdapterError` for adapters of another base, or names that are taken.
     """
     own = name or default_name(path)
-    tuned = Adapter.open(Path(path), base=base) if is_adapter(path) else None
+    tuned = open_tuned(path, base=base)
     alone = tuned if tuned is not None and tuned.kind == "non_moe" else None
     taken = {own} if tuned is None or alone else {own, BASE_NAME}
     for other, folder in adapters.items():
@@ -81,8 +81,9 @@ def load_models(
             fix="serve the base with --adapter, or this folder without",
         )
     wanted = {other: _open_lora(other, folder) for other, folder in adapters.items()}
-    # A 16-bit base can be stored in more than one way: it is stored as the first adapter that says so was trained.
-    leading = next((adapter for adapter in (tuned, *wanted.values()) if adapter and adapter.recorded), tuned)
+    # A 16-bit base can be stored in more than one way: as the first adapter that says so was trained, else as any was.
+    present = [adapter for adapter in (tuned, *wanted.values()) if adapter]
+    leading = next((adapter for adapter in present if adapter.recorded), present[0] if present else None)
     if leading is None:
         loaded = load(path, device=device, experts_on=experts_on)
     else:
@@ -112,9 +113,10 @@ def chooses_offload(path: str, base: str | None, device: str, settings: EngineSe
         FinetuneError: a model, adapter or device that cannot be used, or a residency that does not exist.
     """
     require_residency(settings.residency)
+    tuned = open_tuned(path, base=base)
     if settings.residency != "auto":
         return settings.residency == "offload"
-    spec = Adapter.open(Path(path), base=base).require_base() if is_adapter(path) else BaseSpec(path)
+    spec = BaseSpec(path) if tuned is None else tuned.require_base()
     config = read_config(spec.path, spec.revision)
     arch = MoeArch.from_config(config, where=spec.path)
     where = resolve_device(device)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.adapter import Adapter, is_adapter, load
+from finetune.adapter import load, open_tuned
 from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.data.pieces import token_pieces
@@ -84,7 +84,7 @@ def router_analyze(
     """
     require_writable("--html", html)
     require_writable("--out", out)
-    adapter = Adapter.open(Path(model), base=base) if is_adapter(model) else None
+    adapter = open_tuned(model, base=base)
     config_of = model if adapter is None else adapter.require_base().path
     tokenizer_of = model if adapter is None else adapter.tokenizer_of
     MoeArch.from_config(read_config(config_of), where=config_of)

@@ -14,12 +14,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.adapter import Adapter
 from finetune.adapter.settings import IDLE_FIELDS, READ_FIELDS, read_lora_settings
 from finetune.errors import AdapterError, DataError, ModelError
+from finetune.evaluation.models import open_compared
 from finetune.infer.engine import Engine
 from finetune.infer.generate import generate
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
@@ -154,6 +156,36 @@ def test_an_adapter_without_base_json_runs_on_the_base_that_is_named(
     edited(foreign, "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(AdapterError, match="does not say which base it was trained on"):
         Adapter.open(foreign).require_base()
+
+
+def test_a_base_that_is_named_for_no_adapter(small_mixtral: Path, saved_adapter: Path, tmp_path: Path) -> None:
+    says = (
+        f"--base names the base of an adapter, and there is none in {small_mixtral}",
+        f"where: --base {saved_adapter}",
+        "fix: leave --base out, or give the adapter's folder instead of a model's",
+    )
+    base = ("--base", saved_adapter, "--device", "cpu")
+    refused(tmp_path, "generate", small_mixtral, *base, "--prompt", "Hi", says=says)
+    refused(tmp_path, "serve", small_mixtral, *base, "--adapter", f"x={saved_adapter}", says=says)
+    refused(tmp_path, "chat", small_mixtral, *base, "--residency", "offload", says=says)
+    refused(tmp_path, "router", "analyze", small_mixtral, *base, says=says)
+    with pytest.raises(AdapterError, match="there is none in") as caught:
+        open_compared(str(small_mixtral), [str(small_mixtral)], base=str(saved_adapter))
+    assert f"{small_mixtral} or {small_mixtral}" in str(caught.value)
+    # Where one of several is an adapter, it is that one's.
+    assert len(open_compared(str(small_mixtral), [str(saved_adapter)], base=str(small_mixtral))) == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["merge", "evaluate", "generate --prompt Hi", "chat", "serve", "router drift", "router analyze", "adapter inspect"],
+)
+def test_a_base_without_a_name(saved_adapter: Path, tmp_path: Path, command: str) -> None:
+    first, *others = command.split()
+    output = ("--output", tmp_path / "merged") if command == "merge" else ()
+    with pytest.raises(typer.BadParameter, match="it is empty; name a folder or hub id, or leave --base out"):
+        run_finetune(first, *others, saved_adapter, "--base", " ", *output)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_folder_is_not_taken_for_one_that_never_had_the_file(saved_adapter: Path, tmp_path: Path) -> None:

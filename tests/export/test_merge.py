@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.adapter import load
+from finetune.adapter import Adapter, load
 from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.errors import AdapterError
 from finetune.export import command
 from finetune.export.quantized import write_quantized
 from finetune.export.tensors import Tensors
+from finetune.infer.loading import load_models
 from finetune.model import BaseSpec, load_base
 from tests.conftest import TOKENIZER_FILES
 from tests.export.in_memory import merged_weight, save_merged
@@ -150,16 +153,60 @@ def test_experts_of_a_quantized_base_keep_their_bytes(
         refused(tmp_path, "merge", adapter, "--base", small_mixtral, "--output", tmp_path / "none", says=says)
 
 
+def stored_in(dtype: torch.dtype, shape: Path, folder: Path) -> Path:
+    """A checkpoint of that dtype, whose values no narrower one holds."""
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shape), dtype=dtype).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(shape / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_adapter_that_records_no_dtype_answers_as_it_is_merged(
+    small_mixtral: Path, saved_adapter: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """One default: the experts of every live load are those of the merged folder, byte for byte."""
+    base, adapter = stored_in(dtype, small_mixtral, tmp_path / "base"), tmp_path / "adapter"
+    shutil.copytree(saved_adapter, adapter)
+    (adapter / "base.json").unlink()  # as stock PEFT leaves it
+    if dtype == torch.float16:  # as an earlier release left it
+        (adapter / "base.json").write_text(json.dumps({"path": str(base), "attention": "nf4"}))
+    about = merge(adapter, tmp_path / "merged", "--base", base, "--rows", 0)
+    assert "quantized from bfloat16; no hash in base.json proves" in about["said"]
+    merged = expert_bytes(load(str(tmp_path / "merged"), device="cpu").model)
+    for loaded in (
+        load_models(str(adapter), {}, name=None, base=str(base), device="cpu").loaded,
+        load_models(str(base), {"tuned": str(adapter)}, name=None, base=None, device="cpu").loaded,
+    ):
+        assert expert_bytes(loaded.model) == merged
+    # And by bitsandbytes, from the checkpoint that transformers reads in bfloat16.
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    matrix = stock.get_parameter("model.layers.1.mlp.experts.down_proj")[2].contiguous()
+    packed, _ = bnb.quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
+    codes = merged["model.layers.1.mlp.experts.down_proj_packed"]
+    assert codes[len(codes) // 2 : len(codes) * 3 // 4] == packed.numpy().tobytes()
+
+
+def test_an_adapter_that_records_no_dtype_is_not_put_on_other_bytes(saved_adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved_adapter, tmp_path / "old")
+    base = replace(BaseSpec.read(folder), quantizing_dtype=None)
+    base.save(folder)
+    adapter = Adapter.open(folder)
+    adapter.require_trained_on(base)  # read as it was quantized: nothing is assumed
+    adapter.require_trained_on(replace(base, quantizing_dtype="bfloat16"))
+    with pytest.raises(AdapterError, match="quantized from bfloat16") as caught:
+        adapter.require_trained_on(replace(base, quantizing_dtype="float32"))
+    assert "base.json does not record the dtype, which is then bfloat16" in str(caught.value)
+    assert "adapters trained with the attention in nf4, quantized from float32, as here" in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_experts_keep_the_bytes_of_training_whatever_the_checkpoint(
     small_mixtral: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """Trained on a CPU in float32: the adapter records it, a merge follows it, and so does a load in another dtype."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_mixtral), dtype=dtype).save_pretrained(base)
-    for name in TOKENIZER_FILES:
-        shutil.copy(small_mixtral / name, base)
+    base, adapter = stored_in(dtype, small_mixtral, tmp_path / "base"), tmp_path / "adapter"
     trained = tuned(base, adapter)
     assert BaseSpec.read(adapter).quantizing_dtype == "float32"
     bytes_of_training = expert_bytes(trained.model)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.bench.workload import WARM_UP
+from finetune.checkpoint import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def measure_peer(peer: str, shape: Path, *, batch: int, length: int, steps: int,
 
     from finetune.bench.measure import now, read_peak, reset_peak
 
-    arch = MoeArch.from_config(json.loads((shape / "config.json").read_text(encoding="utf-8")))
+    arch = MoeArch.from_config(read_json(shape / "config.json"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     built = layers or arch.layers

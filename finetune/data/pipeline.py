@@ -32,6 +32,7 @@ import tokenizers
 from datasets import Dataset
 from datasets.utils import tqdm
 
+from finetune.checkpoint import read_json
 from finetune.data.duplicates import SIGNATURE_VERSION
 from finetune.data.encoding import encode_settings
 from finetune.data.forms import Form, FormName, find_form
@@ -42,6 +43,7 @@ from finetune.data.rows import RawChunk, RowFault, Unit
 from finetune.data.worker import SCHEMA, ChunkRows, Teaching, Worker
 from finetune.errors import DataError
 from finetune.runfolder import staged
+from finetune.values import check_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,7 +156,7 @@ def encode_source(
     """
     reader = open_source(reading.source)
     folder = cache_folder() / "rows" / _fingerprint(reader, reading, tokenizer, teaching)
-    cached = (folder / _LEDGER).is_file()
+    cached = _is_whole(folder)
     if not cached:
         form = form_of(reader, reading)
         _sweep(folder.parent)
@@ -208,13 +210,27 @@ def _unreadable(reader: Reader) -> DataError:
     )
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether rows are kept there. Where their ledger is damaged it is removed, and they are made again."""
+    ledger = folder / _LEDGER
+    if not ledger.is_file():
+        return False
+    try:
+        _read_ledger(ledger)
+    except DataError:
+        ledger.unlink(missing_ok=True)
+        return False
+    return True
+
+
 def _read_ledger(path: Path) -> Ledger:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for group in ("refused", "unseen"):
-        found[group] = {name: Places(**places) for name, places in found[group].items()}
-    found["lengths"] = Lengths(**found["lengths"])
-    found["files"] = [tuple(file) for file in found["files"]]
-    return Ledger(**found)
+    """
+    Raises:
+        DataError: it is damaged.
+    """
+    fix = "delete that folder: the rows are made again"
+    content = read_json(path, kind=DataError)
+    return check_object(content, Ledger, kind=DataError, name=path.name, where=str(path), fix=fix)
 
 
 # ---- in this process: reading and writing ---------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapter.files import LORA_CONFIG, LORA_TENSORS, NON_MOE_CONFIG, NON_MOE_TENSORS
+from finetune.adapter.non_moe import read_non_moe
 from finetune.checkpoint import read_json, shard_files
 from finetune.data.fileformats import SUFFIXES, suffix_of
 from finetune.errors import AdapterError, ModelError
@@ -127,7 +128,7 @@ def _chosen(folder: Path, allowed: re.Pattern[str], base: str) -> dict[str, Path
         if _NAMES_PATHS.fullmatch(path.name):
             found[path.name] = (json.dumps(public_values(read_json(path), names=names), indent=2) + "\n").encode()
         elif path.suffix == ".md":
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")
             for name in names:
                 text = text.replace(f"`{name}`", f"`{public_name(name)}`")
             found[path.name] = _QUOTED_PATH.sub(lambda match: f"`./{Path(match[1]).name}`", text).encode()
@@ -135,12 +136,17 @@ def _chosen(folder: Path, allowed: re.Pattern[str], base: str) -> dict[str, Path
 
 
 def _with_public_header(source: Path, target: Path, base: str) -> Path:
-    """A copy of a safetensors file whose metadata names no folder; the tensors are the same bytes."""
+    """A copy of a non-MoE tuning whose metadata names no folder; the tensors are the same bytes.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    read_non_moe(source)  # checks header and metadata
     with source.open("rb") as old, target.open("wb") as new:
         (length,) = struct.unpack("<Q", old.read(8))
         header = json.loads(old.read(length))
         header[_METADATA] = {
-            key: json.dumps(public_values(json.loads(value), names=(base,))) if value.startswith("{") else value
+            key: json.dumps(public_values(json.loads(value), names=(base,))) if key == "non_moe" else value
             for key, value in header[_METADATA].items()
         }
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from datasets.utils import tqdm
 
+from finetune.checkpoint import NotJson, parse_json
 from finetune.errors import FinetuneError, OutputError
 from finetune.export import buffers
 from finetune.export.page_cache import BLOCK, flush, read_into, write_from
@@ -215,7 +216,7 @@ def resumable(output: Path, job: Mapping[str, Any]) -> Iterator[Partial]:
             where=str(output.parent),
             fix="choose a folder that you may write to",
         ) from None
-    with full_disk_explained(output), (folder / JOURNAL).open("a+", encoding="utf-8") as journal:
+    with full_disk_explained(output), (folder / JOURNAL).open("a+", encoding="utf-8", errors="replace") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -242,8 +243,8 @@ def _start(folder: Path, journal: IO[str], job: Mapping[str, Any]) -> dict[str, 
     done: dict[str, list[str]] = {}
     if first == wanted:
         for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut
-                noted = json.loads(line)
+            with contextlib.suppress(NotJson, KeyError, TypeError):  # the line that a kill cut, or that is damaged
+                noted = parse_json(line.encode())
                 done[noted["part"]] = noted["sha256"]
         journal.write("\n")  # ends a line that was cut
         return done

@@ -11,7 +11,6 @@ often as good (`fidelity.json` of the nf4 format measures only the first).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name, role_of
+from finetune.checkpoint import read_json
 from finetune.export.resumable import resumable
 from finetune.export.serving import write_serving
 from finetune.export.shards import Made, Stored, parse_size, write_shards
@@ -107,6 +107,6 @@ def _plan(source: MergeSource, dtype: torch.dtype) -> list[Made]:
 def _name_tokenizer_for_all(folder: Path) -> None:
     """transformers 5 saves a class name that 4 does not know; both know the older name of the same class."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from finetune.checkpoint import read_json
 from finetune.errors import ModelError
 from finetune.kernels.stacks import ExpertStorage
 
@@ -101,7 +102,7 @@ class Moe4bitConfig(QuantizationConfigMixin):
 def refuse_without_toolkit(folder: Path) -> None:
     """Has transformers refuse the saved, quantized model in `folder` where this toolkit is not imported."""
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {REFUSAL_KEY: _REFUSAL}
+    config = read_json(file) | {REFUSAL_KEY: _REFUSAL}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

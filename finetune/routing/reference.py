@@ -16,9 +16,10 @@ Shape suffixes: L layers, N tokens of all rows, E experts.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,27 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from finetune.checkpoint import check_safetensors, read_json
+from finetune.errors import OutputError
 from finetune.routing.capture import RouterCapture
 from finetune.routing.drift import Drift, drift
 from finetune.routing.metrics import LAYER_METRICS, LayerMetrics, RouterSums, layer_metrics, noise_floor
 from finetune.routing.recording import recorded_routing
+from finetune.values import check_object
 
 # Windows of the probe whose spread makes the band around the base's values.
 _WINDOWS = 8
 # Log-probabilities of the probe, L * N * E float32: 4 MiB for Mixtral 8x7B and 4096 tokens.
 _MOST_BYTES = 64 * 2**20
+
+
+def _with_nan(value: Any) -> Any:
+    """What JSON wrote as null was NaN, as the repetition of a text without neighbours is."""
+    if isinstance(value, dict):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 @dataclass(frozen=True)
@@ -62,10 +75,20 @@ class BaseRouting:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> BaseRouting:
-        values = {each.name: document[each.name] for each in fields(cls)}
-        values["layers"] = [LayerMetrics(**{**layer, "load": tuple(layer["load"])}) for layer in document["layers"]]
-        return cls(**values)
+    def read(cls, path: Path) -> BaseRouting:
+        """Reads what was written of `to_dict`.
+
+        Raises:
+            OutputError: the file is missing or damaged, or holds something else.
+        """
+        return check_object(
+            _with_nan(read_json(path, kind=OutputError)),
+            cls,
+            kind=OutputError,
+            name=path.name,
+            where=str(path),
+            fix="restore the file as `finetune train` wrote it",
+        )
 
 
 def probe_rows(rows: Iterable[Mapping[str, Any]], tokens: int, *, layers: int, experts: int) -> list[list[int]]:
@@ -135,10 +158,17 @@ class RouterReference:
         os.replace(partial, path)
 
     def load(self, path: Path, base: BaseRouting) -> bool:
-        """Takes what `save` wrote; False, and nothing is taken, where it is of other rows."""
+        """Takes what `save` wrote; False, and nothing is taken, where it is of other rows.
+
+        Raises:
+            OutputError: the file is damaged, or of another model than `base`.
+        """
+        check_safetensors(path, kind=OutputError)
         saved = load_file(path)
-        if not torch.equal(saved.pop("ids"), self._ids()):
+        if "ids" not in saved or not torch.equal(saved.pop("ids"), self._ids()):
             return False
+        if [layer.shape for layer in saved.values()] != [(self.tokens, len(layer.load)) for layer in base.layers]:
+            raise OutputError(f"{path.name} is of another model", where=str(path), fix="restore the file")
         self.base, self.base_logprobs_LNE = base, [saved[name] for name in sorted(saved)]
         return True
 

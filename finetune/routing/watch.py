@@ -10,7 +10,6 @@ Leaves out: what is logged and when (callback.py). Every process reads the probe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
+from finetune.errors import OutputError
 from finetune.jsonl import append_line, keep_up_to
 from finetune.routing.alarms import Alarm, RouterAlarms
 from finetune.routing.drift import Drift
@@ -81,12 +81,16 @@ class RouterWatch:
             self.alarms.base = self.reference.base.layers
 
     def _taken_up(self, step: int) -> bool:
-        """Whether the files of an interrupted run held the base on these very rows."""
+        """Whether the files of an interrupted run held the base on these very rows; damaged ones are told and left."""
         described, kept = self.folder / "base.json", self.folder / "reference.safetensors"
         if self.reference is None or step == 0 or not (described.is_file() and kept.is_file()):
             return False
-        base = BaseRouting.from_dict(json.loads(described.read_text(encoding="utf-8")))
-        return self.reference.load(kept, base)
+        try:
+            return self.reference.load(kept, BaseRouting.read(described))
+        except OutputError as error:
+            if self.main:
+                self.tell(f"{self.folder}: what was kept of the base's routing is damaged: {error.what}")
+            return False
 
     def drift(self) -> Drift | None:
         """The probe read with the model as it is; None without one. A collective."""

@@ -83,6 +83,22 @@ def test_a_second_start_reads_what_the_first_wrote(tokenizer, tmp_path):
     assert first.ledger == second.ledger
 
 
+def test_kept_rows_whose_ledger_is_damaged_are_made_again(tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\nno row\n')
+    reading = Reading(Source(str(path)))
+    first = encode_source(reading, tokenizer, Teaching(max_length=32))
+    (ledger,) = cache_folder().rglob("ledger.json")
+    whole = ledger.read_text()
+    for damaged in (whole[:-9], whole.replace('"rows": 2', '"rows": "x"'), "1" * 5000):
+        ledger.write_text(damaged)
+        again = encode_source(reading, tokenizer, Teaching(max_length=32))
+        assert not again.cached
+        assert (again.ledger, again.dataset.to_list()) == (first.ledger, first.dataset.to_list())
+        assert ledger.read_text() == whole
+    assert encode_source(reading, tokenizer, Teaching(max_length=32)).cached
+
+
 def test_rows_that_another_process_put_there_meanwhile_are_taken(tokenizer, tmp_path, monkeypatch):
     """Two processes of one launch begin with the same rows; the one that ends second finds the folder there."""
     path = write(tmp_path / "rows.jsonl", [{"messages": conversation(i)} for i in range(5)])

@@ -57,7 +57,9 @@ def test_a_cut_merge_goes_on_where_it_stopped(
     with first_shard.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    (partial / "journal.jsonl").write_text("\n".join(journal)[:-20])
+    # And those whose lines are damaged in another way.
+    damaged = (*journal[:3], "[]", '{"part": []}', "9" * 5000, "\udcff", *journal[7:])
+    (partial / "journal.jsonl").write_text("\n".join(damaged)[:-20], errors="surrogateescape")
     made = write(tmp_path / "merged")
     embedding = 32000 * 64 * 2
     assert 0 < made < whole

@@ -248,6 +248,39 @@ def test_a_resumed_run_keeps_its_base_and_drops_later_alarms(tmp_path: Path) -> 
         assert value == pytest.approx(line["router/drift/kl_mean"], rel=1e-5)
 
 
+def test_a_base_that_is_kept_damaged_is_told_and_measured_again(tmp_path: Path) -> None:
+    _, router, _ = trainer_for(with_lora(), tmp_path, eval_strategy="no")
+    watch, _ = watched(router, tmp_path / "router", rules=AlarmRules(), every=1)
+    router.capture.attach()
+    watch.begin(0)
+    assert watch.reference is not None
+    described, kept = tmp_path / "router" / "base.json", tmp_path / "router" / "reference.safetensors"
+    whole, tensors = json.loads(described.read_text()), kept.read_bytes()
+    # A text without neighbours repeats nothing: NaN, which JSON writes as null.
+    lone = {**whole, "layers": [{**layer, "repeat_first": None} for layer in whole["layers"]]}
+    fewer = {**whole, "layers": whole["layers"][:-1]}
+    for text, reference, says in (
+        (json.dumps(lone), tensors, None),
+        ('{"probe": ', tensors, "base.json is not valid JSON"),
+        ("[]", tensors, "base.json does not hold a JSON object"),
+        ('{"probe": {}}', tensors, "base.json does not fit: `top_k` is missing"),
+        (json.dumps({**whole, "layers": [{"load": "x"}]}), tensors, "`layers[0].load` cannot be 'x'"),
+        (json.dumps(fewer), tensors, "reference.safetensors is of another model"),
+        (json.dumps(whole), tensors[:-1], "reference.safetensors is truncated"),
+    ):
+        described.write_text(text)
+        kept.write_bytes(reference)
+        again, told = watched(router, tmp_path / "router", rules=AlarmRules(), every=1)
+        again.begin(2)
+        assert again.reference is not None
+        assert (again.reference.base == watch.reference.base) == (says is not None)
+        assert json.loads(described.read_text()) == (whole if says else lone)
+        assert len(told) == (says is not None)
+        if says:
+            assert f"{tmp_path / 'router'}: what was kept of the base's routing is damaged: " in told[0]
+            assert says in told[0]
+
+
 def test_a_model_that_trained_in_full_has_its_base_in_the_files_only(tmp_path: Path) -> None:
     trainer, router, _ = trainer_for(build_model("mixtral"), tmp_path, eval_strategy="no")
     watch, _ = watched(router, tmp_path / "router", every=1)

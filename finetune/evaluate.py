@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.data import IGNORED
+from finetune.data.rows import IGNORED
 from finetune.model import LoadedModel
 from finetune.routing.recording import recorded_routing
 from finetune.runfolder import require_space

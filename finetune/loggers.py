@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback, rewrite_logs
 
 from finetune.errors import FinetuneError
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 from finetune.routing.media import RouterMedia, RouterMediaCallback
 from finetune.routing.plots import load_heat_map_pixels
 from finetune.runfolder import RunFolder

@@ -17,14 +17,19 @@ from transformers.trainer_utils import SaveStrategy
 from finetune.activations import ActivationPlan, plan_activations
 from finetune.arch import MoeArch
 from finetune.console import Report, gib
-from finetune.data import IGNORED, Reading, Source, Teaching, apply_template, encode_source
+from finetune.data.chat import apply_template
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.rows import IGNORED
+from finetune.data.worker import Teaching
 from finetune.errors import DeviceError, FinetuneError
 from finetune.fused_layers import wants_fused_layers
 from finetune.kernels.experts_matmul import choose_backend
-from finetune.memory import CUDA_CONTEXT, GIB, MemoryEstimate, Run, estimate, recompute_seconds, total
-from finetune.memory.run import Dtype
+from finetune.memory.estimate import CUDA_CONTEXT, MemoryEstimate, estimate, total
+from finetune.memory.run import GIB, Dtype, Run
+from finetune.memory.step import recompute_seconds
 from finetune.model import load_tokenizer, read_config, resolve_dtype, saved_quantization
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from trl import SFTConfig

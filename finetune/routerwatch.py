@@ -9,16 +9,12 @@ from torch import nn
 
 from finetune.arch import MoeArch
 from finetune.data.pieces import token_pieces
-from finetune.recipe import Recipe
-from finetune.routing import (
-    AlarmRules,
-    RouterAlarms,
-    RouterCallback,
-    RouterCapture,
-    RouterReference,
-    RouterWatch,
-    probe_rows,
-)
+from finetune.recipe.schema import Recipe
+from finetune.routing.alarms import AlarmRules, RouterAlarms
+from finetune.routing.callback import RouterCallback
+from finetune.routing.capture import RouterCapture
+from finetune.routing.reference import RouterReference, probe_rows
+from finetune.routing.watch import RouterWatch
 from finetune.runfolder import RunFolder
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 
 from finetune.console import Report, gib
 from finetune.jsonl import read_metrics
-from finetune.quant import Census
-from finetune.routing import RouterCallback, layer_metrics
+from finetune.quant.census import Census
+from finetune.routing.callback import RouterCallback
+from finetune.routing.metrics import layer_metrics
 from finetune.routing.plots import run_figures
 from finetune.runfolder import RunFolder
 

@@ -23,9 +23,10 @@ from trl import SFTConfig
 from finetune.activations import apply_plan
 from finetune.arch import MoeArch
 from finetune.attention import VARLEN, FullRows
-from finetune.checkpoint import find_checkpoints, read_json
+from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint.resumable import find_checkpoints
 from finetune.console import Report
-from finetune.data import apply_template
+from finetune.data.chat import apply_template
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document as describe_data
 from finetune.datacheck.report import require_sound
@@ -35,7 +36,7 @@ from finetune.export.hub import Hub, require_writable
 from finetune.export.push import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
 from finetune.loggers import logger_callbacks, loggers_in_use, require_loggers
-from finetune.memory import MemoryEstimate
+from finetune.memory.estimate import MemoryEstimate
 from finetune.model import (
     BaseSpec,
     LoadedModel,
@@ -47,12 +48,14 @@ from finetune.model import (
 )
 from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.progress import ProgressCallback
-from finetune.quant import Census, QuantizedExperts, hash_experts, require_quantized_experts, take_census
-from finetune.quant.census import require_same_experts
-from finetune.recipe import Recipe, provenance, resolved_yaml
+from finetune.quant.census import Census, hash_experts, require_quantized_experts, require_same_experts, take_census
+from finetune.quant.experts import QuantizedExperts
+from finetune.recipe.load import resolved_yaml
+from finetune.recipe.provenance import provenance
+from finetune.recipe.schema import Recipe
 from finetune.routerwatch import watch_router
-from finetune.routing import RouterCallback
 from finetune.routing.auxiliary import AuxiliaryLoss
+from finetune.routing.callback import RouterCallback
 from finetune.runfolder import (
     RunFolder,
     claimed,
@@ -67,13 +70,10 @@ from finetune.runfolder import (
 from finetune.signals import Signals
 from finetune.stopping import Stopping
 from finetune.summary import show_census, show_router, show_summary, summarize
-from finetune.trainable import (
-    FusedLoraLinear4bit,
-    add_attention_lora,
-    keep_fp32_masters,
-    trainable_count,
-    unfreeze_non_moe,
-)
+from finetune.trainable.lora import add_attention_lora
+from finetune.trainable.lora_layers import FusedLoraLinear4bit
+from finetune.trainable.masters import keep_fp32_masters, trainable_count
+from finetune.trainable.non_moe import unfreeze_non_moe
 from finetune.trainer import MoeTrainer
 
 

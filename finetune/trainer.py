@@ -23,7 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from finetune.activations import ActivationPlan
-from finetune.adapter import Adapter, load_non_moe
+from finetune.adapter.adapter import Adapter
+from finetune.adapter.non_moe import load_non_moe
 from finetune.arch import is_router
 from finetune.data.loaders import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
@@ -31,7 +32,7 @@ from finetune.model import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.stopping import EvaluationCut, Stopping
-from finetune.trainable import trained_tensors
+from finetune.trainable.masters import trained_tensors
 
 # What TRL averages over the batches of an evaluation.
 _TOKEN_MEANS = ("entropy", "mean_token_accuracy")

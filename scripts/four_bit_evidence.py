@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM
 
 from finetune.arch import MoeArch
 from finetune.console import Report
-from finetune.data import IGNORED
+from finetune.data.rows import IGNORED
 from finetune.export.quantized import write_quantized
-from finetune.quant import QuantizedExperts
-from finetune.recipe import load_recipe, provenance
+from finetune.quant.experts import QuantizedExperts
+from finetune.recipe.load import load_recipe
+from finetune.recipe.provenance import provenance
 from finetune.runfolder import staged
 from finetune.train import Prepared, prepare, run_steps
 

@@ -26,22 +26,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from finetune.adapter import Adapter, is_adapter, load
-from finetune.data import apply_template
+from finetune.adapter.adapter import Adapter, is_adapter, load
+from finetune.data.chat import apply_template
 from finetune.datacheck.prepare import prepare_data
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
 from finetune.infer.settings import EngineSettings
 from finetune.model import BaseSpec, check_base, load_base, load_tokenizer
 from finetune.preflight import preflight
-from finetune.recipe import load_recipe, resolved_yaml
+from finetune.recipe.load import load_recipe, resolved_yaml
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
 from finetune.serve.gate import read_hosts
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.train import training_arguments
-from finetune.trainable import add_attention_lora, unfreeze_non_moe
+from finetune.trainable.lora import add_attention_lora
+from finetune.trainable.non_moe import unfreeze_non_moe
 from finetune.web.addresses import bind
 
 TEMPLATE = (

@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.evaluation.compare import compare
 from finetune.evaluation.models import Compared, open_compared
 from finetune.export.held_out import HeldOut
 from finetune.model import LoadedModel
-from finetune.recipe import provenance
+from finetune.recipe.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "recipes" / "tiny-mixtral" / "qlora-attention.yaml"

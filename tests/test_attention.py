@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from finetune import attention
 from finetune.attention import FullRows, LazyMask, read_packing, resolve_attention, varlen_mask
 from finetune.model import BaseSpec, load_base
-from finetune.routing import RouterCapture
+from finetune.routing.capture import RouterCapture
 from tests.models import EXPERTS, FAMILIES, tiny_model, tokens
 
 LENGTHS = [5, 1, 9, 1, 4]

@@ -24,7 +24,8 @@ from finetune.cli.options import sane_size
 from finetune.cli.reporting import quiet_libraries
 from finetune.console import Report
 from finetune.model import BaseSpec, load_base
-from finetune.recipe import load_recipe, recipe_schema
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import recipe_schema
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 

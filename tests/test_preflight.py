@@ -17,14 +17,15 @@ from trl import SFTConfig
 
 from finetune.activations import ActivationPlan
 from finetune.arch import MoeArch
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.console import gib as in_gib
 from finetune.fused_layers import wants_fused_layers
-from finetune.memory import GIB, MemoryEstimate, Run, estimate
+from finetune.memory.estimate import MemoryEstimate, estimate
+from finetune.memory.run import GIB, Run
 from finetune.model import load_tokenizer
 from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.conftest import REPOSITORY
 from tests.running import refused, run_finetune
 

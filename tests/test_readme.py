@@ -15,7 +15,7 @@ import yaml
 
 from finetune.infer.engine import Engine
 from finetune.infer.request import Request, Sampling
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 from tests.serve.serving import serving

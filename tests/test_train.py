@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.activations import ActivationPlan
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.console import Report
-from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.worker import Teaching
 from finetune.errors import DeviceError
 from finetune.evaluate import completion_loss
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from finetune.summary import held_out_loss
 from finetune.train import out_of_memory_explained, prepare
 from tests.conftest import REPOSITORY

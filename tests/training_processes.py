@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from finetune.console import Report
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from finetune.train import train
 from tests.conftest import REPOSITORY
 from tests.processes import be_processes

@@ -18,7 +18,7 @@ from typing import Any
 
 from finetune.adapter.files import LORA_CONFIG, require_file
 from finetune.arch import ATTENTION_PROJECTIONS, ROUTER
-from finetune.checkpoint import read_adapter_config
+from finetune.checkpoint.schemas import read_adapter_config
 from finetune.errors import AdapterError
 
 # How A and B may have begun; everything else that PEFT knows changes the base.

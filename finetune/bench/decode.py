@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.arch import MoeArch
 from finetune.bench.measure import read_peak, reset_peak
 from finetune.bench.offload import bench_offload, print_offload

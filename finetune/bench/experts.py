@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.bench.result import conditions, rounded
 from finetune.console import Report, gib
-from finetune.data import Reading, Source, Teaching, encode_source
-from finetune.data.readers import open_source
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source, open_source
+from finetune.data.worker import Teaching
 from finetune.errors import ModelError
 from finetune.evaluate import Row, completion_loss, fidelity, swapped
 from finetune.kernels.stacks import ExpertStorage, dequantize_expert

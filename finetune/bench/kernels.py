@@ -27,7 +27,7 @@ from finetune.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
 from finetune.bench.peers import SHAPE
 from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import copy_rate, sustained_seconds
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
 from finetune.kernels.experts_matmul import choose_backend
@@ -35,7 +35,7 @@ from finetune.kernels.few_rows import few_experts, to_halves
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_stack
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
-from finetune.quant import QuantizedExperts
+from finetune.quant.experts import QuantizedExperts
 
 TOKENS = (1024, 2048, 8192)
 FEW_TOKENS = (1, 2, 4, 16, 64)

@@ -31,7 +31,7 @@ from finetune.infer.offloaded import OffloadedExperts, bring_back
 from finetune.infer.pages import PAGE, page_bytes, pages_for
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.expert_cache import fetch_experts
-from finetune.kernels.nf4 import BLOCK
+from finetune.kernels.nf4_quantize import BLOCK
 from finetune.model import LoadedModel
 
 _TRACE_STEPS = 512

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.bench.workload import WARM_UP
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 
 if TYPE_CHECKING:
     import torch

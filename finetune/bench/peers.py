@@ -19,7 +19,7 @@ from finetune.arch import MoeArch
 from finetune.bench.peer import PEERS
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import WARM_UP
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report, gib
 
 SHAPE = Path(__file__).resolve().parents[2] / "recipes" / "mixtral-8x7b" / "shape"

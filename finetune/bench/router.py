@@ -20,7 +20,8 @@ from finetune.bench.measure import BareStep, Recorder, now, read_peak, reset_pea
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import make_workload
 from finetune.console import Report
-from finetune.routing import RouterCapture, layer_metrics
+from finetune.routing.capture import RouterCapture
+from finetune.routing.metrics import layer_metrics
 from finetune.routing.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
 from finetune.train import prepare, run_steps
 

@@ -25,8 +25,8 @@ from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_second
 from finetune.bench.workload import WARM_UP, Workload, make_workload
 from finetune.console import Report, gib
-from finetune.memory import MemoryEstimate
-from finetune.quant import QuantizedExperts
+from finetune.memory.estimate import MemoryEstimate
+from finetune.quant.experts import QuantizedExperts
 from finetune.train import Prepared, prepare, run_steps
 
 _PROFILED_STEPS = 2

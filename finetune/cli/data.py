@@ -9,7 +9,7 @@ import typer
 
 from finetune.cli.options import Debug, Json, Overrides, RecipePath
 from finetune.cli.reporting import quiet_libraries, reporting
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 
 data_app = typer.Typer(name="data", no_args_is_help=True, help="Look at data.")
 

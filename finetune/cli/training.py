@@ -13,7 +13,7 @@ import typer
 from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath, sane_size
 from finetune.cli.reporting import quiet_libraries, reporting
 from finetune.console import gib
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 
 
 def train(

@@ -32,14 +32,15 @@ import tokenizers
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.data.duplicates import SIGNATURE_VERSION
 from finetune.data.encoding import encode_settings
-from finetune.data.forms import Form, FormName, find_form
+from finetune.data.forms import find_form
 from finetune.data.lengths import Lengths
 from finetune.data.readers import Source, open_source
 from finetune.data.reading import Reader, first_row, sample_row
 from finetune.data.rows import RawChunk, RowFault, Unit
+from finetune.data.turns import Form, FormName
 from finetune.data.worker import SCHEMA, ChunkRows, Teaching, Worker
 from finetune.errors import DataError
 from finetune.runfolder import staged

@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from finetune.data.duplicates import content_key, signature
 from finetune.data.encoding import ChatEncoder, Refused, encoder_of
-from finetune.data.forms import Form, parse
+from finetune.data.forms import parse
 from finetune.data.lengths import Fitter, Lengths, TooLong
 from finetune.data.rows import IGNORED, Conversation, Encoded, LossOn, RawChunk
+from finetune.data.turns import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

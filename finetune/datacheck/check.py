@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import Report
-from finetune.data import apply_template
+from finetune.data.chat import apply_template
 from finetune.datacheck.examples import examples
 from finetune.datacheck.fix import write_fixed
 from finetune.datacheck.page import render_page
@@ -15,7 +15,7 @@ from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document
 from finetune.datacheck.show import show_examples, show_report
 from finetune.model import BaseSpec, check_base, load_tokenizer_of
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 from finetune.runfolder import require_fresh, write_text
 
 _ON_THE_PAGE = 12

@@ -22,9 +22,10 @@ from datasets import Dataset
 from finetune.data.batching import pack
 from finetune.data.duplicates import duplicates_of, leaked, near_leaks
 from finetune.data.mixture import hold_out, interleave
-from finetune.data.pipeline import EncodedSource, Ledger, Reading, Teaching, encode_source
+from finetune.data.pipeline import EncodedSource, Ledger, Reading, encode_source
 from finetune.data.readers import Source
-from finetune.recipe import Recipe
+from finetune.data.worker import Teaching
+from finetune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from finetune.data.unseen import advice, matters
 from finetune.datacheck.prepare import Part, PreparedData, max_length_of
 from finetune.datacheck.schedule import processes_of_run, schedule
 from finetune.errors import DataError
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 _BINS = 24
 _SHOWN = 8

@@ -18,7 +18,7 @@ import torch
 
 from finetune.arch import MoeArch
 from finetune.model import read_config
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 _RECORDED = Path(__file__).parent / "speeds.json"
 

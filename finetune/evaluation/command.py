@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter import is_adapter
+from finetune.adapter.adapter import is_adapter
 from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.evaluation.compare import Comparison, compare, require_data

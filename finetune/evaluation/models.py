@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.adapter import Adapter, is_adapter, load, require_tuned
+from finetune.adapter.adapter import Adapter, is_adapter, load, require_tuned
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError, ModelError
 from finetune.model import (

@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.adapter import Adapter
+from finetune.adapter.adapter import Adapter
 from finetune.arch import MoeArch, hub_name, router_path
-from finetune.checkpoint import check_model_folder, read_json, shard_files
+from finetune.checkpoint.folder import check_model_folder, shard_files
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.export.run_files import DataFile, recorded

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.console import Report, gib
 from finetune.errors import OutputError
 from finetune.evaluate import Fidelity, fidelity_between

@@ -20,7 +20,8 @@ from typing import Any
 
 from finetune.adapter.files import LORA_CONFIG, LORA_TENSORS, NON_MOE_CONFIG, NON_MOE_TENSORS
 from finetune.adapter.non_moe import read_non_moe
-from finetune.checkpoint import read_json, shard_files
+from finetune.checkpoint.folder import shard_files
+from finetune.checkpoint.json_file import read_json
 from finetune.data.fileformats import SUFFIXES, suffix_of
 from finetune.errors import AdapterError, ModelError
 from finetune.model import BASE_FILE

@@ -15,9 +15,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapter import Adapter, is_adapter
+from finetune.adapter.adapter import Adapter, is_adapter
 from finetune.arch import MoeArch, router_path
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.errors import AdapterError, ModelError
 from finetune.export.trained_base import Onto, TrainedBase
 from finetune.export.tunings import Tuning, Weighted, tuned_weight

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name, role_of
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.export.resumable import resumable
 from finetune.export.serving import write_serving
 from finetune.export.shards import Made, Stored, parse_size, write_shards

@@ -29,8 +29,7 @@ from finetune.export.shards import Made, Stored, parse_size, write_shards
 from finetune.export.source import MergeSource
 from finetune.export.standard import DTYPES, MERGE_FILE
 from finetune.kernels.stacks import empty_experts
-from finetune.quant import Moe4bitConfig
-from finetune.quant.config import refuse_without_toolkit
+from finetune.quant.config import Moe4bitConfig, refuse_without_toolkit
 from finetune.runfolder import write_json
 
 MERGED_DTYPE = torch.bfloat16

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
+from finetune.adapter.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError, FinetuneError
 from finetune.infer.residency import needs_offload, require_residency

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from finetune.arch import MoeArch
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.errors import DataError, DeviceError
 from finetune.infer.offloaded import PIECE_TOKENS
 from finetune.infer.pages import page_bytes, pages_for

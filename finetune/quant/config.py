@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.errors import ModelError
 from finetune.kernels.stacks import ExpertStorage
 

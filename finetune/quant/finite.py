@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finetune.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name
-from finetune.checkpoint import incomplete, read_tensor_infos, shard_files
+from finetune.checkpoint.folder import incomplete, shard_files
+from finetune.checkpoint.headers import read_tensor_infos
 from finetune.errors import ModelError
 from finetune.quant.experts import QuantizedExperts
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.adapter import load, open_tuned
+from finetune.adapter.adapter import load, open_tuned
 from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.data.pieces import token_pieces

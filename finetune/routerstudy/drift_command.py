@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.adapter import Adapter, is_adapter, load
+from finetune.adapter.adapter import Adapter, is_adapter, load
 from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.errors import AdapterError, ModelError

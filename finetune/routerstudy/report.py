@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.datacheck.words import counts, visible
 from finetune.errors import OutputError

@@ -28,7 +28,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.checkpoint import check_safetensors, read_json
+from finetune.checkpoint.headers import check_safetensors
+from finetune.checkpoint.json_file import read_json
 from finetune.errors import OutputError
 from finetune.routing.capture import RouterCapture
 from finetune.routing.drift import Drift, drift

@@ -18,7 +18,7 @@ import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.adapter import Adapter
+from finetune.adapter.adapter import Adapter
 from finetune.adapter.settings import IDLE_FIELDS, READ_FIELDS, read_lora_settings
 from finetune.errors import AdapterError, DataError, ModelError
 from finetune.evaluation.models import open_compared

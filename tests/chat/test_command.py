@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.data.encoding import encoder_of
 from finetune.model import LoadedModel
 from tests.conftest import REPOSITORY

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.chat.routes import pieces_of, routed
 from finetune.data.encoding import encoder_of
 from finetune.data.pieces import token_pieces

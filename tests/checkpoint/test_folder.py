@@ -16,18 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from finetune.checkpoint import (
-    Checkpoints,
-    TensorInfo,
-    check_model_folder,
-    check_safetensors,
-    find_checkpoints,
-    incomplete,
-    read_json,
-    read_tensor_infos,
-    require_every_expert,
-    shard_files,
-)
+from finetune.checkpoint.folder import check_model_folder, incomplete, require_every_expert, shard_files
+from finetune.checkpoint.headers import TensorInfo, check_safetensors, read_tensor_infos
+from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint.resumable import Checkpoints, find_checkpoints
 from finetune.errors import AdapterError, FinetuneError, ModelError, OutputError
 from tests.models import save_fused, tiny_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checkpoint import NotJson, parse_json, read_json
+from finetune.checkpoint.json_file import NotJson, parse_json, read_json
 from finetune.errors import AdapterError, ModelError
 
 REFUSED = {

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.worker import Teaching
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 FIXTURE = Path(__file__).parent / "fixtures" / "mistral_v1.jsonl"

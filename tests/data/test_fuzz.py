@@ -14,10 +14,11 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.forms import Form, find_form, parse, to_conversation
+from finetune.data.forms import find_form, parse, to_conversation
 from finetune.data.reading import rows_of
 from finetune.data.repair import repair
 from finetune.data.rows import RawChunk, RowFault
+from finetune.data.turns import Form
 
 ROWS_AT_A_TIME, TIMES = 20, 500
 FORMS: list[Form] = [

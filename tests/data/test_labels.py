@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import IGNORED
+from finetune.data.rows import IGNORED
 
 Label = Callable[..., list[dict[str, Any]]]
 

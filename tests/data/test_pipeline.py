@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import IGNORED, Reading, Source, Teaching, encode_source, pipeline
-from finetune.data.pipeline import cache_folder
+from finetune.data import pipeline
+from finetune.data.pipeline import Reading, cache_folder, encode_source
+from finetune.data.readers import Source
+from finetune.data.rows import IGNORED
+from finetune.data.worker import Teaching
 from finetune.errors import DataError
 from finetune.runfolder import staged
 

@@ -25,7 +25,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from finetune.data.hub import DatasetReader, StreamReader
 from finetune.data.pipeline import Reading, form_of
-from finetune.data.readers import Reader, Source, open_source, rows_of, sample_row
+from finetune.data.readers import Source, open_source
+from finetune.data.reading import Reader, rows_of, sample_row
 from finetune.data.rows import RawChunk, RowFault
 from finetune.errors import DataError
 

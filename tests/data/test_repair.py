@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from finetune.data.forms import Form, find_form, to_conversation
+from finetune.data.forms import find_form, to_conversation
 from finetune.data.repair import repair
 from finetune.data.rows import RowFault
+from finetune.data.turns import Form
 
 MESSAGES = find_form({"messages": [{"role": "user", "content": "a"}]}, "auto", columns={}, roles={}, where="here")
 SHORT = {"s": "system", "u": "user", "a": "assistant"}

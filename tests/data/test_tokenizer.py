@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.data.chat import MISTRAL_V1
+from finetune.data.rendering import MISTRAL_V1
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 Make = Callable[..., Recipe]

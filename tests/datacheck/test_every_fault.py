@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from finetune.data import apply_template
+from finetune.data.chat import apply_template
 from finetune.datacheck.fix import write_fixed
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document
 from finetune.model import load_tokenizer
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
 from tests.datacheck.conftest import MODEL
 
 RECIPE = Path(__file__).parent / "every_fault" / "recipe.yaml"

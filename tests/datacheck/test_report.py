@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune.console import Report
-from finetune.data import apply_template
+from finetune.data.chat import apply_template
 from finetune.datacheck.check import check_data
 from finetune.datacheck.facts import unused
 from finetune.datacheck.prepare import prepare_data

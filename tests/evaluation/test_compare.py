@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.console import Report
-from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.worker import Teaching
 from finetune.evaluate import Said, row_sums
 from finetune.evaluation.command import run_evaluate
 from finetune.model import LoadedModel
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.export.tunings import tuned, update
 from tests.running import run_finetune
 

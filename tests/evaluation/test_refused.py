@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.models import tiny_model
 from tests.running import refused, run_finetune
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from finetune import Moe4bitConfig
 from finetune.kernels.nf4 import dequantize_linear
 from finetune.model import LoadedModel
-from finetune.quant import QuantizedExperts
 from finetune.quant.config import refuse_without_toolkit
+from finetune.quant.experts import QuantizedExperts
 
 
 def merged_weight(lora: LoraLayer) -> Tensor:

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.adapter import Adapter, load
-from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.adapter.adapter import Adapter, load
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.worker import Teaching
 from finetune.errors import AdapterError
 from finetune.export import command
 from finetune.export.quantized import write_quantized

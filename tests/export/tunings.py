@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.adapter import save_adapter, save_non_moe
+from finetune.adapter.lora import save_adapter
+from finetune.adapter.non_moe import save_non_moe
 from finetune.model import BaseSpec, LoadedModel, load_base
-from finetune.quant import hash_experts
-from finetune.trainable import add_attention_lora, unfreeze_non_moe
+from finetune.quant.census import hash_experts
+from finetune.trainable.lora import add_attention_lora
+from finetune.trainable.non_moe import unfreeze_non_moe
 
 
 def tuned(

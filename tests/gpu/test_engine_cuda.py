@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter import Adapter, load
+from finetune.adapter.adapter import Adapter, load
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.quant import Moe4bitConfig, take_census
+from finetune.quant.census import take_census
+from finetune.quant.config import Moe4bitConfig
 from tests.quant.test_loading_memory import FUSED, SIXTEEN_BIT, SLACK, write_checkpoint
 
 

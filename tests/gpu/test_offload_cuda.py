@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.bench.offload import bench_offload
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine

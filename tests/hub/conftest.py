@@ -44,7 +44,9 @@ def environment(hub: StandIn, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def finished_run(saved_adapter: Path, small_mixtral: Path, tmp_path: Path) -> Path:
     """The folder of a run as it looks at the end, with what must never leave it; made without training."""
-    from finetune.recipe import Recipe, provenance, resolved_yaml
+    from finetune.recipe.load import resolved_yaml
+    from finetune.recipe.provenance import provenance
+    from finetune.recipe.schema import Recipe
 
     run = tmp_path / "somewhere-private" / "run"
     shutil.copytree(saved_adapter, run / "adapter")

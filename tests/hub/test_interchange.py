@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.adapter import Adapter, load, load_adapter, save_adapter
+from finetune.adapter.adapter import Adapter, load
+from finetune.adapter.lora import load_adapter, save_adapter
 from finetune.arch import MoeArch
 from finetune.errors import AdapterError
 from finetune.model import BaseSpec, LoadedModel, load_base
-from finetune.trainable import add_attention_lora
+from finetune.trainable.lora import add_attention_lora
 from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.export.published import adapter_files, public_values
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.hub.stand_in import TOKEN, USER, StandIn
 from tests.running import contents, refused, run_finetune
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import DataError, DeviceError
 from finetune.infer.engine import Engine

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.adapter import add_adapters, save_adapter
+from finetune.adapter.lora import add_adapters, save_adapter
 from finetune.arch import MoeArch
 from finetune.attention import read_packing
 from finetune.infer.pages import PAGE, PagePool
@@ -17,8 +17,8 @@ from finetune.infer.prefill import prefill
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.step import DecodeStep
 from finetune.model import BaseSpec, load_base
-from finetune.quant import Moe4bitConfig
-from finetune.trainable import add_attention_lora
+from finetune.quant.config import Moe4bitConfig
+from finetune.trainable.lora import add_attention_lora
 from tests.models import tiny_model
 
 LENGTHS = (PAGE + 3, 7, 1)

@@ -12,16 +12,9 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from finetune.kernels.nf4 import (
-    NF4_CODE,
-    Nf4Stack,
-    dequantize_linear,
-    dequantize_reference,
-    dynamic_map,
-    empty_stack,
-    quantize_stack,
-)
-from finetune.kernels.nf4_quantize import quantize_scales
+from finetune.kernels.nf4 import Nf4Stack, dequantize_linear, dequantize_reference, empty_stack, quantize_stack
+from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.nf4_quantize import dynamic_map, quantize_scales
 from finetune.kernels.stacks import dequantize_expert
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,8 +20,12 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from finetune.arch import MoeArch
-from finetune.memory import GIB, LOGIT_TILE, MemoryEstimate, Run, estimate, nf4_bytes
-from finetune.quant import Moe4bitConfig, take_census
+from finetune.memory.estimate import MemoryEstimate, estimate
+from finetune.memory.run import GIB, Run
+from finetune.memory.static import nf4_bytes
+from finetune.memory.step import LOGIT_TILE
+from finetune.quant.census import take_census
+from finetune.quant.config import Moe4bitConfig
 
 MIXTRAL = MoeArch.from_config(MixtralConfig().to_dict())
 ARCHS = {

@@ -21,11 +21,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.activations import ActivationPlan, apply_plan
 from finetune.arch import MoeArch
-from finetune.memory import Run, recompute_seconds
-from finetune.memory.step import largest_moment, moments
-from finetune.quant import Moe4bitConfig
+from finetune.memory.run import Run
+from finetune.memory.step import largest_moment, moments, recompute_seconds
+from finetune.quant.config import Moe4bitConfig
 from finetune.routing.auxiliary import AuxiliaryLoss
-from finetune.trainable import add_attention_lora, unfreeze_non_moe
+from finetune.trainable.lora import add_attention_lora
+from finetune.trainable.non_moe import unfreeze_non_moe
 from tests.memory.tracking import PeakOfTensors
 
 LAYERS, BATCH, LENGTH, RANK = 3, 1, 128, 4

@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.errors import FinetuneError, ModelError
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
 from finetune.infer.request import Request, Sampling, TokenEvent
-from finetune.infer.runner import EngineSettings
+from finetune.infer.settings import EngineSettings
 from finetune.kernels.stacks import quantize_experts
 from finetune.memory.static import expert_bytes
 from finetune.model import BaseSpec, load_base
-from finetune.quant import Moe4bitConfig, require_quantized_experts, take_census
+from finetune.quant.census import require_quantized_experts, take_census
+from finetune.quant.config import Moe4bitConfig
 from finetune.quant.quantizer import EXPERT_BYTES_PER_WEIGHT
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model
 from tests.quant.loading import assert_same_bits, bits, logits, relative_error, reload, tensors_of

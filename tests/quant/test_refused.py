@@ -23,7 +23,8 @@ from transformers import (
 
 import finetune
 from finetune.errors import ModelError
-from finetune.quant import Moe4bitConfig, QuantizedExperts
+from finetune.quant.config import Moe4bitConfig
+from finetune.quant.experts import QuantizedExperts
 from tests.models import (
     EXPERTS,
     HIDDEN,

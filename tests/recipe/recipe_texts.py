@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import FinetuneError, RecipeError
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 
 SMALLEST = "model:\n  path: some/model\ndata:\n  train: some/data\noutput:\n  dir: out\n"
 

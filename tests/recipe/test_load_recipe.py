@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from recipe_texts import SMALLEST, faults_of, message, write
 
 from finetune.errors import RecipeError
-from finetune.recipe import load_recipe, resolved_yaml
+from finetune.recipe.load import load_recipe, resolved_yaml
+from tests.recipe.recipe_texts import SMALLEST, faults_of, message, write
 
 
 def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_texts import SMALLEST, faults_of, message, write
 
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
+from tests.recipe.recipe_texts import SMALLEST, faults_of, message, write
 
 
 def test_values_are_yaml(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe import provenance
-from finetune.recipe.provenance import git_state
+from finetune.recipe.provenance import git_state, provenance
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.recipe import load_recipe, resolved_yaml
+from finetune.recipe.load import load_recipe, resolved_yaml
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipe_texts import SMALLEST, write
+from tests.recipe.recipe_texts import SMALLEST, write
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import RecipeError
-from finetune.recipe import Recipe, load_recipe, recipe_schema, resolved_yaml, yaml12
+from finetune.recipe import yaml12
+from finetune.recipe.load import load_recipe, resolved_yaml
+from finetune.recipe.schema import Recipe, recipe_schema
 from finetune.recipe.training import open_fields
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)

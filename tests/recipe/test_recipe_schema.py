@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from finetune.recipe import Recipe, recipe_schema
-from finetune.recipe.schema import DataSection, LoraSection, ModelSection, OutputSection, TrainableSection
+from finetune.recipe.schema import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OutputSection,
+    Recipe,
+    TrainableSection,
+    recipe_schema,
+)
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED, CONSTRAINTS = ROOT / "docs" / "recipe.schema.json", ROOT / "constraints.txt"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_texts import SMALLEST, faults_of, message, write
 from trl import SFTConfig
 
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.training import DEFAULTS, OWNERS, check_training, open_fields, training_schema
 from finetune.recipe.training_fields import training_fields
+from tests.recipe.recipe_texts import SMALLEST, faults_of, message, write
 
 # The newer names are in transformers since 5.18.
 CHECKPOINTING_ELSEWHERE = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.adapter import load
+from finetune.adapter.adapter import load
 from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.model import BaseSpec, LoadedModel

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.console import Report
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 from finetune.train import Prepared, prepare
 from tests.processes import be_processes
 

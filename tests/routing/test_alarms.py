@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from routing_models import sums_of
 
 from finetune.routing.alarms import AlarmRules, RouterAlarms
 from finetune.routing.drift import Drift
 from finetune.routing.metrics import RouterSums, layer_metrics, noise_floor
+from tests.routing.routing_models import sums_of
 
 EXPERTS, TOP_K = 8, 2
 

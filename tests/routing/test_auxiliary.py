@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from routing_models import FAMILIES, LAYERS, build_model, pad_right, random_rows
 from torch import Tensor, nn
 
-from finetune.routing import RouterCapture
 from finetune.routing.auxiliary import AuxiliaryLoss
+from finetune.routing.capture import RouterCapture
+from tests.routing.routing_models import FAMILIES, LAYERS, build_model, pad_right, random_rows
 
 BALANCE, Z = 0.7, 0.3
 LENGTHS = [9, 4, 7, 1, 5, 6]

@@ -14,10 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import auxiliary_run
 import pytest
 import torch
-from auxiliary_run import ready_to_step
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -25,11 +23,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from finetune.data import Reading, Source, Teaching, encode_source
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.worker import Teaching
 from finetune.model import BaseSpec, load_base
-from finetune.routing import RouterCapture
+from finetune.routing.capture import RouterCapture
 from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin
+from tests.routing import auxiliary_run
+from tests.routing.auxiliary_run import ready_to_step
 from tests.running import run_finetune
 
 BALANCE, Z, EXPERTS, TOP_K, VOCAB = 1.0, 0.1, 4, 2, 260

@@ -10,7 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from routing_models import (
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from finetune.jsonl import JsonlCallback, read_metrics
+from finetune.progress import ProgressCallback
+from finetune.routing.callback import RouterCallback
+from finetune.routing.capture import RouterCapture
+from finetune.routing.metrics import LAYER_METRICS, RouterSums, layer_metrics
+from tests.routing.routing_models import (
     FAMILIES,
     LAYERS,
     assert_counts,
@@ -20,14 +29,6 @@ from routing_models import (
     build_model,
     random_rows,
 )
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
-
-from finetune.jsonl import JsonlCallback, read_metrics
-from finetune.progress import ProgressCallback
-from finetune.routing import RouterCallback, RouterCapture
-from finetune.routing.metrics import LAYER_METRICS, RouterSums, layer_metrics
 
 EXPERTS, TOP_K = FAMILIES["mixtral"]
 TRAIN_ROWS = random_rows([9, 4, 7, 2, 5, 6, 8, 3])

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from routing_models import (
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+
+from finetune.errors import ModelError
+from finetune.routing.capture import RouterCapture
+from tests.routing.routing_models import (
     FAMILIES,
     LAYERS,
     assert_counts,
@@ -20,13 +27,6 @@ from routing_models import (
     pad_right,
     random_rows,
 )
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
-
-from finetune.errors import ModelError
-from finetune.routing.capture import RouterCapture
 
 
 def capture_of(model: nn.Module, family: str) -> RouterCapture:
@@ -310,7 +310,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from finetune.routing.capture import RouterCapture
-from routing_models import (
+from tests.routing.routing_models import (
     FAMILIES, assert_sums, brute_force_count, brute_force_sums, build_model, pad_right, random_rows
 )
 

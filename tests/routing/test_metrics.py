@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_models import sums_of
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from finetune.routing.metrics import (
@@ -21,6 +20,7 @@ from finetune.routing.metrics import (
     random_repetition,
 )
 from finetune.routing.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
+from tests.routing.routing_models import sums_of
 
 Routing = list[list[list[float]]]  # router logits [layer][token][expert]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from routing_models import FAMILIES, LAYERS, build_model, random_rows
 from torch import nn
 
 from finetune.errors import ModelError
 from finetune.routing.recording import recorded_routing
+from tests.routing.routing_models import FAMILIES, LAYERS, build_model, random_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

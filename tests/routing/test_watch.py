@@ -8,21 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from routing_models import FAMILIES, LAYERS, build_model, random_rows, sums_of
-from test_callback import TRAIN_ROWS, dataset, trainer_for, with_lora
 from torch import nn
 
 from finetune.jsonl import read_metrics
-from finetune.routing import (
-    AlarmRules,
-    RouterAlarms,
-    RouterCallback,
-    RouterCapture,
-    RouterReference,
-    RouterWatch,
-    probe_rows,
-)
+from finetune.routing.alarms import AlarmRules, RouterAlarms
+from finetune.routing.callback import RouterCallback
+from finetune.routing.capture import RouterCapture
 from finetune.routing.metrics import LAYER_METRICS, layer_metrics, noise_floor
+from finetune.routing.reference import RouterReference, probe_rows
+from finetune.routing.watch import RouterWatch
+from tests.routing.routing_models import FAMILIES, LAYERS, build_model, random_rows, sums_of
+from tests.routing.test_callback import TRAIN_ROWS, dataset, trainer_for, with_lora
 
 EXPERTS, TOP_K = FAMILIES["mixtral"]
 PROBE = random_rows([20, 7, 13, 9, 30, 4], seed=5)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter import save_adapter
+from finetune.adapter.lora import save_adapter
 from finetune.arch import MoeArch
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.settings import EngineSettings
 from finetune.model import BaseSpec, load_base, read_config
-from finetune.trainable import add_attention_lora
+from finetune.trainable.lora import add_attention_lora
 from tests.conftest import REPOSITORY
 from tests.serve.serving import serving
 

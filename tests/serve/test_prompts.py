@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.data import apply_template
+from finetune.data.chat import apply_template
 from finetune.data.encoding import encoder_of
 from finetune.data.forms import find_form, to_conversation
 from finetune.infer.encode import encode_messages

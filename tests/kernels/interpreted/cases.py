@@ -10,13 +10,9 @@ import pytest
 import torch
 
 from finetune.kernels import triton_kernels
-from finetune.kernels.nf4 import (
-    NESTED_BLOCK,
-    NF4_CODE,
-    dequantize_reference,
-    dynamic_map,
-    quantize_stack,
-)
+from finetune.kernels.nf4 import dequantize_reference, quantize_stack
+from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.nf4_quantize import NESTED_BLOCK, dynamic_map
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 

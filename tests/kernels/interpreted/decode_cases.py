@@ -12,7 +12,8 @@ from torch import Tensor
 
 from finetune.kernels import decode, few_rows, paged, triton_decode, triton_few_rows
 from finetune.kernels.few_rows import to_halves
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Stack, code_of, dequantize_reference, dynamic_map, quantize_stack
+from finetune.kernels.nf4 import Nf4Stack, code_of, dequantize_reference, quantize_stack
+from finetune.kernels.nf4_quantize import NESTED_BLOCK, dynamic_map
 from finetune.kernels.rows import sort_by_expert
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

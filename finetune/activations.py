@@ -12,7 +12,7 @@ reentrant) on in the layers that recompute their attention and tells the experts
 Exactness: a recomputation repeats the same kernels on the same input, and the routing is not left to it. Computed
 again with one bit of noise, a router may choose other experts than the forward pass did; so whatever the routers save
 for backward (probabilities and indices, a few bytes a token) is taken out of the checkpoint's reach, and the experts
-do the same for their own (`quant/experts.py`). Only the input of a router that trains, which is as large as the layer's
+do the same for their own (`moe/experts.py`). Only the input of a router that trains, which is as large as the layer's
 own, is dropped and recomputed where a checkpoint says so.
 
 Leaves out: which bytes and seconds a keep is worth (`memory/`), FSDP's own checkpointing, offloading.
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from finetune.arch import MoeArch, experts_path, layer_path, router_path
 from finetune.kernels.frozen_experts import remember
+from finetune.moe.arch import MoeArch, experts_path, layer_path, router_path
 
 
 @dataclass(frozen=True)

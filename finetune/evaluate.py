@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import IGNORED
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from finetune.routing.recording import recorded_routing
 from finetune.runfolder import require_space
 

@@ -15,7 +15,6 @@ from datasets import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import SaveStrategy
 
 from finetune.activations import ActivationPlan, plan_activations
-from finetune.arch import MoeArch
 from finetune.console import Report, gib
 from finetune.data.chat import apply_template
 from finetune.data.pipeline import Reading, encode_source
@@ -23,12 +22,13 @@ from finetune.data.readers import Source
 from finetune.data.rows import IGNORED
 from finetune.data.worker import Teaching
 from finetune.errors import DeviceError, FinetuneError
-from finetune.fused_layers import wants_fused_layers
 from finetune.kernels.experts_matmul import choose_backend
 from finetune.memory.estimate import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.memory.run import GIB, Dtype, Run
 from finetune.memory.step import recompute_seconds
-from finetune.model import load_tokenizer, read_config, resolve_dtype, saved_quantization
+from finetune.moe.arch import MoeArch
+from finetune.moe.fused_layers import wants_fused_layers
+from finetune.moe.load import load_tokenizer, read_config, resolve_dtype, saved_quantization
 from finetune.recipe.schema import Recipe
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from finetune.arch import MoeArch
 from finetune.data.pieces import token_pieces
+from finetune.moe.arch import MoeArch
 from finetune.recipe.schema import Recipe
 from finetune.routing.alarms import AlarmRules, RouterAlarms
 from finetune.routing.callback import RouterCallback

@@ -9,7 +9,7 @@ import torch
 
 from finetune.console import Report, gib
 from finetune.jsonl import read_metrics
-from finetune.quant.census import Census
+from finetune.moe.census import Census
 from finetune.routing.callback import RouterCallback
 from finetune.routing.metrics import layer_metrics
 from finetune.routing.plots import run_figures

@@ -21,8 +21,6 @@ from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl import SFTConfig
 
 from finetune.activations import apply_plan
-from finetune.arch import MoeArch
-from finetune.attention import VARLEN, FullRows
 from finetune.checkpoint.json_file import read_json
 from finetune.checkpoint.resumable import find_checkpoints
 from finetune.console import Report
@@ -37,7 +35,11 @@ from finetune.export.push import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
 from finetune.loggers import logger_callbacks, loggers_in_use, require_loggers
 from finetune.memory.estimate import MemoryEstimate
-from finetune.model import (
+from finetune.moe.arch import MoeArch
+from finetune.moe.attention import VARLEN, FullRows
+from finetune.moe.census import Census, hash_experts, require_quantized_experts, require_same_experts, take_census
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.load import (
     BaseSpec,
     LoadedModel,
     check_base,
@@ -48,8 +50,6 @@ from finetune.model import (
 )
 from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.progress import ProgressCallback
-from finetune.quant.census import Census, hash_experts, require_quantized_experts, require_same_experts, take_census
-from finetune.quant.experts import QuantizedExperts
 from finetune.recipe.load import resolved_yaml
 from finetune.recipe.provenance import provenance
 from finetune.recipe.schema import Recipe

@@ -25,10 +25,10 @@ from trl import SFTTrainer
 from finetune.activations import ActivationPlan
 from finetune.adapter.adapter import Adapter
 from finetune.adapter.non_moe import load_non_moe
-from finetune.arch import is_router
 from finetune.data.loaders import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
-from finetune.model import BaseSpec
+from finetune.moe.arch import is_router
+from finetune.moe.load import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.stopping import EvaluationCut, Stopping

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.data.rows import IGNORED
 from finetune.export.quantized import write_quantized
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import MoeArch
+from finetune.moe.experts import QuantizedExperts
 from finetune.recipe.load import load_recipe
 from finetune.recipe.provenance import provenance
 from finetune.runfolder import staged

@@ -25,7 +25,7 @@ from finetune.console import Report
 from finetune.evaluation.compare import compare
 from finetune.evaluation.models import Compared, open_compared
 from finetune.export.held_out import HeldOut
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from finetune.recipe.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -26,7 +26,7 @@ from transformers import (
 
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference
 from finetune.kernels.stacks import dequantize_stack
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.experts import QuantizedExperts
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 2, 4, 128, 192, 160

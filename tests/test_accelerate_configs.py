@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import MixtralConfig
 
-from finetune.arch import MoeArch, experts_path
+from finetune.moe.arch import MoeArch, experts_path
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "accelerate_configs").glob("*.yaml"))}
 

@@ -19,9 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from finetune.activations import ActivationPlan, LayerPlan, apply_plan, plan_activations, remove_plan
-from finetune.arch import MoeArch, router_path
+from finetune.moe.arch import MoeArch, router_path
 from tests.models import FAMILIES, HIDDEN, LAYERS, tiny_model, tokens
-from tests.quant.loading import QKVO, load
+from tests.moe.loading import QKVO, load
 
 FULL, NONE = ActivationPlan.full(LAYERS), ActivationPlan.none(LAYERS)
 # Every combination in some layer, keeps in other places than the planner would put them, too.

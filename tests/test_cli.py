@@ -23,7 +23,7 @@ import typer
 from finetune.cli.options import sane_size
 from finetune.cli.reporting import quiet_libraries
 from finetune.console import Report
-from finetune.model import BaseSpec, load_base
+from finetune.moe.load import BaseSpec, load_base
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import recipe_schema
 from tests.conftest import REPOSITORY

@@ -99,13 +99,13 @@ def test_imports_run_one_way(path: Path):
 
 def test_the_check_sees_what_it_should():
     assert faults_of("arch", "from finetune.errors import ModelError") == []
-    assert faults_of("arch", "import finetune.model") == ["arch (row 1) imports model (row 4)"]
-    assert faults_of("data", "def f():\n    from finetune.quant import QuantizedExperts") == [
+    assert faults_of("arch", "import finetune.moe.load") == ["arch (row 1) imports model (row 4)"]
+    assert faults_of("data", "def f():\n    from finetune.moe import QuantizedExperts") == [
         "data (row 3) imports quant (row 3)"
     ]
     assert faults_of("data", "from finetune import memory") == ["data (row 3) imports memory (row 3)"]
     assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 3) imports __init__ (row 11)"]
-    assert faults_of("quant", "from finetune.quant.config import Moe4bitConfig") == []
+    assert faults_of("quant", "from finetune.moe.config import Moe4bitConfig") == []
 
 
 def test_matplotlib_only_draws_in_routing_plots():

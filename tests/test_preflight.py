@@ -16,14 +16,14 @@ import torch
 from trl import SFTConfig
 
 from finetune.activations import ActivationPlan
-from finetune.arch import MoeArch
 from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.console import gib as in_gib
-from finetune.fused_layers import wants_fused_layers
 from finetune.memory.estimate import MemoryEstimate, estimate
 from finetune.memory.run import GIB, Run
-from finetune.model import load_tokenizer
+from finetune.moe.arch import MoeArch
+from finetune.moe.fused_layers import wants_fused_layers
+from finetune.moe.load import load_tokenizer
 from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.recipe.load import load_recipe
 from tests.conftest import REPOSITORY

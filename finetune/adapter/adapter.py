@@ -32,7 +32,8 @@ from finetune.adapter.lora import add_adapters, load_adapter, projections_of, re
 from finetune.adapter.non_moe import load_non_moe, read_non_moe, save_non_moe
 from finetune.adapter.settings import LoraSettings, read_lora_settings
 from finetune.errors import AdapterError, ModelError
-from finetune.model import (
+from finetune.moe.config import AttentionStorage
+from finetune.moe.load import (
     BASE_FILE,
     UNRECORDED_DTYPE,
     BaseSpec,
@@ -44,7 +45,6 @@ from finetune.model import (
     read_config,
     saved_quantization,
 )
-from finetune.quant.config import AttentionStorage
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from finetune.adapter.files import LORA_CONFIG, LORA_TENSORS, Shapes, read_shapes, require_same, writing
 from finetune.adapter.settings import LoraSettings, read_lora_settings
-from finetune.arch import MoeArch, is_router
 from finetune.checkpoint.upstream import blamed_on
 from finetune.errors import AdapterError
+from finetune.moe.arch import MoeArch, is_router
 from finetune.trainable.lora import assert_lora, check_targets, keep_routers_fp32, lora_shapes
 from finetune.trainable.lora_layers import register_lora_layers
 

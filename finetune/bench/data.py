@@ -31,7 +31,7 @@ from finetune.data.chat import apply_template
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.readers import Source
 from finetune.data.worker import Teaching
-from finetune.model import load_tokenizer
+from finetune.moe.load import load_tokenizer
 
 _CHARACTERS = 900  # of a conversation at least; about 400 tokens
 _SAMPLE_SECONDS = 0.2

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapter.adapter import load
-from finetune.arch import MoeArch
 from finetune.bench.measure import read_peak, reset_peak
 from finetune.bench.offload import bench_offload, print_offload
 from finetune.bench.requests import first_token, steady_step
@@ -37,9 +36,10 @@ from finetune.infer.loading import ServedModels
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.stacks import ExpertStorage
 from finetune.memory.static import expert_bytes
-from finetune.model import BaseSpec, ExpertsOn, LoadedModel, load_base
-from finetune.quant.config import AttentionStorage
-from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
+from finetune.moe.arch import MoeArch
+from finetune.moe.config import AttentionStorage
+from finetune.moe.load import BaseSpec, ExpertsOn, LoadedModel, load_base
+from finetune.moe.quantizer import NF4_BYTES_PER_WEIGHT
 
 FIRST_TOKEN_PROMPT = 512
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.bench.result import conditions, rounded
 from finetune.console import Report, gib
 from finetune.data.pipeline import Reading, encode_source
@@ -26,8 +25,9 @@ from finetune.data.worker import Teaching
 from finetune.errors import ModelError
 from finetune.evaluate import Row, completion_loss, fidelity, swapped
 from finetune.kernels.stacks import ExpertStorage, dequantize_expert
-from finetune.model import BaseSpec, check_base, load_tokenizer, resolve_device, resolve_dtype, saved_quantization
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.load import BaseSpec, check_base, load_tokenizer, resolve_device, resolve_dtype, saved_quantization
 
 STORAGES: tuple[ExpertStorage, ...] = get_args(ExpertStorage)
 

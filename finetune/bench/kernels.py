@@ -23,7 +23,6 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from finetune.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
 from finetune.bench.peers import SHAPE
 from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import copy_rate, sustained_seconds
@@ -35,7 +34,8 @@ from finetune.kernels.few_rows import few_experts, to_halves
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_stack
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
+from finetune.moe.experts import QuantizedExperts
 
 TOKENS = (1024, 2048, 8192)
 FEW_TOKENS = (1, 2, 4, 16, 64)

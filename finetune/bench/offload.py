@@ -20,7 +20,6 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 
-from finetune.arch import EXPERT_PROJECTIONS, experts_path
 from finetune.bench.requests import steady_step
 from finetune.bench.result import rounded
 from finetune.bench.trace import TracedStep, make_trace
@@ -32,7 +31,8 @@ from finetune.infer.pages import PAGE, page_bytes, pages_for
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.expert_cache import fetch_experts
 from finetune.kernels.nf4_quantize import BLOCK
-from finetune.model import LoadedModel
+from finetune.moe.arch import EXPERT_PROJECTIONS, experts_path
+from finetune.moe.load import LoadedModel
 
 _TRACE_STEPS = 512
 

@@ -24,9 +24,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.bench.workload import WARM_UP
 from finetune.checkpoint.json_file import read_json
+from finetune.moe.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, experts_path
 
 if TYPE_CHECKING:
     import torch

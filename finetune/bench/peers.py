@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from finetune.arch import MoeArch
 from finetune.bench.peer import PEERS
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import WARM_UP
 from finetune.checkpoint.json_file import read_json
 from finetune.console import Report, gib
+from finetune.moe.arch import MoeArch
 
 SHAPE = Path(__file__).resolve().parents[2] / "recipes" / "mixtral-8x7b" / "shape"
 _LINES_OF_ERROR = 3

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from finetune.arch import GATE_UP_PROJ, MoeArch
 from finetune.kernels.stacks import ExpertStack, dequantize_stack
-from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
+from finetune.moe.arch import GATE_UP_PROJ, MoeArch
+from finetune.moe.quantizer import NF4_BYTES_PER_WEIGHT
 
 COPY_BYTES = 2 * 2**30  # of each buffer: far beyond any cache
 _REPETITIONS = 20

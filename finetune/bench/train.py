@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from finetune.arch import GATE_UP_PROJ, MoeArch
 from finetune.bench.families import TimeSplit, profile_kernels, split_time
 from finetune.bench.flops import training_flops
 from finetune.bench.measure import BareStep, Peak, Recorder, Speed, Window, read_peak, real_tokens, reset_peak
@@ -26,7 +25,8 @@ from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_se
 from finetune.bench.workload import WARM_UP, Workload, make_workload
 from finetune.console import Report, gib
 from finetune.memory.estimate import MemoryEstimate
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import GATE_UP_PROJ, MoeArch
+from finetune.moe.experts import QuantizedExperts
 from finetune.train import Prepared, prepare, run_steps
 
 _PROFILED_STEPS = 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.data.pieces import token_pieces
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from finetune.routerstudy.passing import routed_rows
 from finetune.routerstudy.probe import Probe, ProbeRow
 

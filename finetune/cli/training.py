@@ -79,7 +79,7 @@ def preflight(
         quiet_libraries(debug)
         from torch import device as torch_device
 
-        from finetune.model import resolve_device
+        from finetune.moe.load import resolve_device
         from finetune.preflight import preflight as run
         from finetune.preflight import show_memory
 

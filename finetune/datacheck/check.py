@@ -14,7 +14,7 @@ from finetune.datacheck.page import render_page
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document
 from finetune.datacheck.show import show_examples, show_report
-from finetune.model import BaseSpec, check_base, load_tokenizer_of
+from finetune.moe.load import BaseSpec, check_base, load_tokenizer_of
 from finetune.recipe.schema import Recipe
 from finetune.runfolder import require_fresh, write_text
 

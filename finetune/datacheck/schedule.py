@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from finetune.arch import MoeArch
-from finetune.model import read_config
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import read_config
 from finetune.recipe.schema import Recipe
 
 _RECORDED = Path(__file__).parent / "speeds.json"

@@ -25,7 +25,7 @@ from finetune.evaluate import KeptAnswers, Row, RowSums, row_sums, said_to
 from finetune.evaluation.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
 from finetune.evaluation.models import Compared
 from finetune.export.held_out import HeldOut
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 
 
 @dataclass(frozen=True)

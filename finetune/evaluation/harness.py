@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 from finetune.console import Report
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.evaluation.models import Compared, open_compared
-from finetune.model import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
+from finetune.moe.load import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
 from finetune.recipe.provenance import provenance
 from finetune.routerstudy.passing import require_writable
 from finetune.runfolder import write_json

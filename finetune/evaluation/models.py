@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.adapter.adapter import Adapter, is_adapter, load, require_tuned
-from finetune.arch import MoeArch
 from finetune.errors import AdapterError, ModelError
-from finetune.model import (
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import (
     BaseSpec,
     LoadedModel,
     check_base,

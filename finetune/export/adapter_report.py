@@ -21,13 +21,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.adapter.adapter import Adapter
-from finetune.arch import MoeArch, hub_name, router_path
 from finetune.checkpoint.folder import check_model_folder, shard_files
 from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.export.run_files import DataFile, recorded
-from finetune.model import fingerprint_of, require_fingerprint
+from finetune.moe.arch import MoeArch, hub_name, router_path
+from finetune.moe.load import fingerprint_of, require_fingerprint
 from finetune.runfolder import RunFolder
 
 TRAINING_FILE = "training.json"

@@ -24,8 +24,8 @@ from finetune.export.published import is_local, public_name
 from finetune.export.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
 from finetune.jsonl import read_metrics
 from finetune.memory.static import EXPERT_FORMATS
-from finetune.model import BaseSpec
-from finetune.quant.config import QUANT_METHOD
+from finetune.moe.config import QUANT_METHOD
+from finetune.moe.load import BaseSpec
 from finetune.recipe.schema import Recipe
 from finetune.runfolder import RunFolder, set_aside
 from finetune.summary import held_out_loss

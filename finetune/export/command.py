@@ -26,7 +26,7 @@ from finetune.export.standard import DTYPES, write_standard
 from finetune.export.streamed_nf4 import write_nf4
 from finetune.export.trained_base import Onto
 from finetune.export.tunings import Weighted
-from finetune.model import resolve_device
+from finetune.moe.load import resolve_device
 from finetune.runfolder import require_fresh, write_json
 
 FORMATS = ("nf4", *DTYPES, "gguf")

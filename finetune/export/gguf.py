@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from finetune.arch import EXPERT_PROJECTIONS, MoeArch, role_of
 from finetune.errors import ModelError, OutputError
 from finetune.export.gguf_config import ROPE_FREQS, describe_config, require_written, rope_divisors
 from finetune.export.resumable import OutputFile, Part, Place, resumable
@@ -37,6 +36,7 @@ from finetune.export.serving import write_serving
 from finetune.export.shards import as_bytes
 from finetune.export.source import MergeSource
 from finetune.export.standard import MERGE_FILE
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, role_of
 from finetune.runfolder import write_json
 
 WRITTEN_TYPES = ("f16", "q8_0")

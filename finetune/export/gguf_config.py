@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from finetune.arch import MoeArch
 from finetune.errors import ModelError
+from finetune.moe.arch import MoeArch
 
 ROPE_FREQS = "rope_freqs.weight"
 _WRITTEN = {

@@ -24,7 +24,7 @@ from finetune.checkpoint.folder import shard_files
 from finetune.checkpoint.json_file import read_json
 from finetune.data.fileformats import SUFFIXES, suffix_of
 from finetune.errors import AdapterError, ModelError
-from finetune.model import BASE_FILE
+from finetune.moe.load import BASE_FILE
 
 _TOKENIZER = r"tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt"
 _TOKENIZER += r"|chat_template\.jinja|chat_template\.json"

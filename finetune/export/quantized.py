@@ -7,9 +7,9 @@ from typing import get_args
 
 from finetune.errors import ModelError
 from finetune.kernels.stacks import ExpertStorage
-from finetune.model import BaseSpec, load_base, read_config, saved_quantization
-from finetune.quant.census import Census, require_quantized_experts, take_census
-from finetune.quant.config import QUANT_METHOD, AttentionStorage, refuse_without_toolkit
+from finetune.moe.census import Census, require_quantized_experts, take_census
+from finetune.moe.config import QUANT_METHOD, AttentionStorage, refuse_without_toolkit
+from finetune.moe.load import BaseSpec, load_base, read_config, saved_quantization
 from finetune.runfolder import require_fresh, require_space, staged
 
 

@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.adapter.adapter import Adapter, is_adapter
-from finetune.arch import MoeArch, router_path
 from finetune.checkpoint.json_file import read_json
 from finetune.errors import AdapterError, ModelError
 from finetune.export.trained_base import Onto, TrainedBase
 from finetune.export.tunings import Tuning, Weighted, tuned_weight
-from finetune.model import (
+from finetune.moe.arch import MoeArch, router_path
+from finetune.moe.config import of_plain_weights
+from finetune.moe.load import (
     BaseSpec,
     check_base,
     fingerprint_of,
     load_tokenizer,
     require_fingerprint,
 )
-from finetune.quant.config import of_plain_weights
 
 _BASE_FILES = ["*.json", "*.safetensors"]
 

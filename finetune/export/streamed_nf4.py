@@ -22,14 +22,14 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from finetune.arch import EXPERT_PROJECTIONS, role_of
 from finetune.export.resumable import resumable
 from finetune.export.serving import write_serving
 from finetune.export.shards import Made, Stored, parse_size, write_shards
 from finetune.export.source import MergeSource
 from finetune.export.standard import DTYPES, MERGE_FILE
 from finetune.kernels.stacks import empty_experts
-from finetune.quant.config import Moe4bitConfig, refuse_without_toolkit
+from finetune.moe.arch import EXPERT_PROJECTIONS, role_of
+from finetune.moe.config import Moe4bitConfig, refuse_without_toolkit
 from finetune.runfolder import write_json
 
 MERGED_DTYPE = torch.bfloat16

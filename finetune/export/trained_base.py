@@ -20,16 +20,16 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
 from finetune.export import buffers
 from finetune.export.tensors import Tensors
 from finetune.kernels.nf4 import Nf4Stack, quantize_stack
 from finetune.kernels.nf4_code import NF4_CODE
 from finetune.kernels.nf4_quantize import BLOCK, NESTED_BLOCK, dynamic_map, quantize_scales
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, stack_type
-from finetune.quant.census import joined_hash, require_same_experts, stack_hash
-from finetune.quant.config import AttentionStorage
-from finetune.quant.finite import is_finite, not_finite
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
+from finetune.moe.census import joined_hash, require_same_experts, stack_hash
+from finetune.moe.config import AttentionStorage
+from finetune.moe.finite import is_finite, not_finite
 
 Onto = Literal["trained", "original"]
 Shapes = dict[str, tuple[int, ...]]

@@ -13,11 +13,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from finetune.adapter.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
-from finetune.arch import MoeArch
 from finetune.errors import AdapterError, FinetuneError
 from finetune.infer.residency import needs_offload, require_residency
 from finetune.infer.settings import EngineSettings
-from finetune.model import (
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import (
     BaseSpec,
     ExpertsOn,
     LoadedModel,
@@ -26,7 +26,7 @@ from finetune.model import (
     resolve_dtype,
     saved_quantization,
 )
-from finetune.quant.quantizer import NF4_BYTES_PER_WEIGHT
+from finetune.moe.quantizer import NF4_BYTES_PER_WEIGHT
 
 BASE_NAME = "base"
 

@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from finetune.arch import MoeArch, experts_path
 from finetune.errors import DeviceError
 from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import expert_bytes, least_slots, offload_experts, plan_slots
@@ -26,6 +25,7 @@ from finetune.infer.rotary import RotaryTables
 from finetune.infer.sampler import Chosen, RowSampling, choose
 from finetune.infer.settings import EngineSettings
 from finetune.infer.step import DecodeStep
+from finetune.moe.arch import MoeArch, experts_path
 
 R = TypeVar("R")
 

@@ -19,7 +19,6 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from finetune.arch import MoeArch
 from finetune.infer.pages import PagePool
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.weights import Adapters, Layer, read_layers
@@ -27,6 +26,7 @@ from finetune.kernels.decode import add_norm, lora_rows, route
 from finetune.kernels.few_rows import Halves, few_experts, nf4_rows, runs_on_kernels
 from finetune.kernels.nf4 import stack_of_linear
 from finetune.kernels.paged import paged_attention, rope_write
+from finetune.moe.arch import MoeArch
 
 
 class DecodeStep:

@@ -18,11 +18,11 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from finetune.arch import EXPERT_PROJECTIONS, MoeArch
 from finetune.infer.offloaded import OffloadedExperts
 from finetune.kernels.nf4 import dequantize_linear
 from finetune.kernels.stacks import ExpertStack
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch
+from finetune.moe.experts import QuantizedExperts
 
 
 @dataclass(frozen=True)

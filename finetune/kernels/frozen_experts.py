@@ -15,7 +15,7 @@ token's choices are summed in float32. Kept for backward: the routing, always, a
 (2 * top_k * F elements a token) or the input x, from which h is computed again. Dequantized weights are never kept.
 
 What a surrounding checkpoint may recompute: only x. The routing and h are taken out of its reach by the caller
-(`saved_tensors_hooks` around the call, see `quant/experts.py`); x comes from the node of `remember`, which the
+(`saved_tensors_hooks` around the call, see `moe/experts.py`); x comes from the node of `remember`, which the
 checkpoint's recomputation reaches last, so that it stops before the experts.
 
 Shapes: T tokens, K choices, S = T * K rows, E experts, H hidden, F intermediate.

@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from finetune.adapter.adapter import load, open_tuned
-from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.data.pieces import token_pieces
-from finetune.model import LoadedModel, load_tokenizer, read_config
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import LoadedModel, load_tokenizer, read_config
 from finetune.routerstudy.analyze_page import render_analysis
 from finetune.routerstudy.analyze_show import show_analysis
 from finetune.routerstudy.choices import MIN_COUNT, Choices

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from finetune.adapter.adapter import Adapter, is_adapter, load
-from finetune.arch import MoeArch
 from finetune.console import Report
 from finetune.errors import AdapterError, ModelError
-from finetune.model import BaseSpec, LoadedModel, load_base, load_tokenizer, read_config
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import BaseSpec, LoadedModel, load_base, load_tokenizer, read_config
 from finetune.routerstudy.passing import require_writable, routed_rows, row_tokens
 from finetune.routerstudy.probe import MAX_TOKENS, Probe, read_probe
 from finetune.routing.drift import DriftSums, chance_overlap, drift_scalars, drift_sums

@@ -14,7 +14,7 @@ import torch
 from datasets.utils import tqdm
 
 from finetune.errors import OutputError
-from finetune.model import LoadedModel, read_config
+from finetune.moe.load import LoadedModel, read_config
 from finetune.routerstudy.probe import ROW_TOKENS, Probe, ProbeRow
 from finetune.routing.capture import find_routers
 from finetune.routing.recording import Recording, recorded_routing

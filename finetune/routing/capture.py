@@ -42,8 +42,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from finetune.arch import router_path
 from finetune.errors import ModelError
+from finetune.moe.arch import router_path
 from finetune.routing.metrics import RouterSums
 
 Mode = Literal["train", "eval"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from finetune.arch import MoeArch, role_of
 from finetune.errors import FinetuneError
+from finetune.moe.arch import MoeArch, role_of
 from finetune.trainable.masters import trainable_count
 
 

@@ -26,7 +26,7 @@ from finetune.infer.engine import Engine
 from finetune.infer.generate import generate
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
-from finetune.model import load_tokenizer
+from finetune.moe.load import load_tokenizer
 from tests.export.tunings import tuned
 from tests.running import refused, run_finetune
 from tests.serve.serving import Serving, serving

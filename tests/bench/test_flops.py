@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from finetune.arch import MoeArch
 from finetune.bench.flops import forward_flops, training_flops
 from finetune.bench.roofline import roofline_tokens_per_second
+from finetune.moe.arch import MoeArch
 from tests.conftest import REPOSITORY
 
 CONFIG = MixtralConfig(

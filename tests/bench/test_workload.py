@@ -10,7 +10,7 @@ import pytest
 
 from finetune.bench.workload import BUNDLED, TOKENIZER_FILES, WARM_UP, make_workload, shape_path, write_full_rows
 from finetune.errors import FinetuneError, ModelError
-from finetune.model import load_tokenizer
+from finetune.moe.load import load_tokenizer
 from tests.conftest import REPOSITORY
 
 MIXTRAL = REPOSITORY / "recipes" / "mixtral-8x7b" / "qlora-attention-80gb.yaml"

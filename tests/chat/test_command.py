@@ -12,7 +12,7 @@ import torch
 
 from finetune.adapter.adapter import load
 from finetune.data.encoding import encoder_of
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY
 from tests.running import Ran, run_finetune
 

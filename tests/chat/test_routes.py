@@ -12,7 +12,7 @@ from finetune.adapter.adapter import load
 from finetune.chat.routes import pieces_of, routed
 from finetune.data.encoding import encoder_of
 from finetune.data.pieces import token_pieces
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY
 
 MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"

@@ -18,8 +18,8 @@ from finetune.adapter.adapter import Adapter
 from finetune.adapter.lora import read_saved
 from finetune.adapter.non_moe import load_non_moe, save_non_moe
 from finetune.errors import FinetuneError
-from finetune.model import BaseSpec, check_base, load_base, load_tokenizer, read_config
-from finetune.skeleton import build_skeleton
+from finetune.moe.load import BaseSpec, check_base, load_base, load_tokenizer, read_config
+from finetune.moe.skeleton import build_skeleton
 from finetune.trainable.non_moe import unfreeze_non_moe
 
 
@@ -52,7 +52,7 @@ NUMBERS += ("intermediate_size", "num_local_experts", "max_position_embeddings")
 @pytest.mark.parametrize("value", ["64", 1.5, True, [64], {}, -1, 0, 10**20], ids=str)
 @pytest.mark.parametrize("key", NUMBERS)
 def test_sizes_in_config_json(small_mixtral: Path, key: str, value: Any) -> None:
-    from finetune.arch import MoeArch
+    from finetune.moe.arch import MoeArch
 
     config = json.loads((small_mixtral / "config.json").read_text())
     text = message(lambda: MoeArch.from_config({**config, key: value}, where="here"))

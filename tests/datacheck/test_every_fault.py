@@ -9,7 +9,7 @@ from finetune.data.chat import apply_template
 from finetune.datacheck.fix import write_fixed
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document
-from finetune.model import load_tokenizer
+from finetune.moe.load import load_tokenizer
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from tests.datacheck.conftest import MODEL

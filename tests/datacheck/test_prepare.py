@@ -9,7 +9,7 @@ import pytest
 from finetune.data.chat import apply_template
 from finetune.data.rows import IGNORED
 from finetune.datacheck.prepare import held_out_rows, prepare_data
-from finetune.model import load_tokenizer
+from finetune.moe.load import load_tokenizer
 from tests.datacheck.conftest import MODEL, turns, write_rows
 
 

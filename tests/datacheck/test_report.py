@@ -18,7 +18,7 @@ from finetune.datacheck.facts import unused
 from finetune.datacheck.prepare import prepare_data
 from finetune.datacheck.report import document, require_sound
 from finetune.errors import DataError, ModelError
-from finetune.model import load_tokenizer
+from finetune.moe.load import load_tokenizer
 from finetune.train import train
 from tests.datacheck.conftest import MODEL, turns, write_rows
 from tests.running import Ran, run_finetune

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.arch import MoeArch
 from finetune.checkpoint.json_file import read_json
 from finetune.datacheck import schedule as module
 from finetune.datacheck.facts import time
 from finetune.datacheck.schedule import nearest_speed, schedule
 from finetune.errors import ModelError
+from finetune.moe.arch import MoeArch
 from finetune.recipe.load import load_recipe
 
 SHAPE = Path(__file__).parents[2] / "recipes" / "mixtral-8x7b"

@@ -21,7 +21,7 @@ from finetune.data.readers import Source
 from finetune.data.worker import Teaching
 from finetune.evaluate import Said, row_sums
 from finetune.evaluation.command import run_evaluate
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from finetune.recipe.load import load_recipe
 from tests.export.tunings import tuned, update
 from tests.running import run_finetune

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from finetune import Moe4bitConfig
 from finetune.kernels.nf4 import dequantize_linear
-from finetune.model import LoadedModel
-from finetune.quant.config import refuse_without_toolkit
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.config import refuse_without_toolkit
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.load import LoadedModel
 
 
 def merged_weight(lora: LoraLayer) -> Tensor:

@@ -29,7 +29,7 @@ from finetune.export import command
 from finetune.export.quantized import write_quantized
 from finetune.export.tensors import Tensors
 from finetune.infer.loading import load_models
-from finetune.model import BaseSpec, load_base
+from finetune.moe.load import BaseSpec, load_base
 from tests.conftest import TOKENIZER_FILES
 from tests.export.in_memory import merged_weight, save_merged
 from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update
@@ -82,14 +82,14 @@ def assert_only_for_this_toolkit(folder: Path) -> None:
                 loader.from_pretrained({str(folder)!r})
             except ValueError as error:
                 print(error)
-        import finetune.quant
+        import finetune.moe
         model = MixtralForCausalLM.from_pretrained({str(folder)!r}, device_map="cpu")
         print(type(model.model.layers[0].mlp.experts).__name__)
         """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *refusals, experts = done.stdout.splitlines()
     assert len(refusals) == 2
-    assert all("run `import finetune.quant` before from_pretrained" in refusal for refusal in refusals)
+    assert all("run `import finetune.moe` before from_pretrained" in refusal for refusal in refusals)
     assert experts == "QuantizedExperts"
 
 

@@ -21,7 +21,7 @@ from finetune.export.trained_base import decode, encode, trained_values
 from finetune.kernels.low_bit import unpack
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
 from finetune.kernels.nf4_code import NF4_CODE
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
 from tests.export.in_memory import merged_weight
 from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update

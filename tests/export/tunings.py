@@ -14,8 +14,8 @@ from torch import Tensor
 
 from finetune.adapter.lora import save_adapter
 from finetune.adapter.non_moe import save_non_moe
-from finetune.model import BaseSpec, LoadedModel, load_base
-from finetune.quant.census import hash_experts
+from finetune.moe.census import hash_experts
+from finetune.moe.load import BaseSpec, LoadedModel, load_base
 from finetune.trainable.lora import add_attention_lora
 from finetune.trainable.non_moe import unfreeze_non_moe
 

@@ -14,7 +14,7 @@ from finetune.adapter.adapter import Adapter, load
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
-from finetune.model import LoadedModel
+from finetune.moe.load import LoadedModel
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 # Root mean squares over some 200 tokens, in which a flipped routing weighs as much as all roundings together.

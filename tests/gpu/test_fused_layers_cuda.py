@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("liger_kernel")
 
-from finetune.fused_layers import fuse_layers
+from finetune.moe.fused_layers import fuse_layers
 from tests.models import tiny_model, tokens
 
 DEVICE = torch.device("cuda")

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.quant.census import take_census
-from finetune.quant.config import Moe4bitConfig
-from tests.quant.test_loading_memory import FUSED, SIXTEEN_BIT, SLACK, write_checkpoint
+from finetune.moe.census import take_census
+from finetune.moe.config import Moe4bitConfig
+from tests.moe.test_loading_memory import FUSED, SIXTEEN_BIT, SLACK, write_checkpoint
 
 
 def test_peak_is_the_final_size_and_two_fused_tensors(tmp_path: Path) -> None:

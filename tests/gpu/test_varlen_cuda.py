@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.attention import read_packing
 from finetune.kernels.varlen import flash_serves, varlen_attention, varlen_attention_reference
+from finetune.moe.attention import read_packing
 from tests.models import tiny_model, tokens
 
 DEVICE = torch.device("cuda")

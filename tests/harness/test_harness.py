@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.model import BaseSpec, LoadedModel, load_base, load_tokenizer
+from finetune.moe.load import BaseSpec, LoadedModel, load_base, load_tokenizer
 from tests.export.tunings import tuned
 from tests.running import refused, run_finetune
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from finetune.export.card import RunFacts, make_card
 from finetune.export.hub import Destination, Kind
-from finetune.model import BaseSpec
+from finetune.moe.load import BaseSpec
 from finetune.runfolder import RunFolder
 
 TO = Destination("ada/tuned")
@@ -62,7 +62,7 @@ def test_a_non_moe_tuning(finished_run: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "file", "says", "says_not"),
     [
-        (NF4, "model.safetensors", "import finetune.quant  # registers the storage of the experts", "GGUF"),
+        (NF4, "model.safetensors", "import finetune.moe  # registers the storage of the experts", "GGUF"),
         (PLAIN, "model.safetensors", "or whatever serves a plain checkpoint (SERVING.md", "import finetune"),
         (None, "tuned-q8_0.gguf", "LM Studio read `tuned-q8_0.gguf`; SERVING.md", "finetune pull"),
     ],

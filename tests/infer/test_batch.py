@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.arch import MoeArch
 from finetune.errors import EngineError
 from finetune.infer.engine import RESTARTS, Engine
 from finetune.infer.pages import page_bytes
@@ -21,7 +20,8 @@ from finetune.infer.request import Event, FinishedEvent, Request, Sampling, Toke
 from finetune.infer.sampler import RowSampling
 from finetune.infer.settings import EngineSettings
 from finetune.infer.text import AnswerText
-from finetune.model import read_config
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import read_config
 from tests.running import refused
 
 IDS = tuple(range(3, 20))

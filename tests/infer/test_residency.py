@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from finetune.adapter.adapter import load
-from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import DataError, DeviceError
 from finetune.infer.engine import Engine
 from finetune.infer.loading import chooses_offload
@@ -32,8 +31,9 @@ from finetune.infer.residency import divide, needs_offload, read_load
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.expert_cache import PINNED
 from finetune.kernels.stacks import ExpertStorage
-from finetune.model import read_config
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.load import read_config
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 CPU = torch.device("cpu")

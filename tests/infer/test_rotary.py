@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from finetune.arch import MoeArch
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.request import Request, Sampling
 from finetune.infer.settings import EngineSettings
-from finetune.model import read_config
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import read_config
 from tests.conftest import TOKENIZER_FILES
 from tests.infer.test_batch import answers, tokens
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from finetune.adapter.lora import add_adapters, save_adapter
-from finetune.arch import MoeArch
-from finetune.attention import read_packing
 from finetune.infer.pages import PAGE, PagePool
 from finetune.infer.prefill import prefill
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.step import DecodeStep
-from finetune.model import BaseSpec, load_base
-from finetune.quant.config import Moe4bitConfig
+from finetune.moe.arch import MoeArch
+from finetune.moe.attention import read_packing
+from finetune.moe.config import Moe4bitConfig
+from finetune.moe.load import BaseSpec, load_base
 from finetune.trainable.lora import add_attention_lora
 from tests.models import tiny_model
 

@@ -20,7 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from finetune.kernels import frozen_experts as frozen_experts_module
 from finetune.kernels.frozen_experts import frozen_experts
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.experts import QuantizedExperts
 
 EXPERTS, HIDDEN, INTERMEDIATE = 6, 128, 192
 

@@ -20,10 +20,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.activations import ActivationPlan, apply_plan
-from finetune.arch import MoeArch
 from finetune.memory.run import Run
 from finetune.memory.step import largest_moment, moments, recompute_seconds
-from finetune.quant.config import Moe4bitConfig
+from finetune.moe.arch import MoeArch
+from finetune.moe.config import Moe4bitConfig
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.trainable.lora import add_attention_lora
 from finetune.trainable.non_moe import unfreeze_non_moe

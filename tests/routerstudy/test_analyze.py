@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.adapter.adapter import load
-from finetune.arch import MoeArch
 from finetune.console import Report
-from finetune.model import BaseSpec, LoadedModel
+from finetune.moe.arch import MoeArch
+from finetune.moe.load import BaseSpec, LoadedModel
 from finetune.routerstudy.analyze import study
 from finetune.routerstudy.analyze_page import MAX_CARDS, render_analysis, runs
 from finetune.routerstudy.analyze_show import show_analysis

@@ -16,7 +16,7 @@ from finetune.adapter.adapter import load
 from finetune.adapter.lora import save_adapter
 from finetune.adapter.non_moe import save_non_moe
 from finetune.export.quantized import write_quantized
-from finetune.model import BaseSpec, LoadedModel, load_base
+from finetune.moe.load import BaseSpec, LoadedModel, load_base
 from finetune.routerstudy.probe import read_probe
 from finetune.trainable.lora import add_attention_lora
 from finetune.trainable.non_moe import unfreeze_non_moe

@@ -26,7 +26,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.readers import Source
 from finetune.data.worker import Teaching
-from finetune.model import BaseSpec, load_base
+from finetune.moe.load import BaseSpec, load_base
 from finetune.routing.capture import RouterCapture
 from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin

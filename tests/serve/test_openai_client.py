@@ -21,7 +21,7 @@ from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
-from finetune.model import BaseSpec, load_base
+from finetune.moe.load import BaseSpec, load_base
 from finetune.trainable.lora import add_attention_lora
 from tests.serve.serving import Serving, eventually, serving
 

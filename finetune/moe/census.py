@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.arch import EXPERT_PROJECTIONS, role_of
 from finetune.errors import AdapterError, ModelError
 from finetune.kernels.stacks import ExpertStack
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS, role_of
+from finetune.moe.experts import QuantizedExperts
 
 _PIECE = 2**24  # bytes hashed at a time, so that each thread locks no more of the host's memory
 

@@ -18,7 +18,7 @@ from tests.models import (
     tiny_model,
     tokens,
 )
-from tests.quant.loading import (
+from tests.moe.loading import (
     QKVO,
     STORAGES,
     add_lora,

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetune import attention
-from finetune.attention import FullRows, LazyMask, read_packing, resolve_attention, varlen_mask
-from finetune.model import BaseSpec, load_base
+from finetune.moe import attention
+from finetune.moe.attention import FullRows, LazyMask, read_packing, resolve_attention, varlen_mask
+from finetune.moe.load import BaseSpec, load_base
 from finetune.routing.capture import RouterCapture
 from tests.models import EXPERTS, FAMILIES, tiny_model, tokens
 

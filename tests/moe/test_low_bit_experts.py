@@ -21,12 +21,12 @@ from finetune.infer.request import Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.stacks import quantize_experts
 from finetune.memory.static import expert_bytes
-from finetune.model import BaseSpec, load_base
-from finetune.quant.census import require_quantized_experts, take_census
-from finetune.quant.config import Moe4bitConfig
-from finetune.quant.quantizer import EXPERT_BYTES_PER_WEIGHT
+from finetune.moe.census import require_quantized_experts, take_census
+from finetune.moe.config import Moe4bitConfig
+from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.quantizer import EXPERT_BYTES_PER_WEIGHT
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model
-from tests.quant.loading import assert_same_bits, bits, logits, relative_error, reload, tensors_of
+from tests.moe.loading import assert_same_bits, bits, logits, relative_error, reload, tensors_of
 from tests.running import run_finetune
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
-from finetune.arch import (
+from finetune.errors import ModelError
+from finetune.moe.arch import (
     ATTENTION_PROJECTIONS,
     ROUTER,
     SUPPORTED_MODEL_TYPES,
@@ -24,7 +25,6 @@ from finetune.arch import (
     role_of,
     router_path,
 )
-from finetune.errors import ModelError
 from tests.models import EXPERTS, FAMILIES, LAYERS, tiny_config
 
 # config.json of mistralai/Mixtral-8x7B-v0.1, as the hub has it.
@@ -275,6 +275,6 @@ def test_roles() -> None:
 
 
 def test_preflight_needs_no_torch() -> None:
-    code = "import sys, finetune.arch, finetune.errors, finetune.checkpoint; print('torch' in sys.modules)"
+    code = "import sys, finetune.moe.arch, finetune.errors, finetune.checkpoint; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

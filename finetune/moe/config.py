@@ -25,7 +25,7 @@ QUANT_METHOD = "moe_4bit"
 AttentionStorage = Literal["nf4", "16bit"]
 REFUSAL_KEY = "transformers_weights"
 _REFUSAL = (
-    "these weights are for moe-qlora: run `import finetune.quant` before from_pretrained. "
+    "these weights are for moe-qlora: run `import finetune.moe` before from_pretrained. "
     "Its experts are quantized in a way that transformers alone does not read, and would leave random"
 )
 

@@ -26,14 +26,14 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from finetune.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.errors import ModelError
 from finetune.kernels.nf4 import quantized_parameter
 from finetune.kernels.nf4_quantize import BLOCK
 from finetune.kernels.stacks import ExpertStorage
-from finetune.quant.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
-from finetune.quant.experts import QuantizedExperts
-from finetune.quant.finite import require_finite
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.moe.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.finite import require_finite
 
 # NF4 with double quantization: 0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales a weight.
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / BLOCK + 4 / (BLOCK * 256)

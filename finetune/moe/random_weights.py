@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from finetune.arch import EXPERT_PROJECTIONS
 from finetune.kernels.low_bit import random_low_bit
 from finetune.kernels.stacks import BITS
-from finetune.quant.config import Moe4bitConfig
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS
+from finetune.moe.config import Moe4bitConfig
+from finetune.moe.experts import QuantizedExperts
 
 
 def build_random_model(

@@ -4,10 +4,10 @@ Importing this package registers it: afterwards `from_pretrained(..., quantizati
 while loading, and folders saved from such a model load by themselves.
 """
 
-from finetune.quant.census import Census, hash_experts, require_quantized_experts, take_census
-from finetune.quant.config import Moe4bitConfig
-from finetune.quant.experts import QuantizedExperts
-from finetune.quant.quantizer import Moe4bitQuantizer
+from finetune.moe.census import Census, hash_experts, require_quantized_experts, take_census
+from finetune.moe.config import Moe4bitConfig
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.quantizer import Moe4bitQuantizer
 
 __all__ = [
     "Census",

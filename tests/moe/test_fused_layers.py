@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune import fused_layers
 from finetune.errors import ModelError
-from finetune.fused_layers import wants_fused_layers
+from finetune.moe import fused_layers
+from finetune.moe.fused_layers import wants_fused_layers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

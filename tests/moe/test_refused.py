@@ -23,8 +23,8 @@ from transformers import (
 
 import finetune
 from finetune.errors import ModelError
-from finetune.quant.config import Moe4bitConfig
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.config import Moe4bitConfig
+from finetune.moe.experts import QuantizedExperts
 from tests.models import (
     EXPERTS,
     HIDDEN,
@@ -33,7 +33,7 @@ from tests.models import (
     tiny_config,
     tiny_model,
 )
-from tests.quant.loading import (
+from tests.moe.loading import (
     STORAGES,
     load,
     reload,

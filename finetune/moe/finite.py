@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finetune.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name
 from finetune.checkpoint.folder import incomplete, shard_files
 from finetune.checkpoint.headers import read_tensor_infos
 from finetune.errors import ModelError
-from finetune.quant.experts import QuantizedExperts
+from finetune.moe.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name
+from finetune.moe.experts import QuantizedExperts
 
 
 def is_finite(*tensors: Tensor) -> bool:

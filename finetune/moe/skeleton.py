@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from finetune.arch import MoeArch, hub_name, role_of
 from finetune.checkpoint.folder import incomplete, shard_files
 from finetune.checkpoint.headers import TensorInfo, read_tensor_infos
 from finetune.checkpoint.json_file import read_json
 from finetune.checkpoint.schemas import GenerationFile
 from finetune.checkpoint.upstream import blamed_on
 from finetune.errors import ModelError
+from finetune.moe.arch import MoeArch, hub_name, role_of
 from finetune.values import check_object
 
 GENERATION_FILE = "generation_config.json"

@@ -21,19 +21,19 @@ from pydantic import ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune.arch import MoeArch, router_path
-from finetune.attention import read_packing, resolve_attention
 from finetune.checkpoint.folder import check_model_folder, incomplete, require_every_expert
 from finetune.checkpoint.json_file import read_json
 from finetune.checkpoint.schemas import check_tokenizer_files
 from finetune.checkpoint.upstream import blamed_on
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
-from finetune.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
 from finetune.kernels.stacks import ExpertStorage
-from finetune.quant.config import QUANT_METHOD, AttentionStorage, Moe4bitConfig
-from finetune.quant.experts import QuantizedExperts
-from finetune.quant.random_weights import build_random_model
-from finetune.skeleton import build_skeleton, check_generation_config, require_fitting_weights
+from finetune.moe.arch import MoeArch, router_path
+from finetune.moe.attention import read_packing, resolve_attention
+from finetune.moe.config import QUANT_METHOD, AttentionStorage, Moe4bitConfig
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
+from finetune.moe.random_weights import build_random_model
+from finetune.moe.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.values import check_object
 
 BASE_FILE = "base.json"

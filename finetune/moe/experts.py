@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.arch import EXPERT_PROJECTIONS
 from finetune.kernels.experts_matmul import BackendChoice, choose_backend
 from finetune.kernels.few_rows import few_experts, runs_on_kernels, to_halves
 from finetune.kernels.frozen_experts import frozen_experts, remember
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, empty_experts, quantize_experts, stack_type
+from finetune.moe.arch import EXPERT_PROJECTIONS
 
 # Up to so many choices (tokens * top_k) without gradients, on a GPU, the matrices are read without being written out:
 # transformers' own `generate` decodes that way.

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune.quant.config import QUANT_METHOD
+from finetune.moe.config import QUANT_METHOD
 from tests.models import (
     EXPERTS,
     FAMILIES,
@@ -29,7 +29,7 @@ from tests.models import (
     save_fused,
     tiny_model,
 )
-from tests.quant.loading import (
+from tests.moe.loading import (
     STORAGES,
     add_lora,
     assert_same_bits,

@@ -21,6 +21,10 @@ from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl import SFTConfig
 
 from finetune.activations import apply_plan
+from finetune.adapter.attention_lora import add_attention_lora
+from finetune.adapter.lora_layers import FusedLoraLinear4bit
+from finetune.adapter.masters import keep_fp32_masters, trainable_count
+from finetune.adapter.unfreeze import unfreeze_non_moe
 from finetune.checkpoint.json_file import read_json
 from finetune.checkpoint.resumable import find_checkpoints
 from finetune.console import Report
@@ -70,10 +74,6 @@ from finetune.runfolder import (
 from finetune.signals import Signals
 from finetune.stopping import Stopping
 from finetune.summary import show_census, show_router, show_summary, summarize
-from finetune.trainable.lora import add_attention_lora
-from finetune.trainable.lora_layers import FusedLoraLinear4bit
-from finetune.trainable.masters import keep_fp32_masters, trainable_count
-from finetune.trainable.non_moe import unfreeze_non_moe
 from finetune.trainer import MoeTrainer
 
 

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 
 from finetune.activations import ActivationPlan
 from finetune.adapter.adapter import Adapter
+from finetune.adapter.masters import trained_tensors
 from finetune.adapter.non_moe import load_non_moe
 from finetune.data.loaders import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
@@ -32,7 +33,6 @@ from finetune.moe.load import BaseSpec
 from finetune.routing.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.stopping import EvaluationCut, Stopping
-from finetune.trainable.masters import trained_tensors
 
 # What TRL averages over the batches of an evaluation.
 _TOKEN_MEANS = ("entropy", "mean_token_accuracy")

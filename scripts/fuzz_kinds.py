@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from finetune.adapter.adapter import Adapter, is_adapter, load
+from finetune.adapter.attention_lora import add_attention_lora
+from finetune.adapter.unfreeze import unfreeze_non_moe
 from finetune.data.chat import apply_template
 from finetune.datacheck.prepare import prepare_data
 from finetune.errors import FinetuneError
@@ -41,8 +43,6 @@ from finetune.serve.gate import read_hosts
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.train import training_arguments
-from finetune.trainable.lora import add_attention_lora
-from finetune.trainable.non_moe import unfreeze_non_moe
 from finetune.web.addresses import bind
 
 TEMPLATE = (

@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM
 
 from finetune.activations import ActivationPlan, apply_plan
 from finetune.adapter.adapter import load
+from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import load_adapter, save_adapter
+from finetune.adapter.masters import trainable_count
 from finetune.console import Report
 from finetune.errors import AdapterError, FinetuneError
 from finetune.moe.arch import MoeArch, role_of
 from finetune.recipe.load import load_recipe
 from finetune.routing.capture import RouterCapture
 from finetune.train import prepare
-from finetune.trainable.lora import add_attention_lora
-from finetune.trainable.masters import trainable_count
 from tests.models import EXPERTS, FAMILIES, HIDDEN, LAYERS, dequantized_twin, tiny_model, tokens
 from tests.moe.loading import load as load_quantized
 from tests.running import run_finetune

@@ -3,7 +3,7 @@
 Why: kind, base, scaling, targets, tokenizer and chat template are facts of the adapter, and where each command read
 them for itself, one answered with the base's template and another merged what it should have refused. Here they are
 read once (settings.py, files.py), checked before anything is loaded, and put on a base (lora.py, non_moe.py) as they
-were trained. Leaves out what trains (trainable/) and the arithmetic of a merge (export/).
+were trained. Leaves out what trains (adapter/) and the arithmetic of a merge (export/).
 """
 
 from finetune.adapter.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side, require_tuned

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import add_adapters, save_adapter
 from finetune.infer.pages import PAGE, PagePool
 from finetune.infer.prefill import prefill
@@ -18,7 +19,6 @@ from finetune.moe.arch import MoeArch
 from finetune.moe.attention import read_packing
 from finetune.moe.config import Moe4bitConfig
 from finetune.moe.load import BaseSpec, load_base
-from finetune.trainable.lora import add_attention_lora
 from tests.models import tiny_model
 
 LENGTHS = (PAGE + 3, 7, 1)

@@ -20,13 +20,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.activations import ActivationPlan, apply_plan
+from finetune.adapter.attention_lora import add_attention_lora
+from finetune.adapter.unfreeze import unfreeze_non_moe
 from finetune.memory.run import Run
 from finetune.memory.step import largest_moment, moments, recompute_seconds
 from finetune.moe.arch import MoeArch
 from finetune.moe.config import Moe4bitConfig
 from finetune.routing.auxiliary import AuxiliaryLoss
-from finetune.trainable.lora import add_attention_lora
-from finetune.trainable.non_moe import unfreeze_non_moe
 from tests.memory.tracking import PeakOfTensors
 
 LAYERS, BATCH, LENGTH, RANK = 3, 1, 128, 4

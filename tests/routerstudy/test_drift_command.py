@@ -13,13 +13,13 @@ import torch
 from peft import PeftModel
 
 from finetune.adapter.adapter import load
+from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.adapter.non_moe import save_non_moe
+from finetune.adapter.unfreeze import unfreeze_non_moe
 from finetune.export.quantized import write_quantized
 from finetune.moe.load import BaseSpec, LoadedModel, load_base
 from finetune.routerstudy.probe import read_probe
-from finetune.trainable.lora import add_attention_lora
-from finetune.trainable.non_moe import unfreeze_non_moe
 from tests.running import Ran, refused, run_finetune
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 900

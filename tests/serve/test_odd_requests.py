@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.settings import EngineSettings
 from finetune.moe.arch import MoeArch
 from finetune.moe.load import BaseSpec, load_base, read_config
-from finetune.trainable.lora import add_attention_lora
 from tests.conftest import REPOSITORY
 from tests.serve.serving import serving
 

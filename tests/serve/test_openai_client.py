@@ -17,12 +17,12 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
 from finetune.moe.load import BaseSpec, load_base
-from finetune.trainable.lora import add_attention_lora
 from tests.serve.serving import Serving, eventually, serving
 
 STORY = "Once upon a time, there was a little"

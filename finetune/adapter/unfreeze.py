@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from finetune.adapter.masters import trainable_count
 from finetune.errors import FinetuneError
 from finetune.moe.arch import MoeArch, role_of
-from finetune.trainable.masters import trainable_count
 
 
 def unfreeze_non_moe(model: nn.Module, arch: MoeArch, *, router: bool = False) -> None:

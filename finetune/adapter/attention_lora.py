@@ -15,10 +15,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from finetune.adapter.lora_layers import register_lora_layers
+from finetune.adapter.masters import trainable_count
 from finetune.errors import AdapterError
 from finetune.moe.arch import ATTENTION_PROJECTIONS, ROUTER, MoeArch, is_router, role_of, why_no_lora
-from finetune.trainable.lora_layers import register_lora_layers
-from finetune.trainable.masters import trainable_count
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -29,10 +29,10 @@ from finetune.checkpoint.json_file import read_json
 from finetune.checkpoint.resumable import find_checkpoints
 from finetune.console import Report
 from finetune.data.chat import apply_template
-from finetune.datacheck.prepare import prepare_data
-from finetune.datacheck.report import document as describe_data
-from finetune.datacheck.report import require_sound
-from finetune.datacheck.short import show_short
+from finetune.data.check.report import document as describe_data
+from finetune.data.check.report import require_sound
+from finetune.data.check.short import show_short
+from finetune.data.prepare import prepare_data
 from finetune.errors import DeviceError, FinetuneError, OutputError, RecipeError
 from finetune.export.hub import Hub, require_writable
 from finetune.export.push import destination_of, push_after_training

@@ -30,7 +30,7 @@ from finetune.adapter.adapter import Adapter, is_adapter, load
 from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.unfreeze import unfreeze_non_moe
 from finetune.data.chat import apply_template
-from finetune.datacheck.prepare import prepare_data
+from finetune.data.prepare import prepare_data
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
 from finetune.infer.settings import EngineSettings

@@ -31,7 +31,7 @@ def data_check(
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
-        from finetune.datacheck.check import check_data
+        from finetune.data.check.check import check_data
 
         document = check_data(
             loaded, report, name=str(recipe), show=show, html=html, fix=fix, price_per_hour=price_per_hour

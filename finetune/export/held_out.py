@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
+from finetune.data.prepare import held_out_name, held_out_rows, readings_of
 from finetune.data.readers import Source, open_source
 from finetune.data.worker import Teaching
-from finetune.datacheck.prepare import held_out_name, held_out_rows, readings_of
 from finetune.errors import AdapterError
 from finetune.evaluate import Row
 from finetune.export.run_files import recorded_recipe

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
-from finetune.datacheck.words import counts, visible
+from finetune.data.check.words import counts, visible
 from finetune.errors import OutputError
 from finetune.routerstudy.verdict import Comparison, Missing, Verdict, compare, find_missing, judge, setting, value_of
 from finetune.routing.history import RouterHistory, read_history

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.datacheck.words import counts, split_unseen, visible
+from finetune.data.check.words import counts, split_unseen, visible
 from finetune.routerstudy.analyze import PAPER
 from finetune.routerstudy.drawing import LESS, MORE
 from finetune.routerstudy.report import RouterReport

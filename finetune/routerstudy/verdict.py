@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.datacheck.words import counts, visible
+from finetune.data.check.words import counts, visible
 from finetune.routing.history import RouterHistory, Window, max_of
 
 # The recipe's default, for a run that had no alarms.

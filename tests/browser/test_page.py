@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from finetune.datacheck.page import render_page
+from finetune.data.check.page import render_page
 from tests.conftest import REPOSITORY
-from tests.datacheck.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, faulty, sound
+from tests.data.check.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, faulty, sound
 
 DOCUMENTS = {"sound": (sound(), SOUND_EXAMPLES), "faulty": (faulty(), HARD_EXAMPLES)}
 MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 
 from finetune.routerstudy.report import read_report
 from finetune.routerstudy.report_page import render_report
-from tests.datacheck.reading import Node, read_page
+from tests.data.check.reading import Node, read_page
 from tests.routerstudy.runs import HARD, INJECTED, alarm, collapsing, metrics_of, tilted, write_run
 from tests.routerstudy.test_drawing import pixels
 

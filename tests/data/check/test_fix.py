@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from finetune.datacheck.fix import write_fixed
-from tests.datacheck.conftest import turns
+from finetune.data.check.fix import write_fixed
+from tests.data.check.conftest import turns
 
 
 def test_every_row_is_mended_or_set_apart(make_recipe, tmp_path):

@@ -13,17 +13,17 @@ import pytest
 
 from finetune.console import Report
 from finetune.data.chat import apply_template
-from finetune.datacheck.check import check_data
-from finetune.datacheck.facts import unused
-from finetune.datacheck.prepare import prepare_data
-from finetune.datacheck.report import document, require_sound
+from finetune.data.check.check import check_data
+from finetune.data.check.facts import unused
+from finetune.data.check.report import document, require_sound
+from finetune.data.prepare import prepare_data
 from finetune.errors import DataError, ModelError
 from finetune.moe.load import load_tokenizer
 from finetune.train import train
-from tests.datacheck.conftest import MODEL, turns, write_rows
+from tests.data.check.conftest import MODEL, turns, write_rows
 from tests.running import Ran, run_finetune
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

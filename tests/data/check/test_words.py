@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from finetune.datacheck.words import compact, duration, part_of, positions, share, verdict, visible
-from tests.datacheck.samples import faulty, sound
+from finetune.data.check.words import compact, duration, part_of, positions, share, verdict, visible
+from tests.data.check.samples import faulty, sound
 
 # Joiners and direction marks that emoji, Persian and Arabic are written with.
 KEPT = {"\u200c", "\u200d", "\u200e", "\u200f", "\n", "\t"}

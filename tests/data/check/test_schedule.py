@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoint.json_file import read_json
-from finetune.datacheck import schedule as module
-from finetune.datacheck.facts import time
-from finetune.datacheck.schedule import nearest_speed, schedule
+from finetune.data.check import schedule as module
+from finetune.data.check.facts import time
+from finetune.data.check.schedule import nearest_speed, schedule
 from finetune.errors import ModelError
 from finetune.moe.arch import MoeArch
 from finetune.recipe.load import load_recipe
 
-SHAPE = Path(__file__).parents[2] / "recipes" / "mixtral-8x7b"
+SHAPE = Path(__file__).parents[3] / "recipes" / "mixtral-8x7b"
 
 
 def recipe(*settings: str):

@@ -14,11 +14,11 @@ import numpy as np
 from datasets import Dataset
 
 from finetune.data.batching import TokenBudgetBatches, padding_efficiency, row_lengths
+from finetune.data.check.schedule import processes_of_run, schedule
 from finetune.data.lengths import Lengths
 from finetune.data.pipeline import Ledger
+from finetune.data.prepare import Part, PreparedData, max_length_of
 from finetune.data.unseen import advice, matters
-from finetune.datacheck.prepare import Part, PreparedData, max_length_of
-from finetune.datacheck.schedule import processes_of_run, schedule
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
 

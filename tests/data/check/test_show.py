@@ -7,8 +7,8 @@ import re
 import pytest
 
 from finetune.console import Report
-from finetune.datacheck.show import show_examples, show_report
-from tests.datacheck.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, UNSEEN, example, faulty, piece, sound
+from finetune.data.check.show import show_examples, show_report
+from tests.data.check.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, UNSEEN, example, faulty, piece, sound
 
 SEQUENCE = re.compile(r"\x1b\[([0-9;]*)m")
 

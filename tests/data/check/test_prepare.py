@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from finetune.data.chat import apply_template
+from finetune.data.prepare import held_out_rows, prepare_data
 from finetune.data.rows import IGNORED
-from finetune.datacheck.prepare import held_out_rows, prepare_data
 from finetune.moe.load import load_tokenizer
-from tests.datacheck.conftest import MODEL, turns, write_rows
+from tests.data.check.conftest import MODEL, turns, write_rows
 
 
 @pytest.fixture(scope="module")

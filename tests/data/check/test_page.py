@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetune.datacheck.page import render_page
-from tests.datacheck.reading import Node, read_page
-from tests.datacheck.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, example, faulty, piece, sound
+from finetune.data.check.page import render_page
+from tests.data.check.reading import Node, read_page
+from tests.data.check.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, example, faulty, piece, sound
 
 PAGES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "sound": (sound(), SOUND_EXAMPLES),

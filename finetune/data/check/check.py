@@ -8,12 +8,12 @@ from typing import Any
 
 from finetune.console import Report
 from finetune.data.chat import apply_template
-from finetune.datacheck.examples import examples
-from finetune.datacheck.fix import write_fixed
-from finetune.datacheck.page import render_page
-from finetune.datacheck.prepare import prepare_data
-from finetune.datacheck.report import document
-from finetune.datacheck.show import show_examples, show_report
+from finetune.data.check.examples import examples
+from finetune.data.check.fix import write_fixed
+from finetune.data.check.page import render_page
+from finetune.data.check.report import document
+from finetune.data.check.show import show_examples, show_report
+from finetune.data.prepare import prepare_data
 from finetune.moe.load import BaseSpec, check_base, load_tokenizer_of
 from finetune.recipe.schema import Recipe
 from finetune.runfolder import require_fresh, write_text

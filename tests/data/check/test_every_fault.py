@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from finetune.data.chat import apply_template
-from finetune.datacheck.fix import write_fixed
-from finetune.datacheck.prepare import prepare_data
-from finetune.datacheck.report import document
+from finetune.data.check.fix import write_fixed
+from finetune.data.check.report import document
+from finetune.data.prepare import prepare_data
 from finetune.moe.load import load_tokenizer
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from tests.datacheck.conftest import MODEL
+from tests.data.check.conftest import MODEL
 
 RECIPE = Path(__file__).parent / "every_fault" / "recipe.yaml"
 REFUSED = {

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.data.prepare import Part
 from finetune.data.rows import IGNORED
-from finetune.datacheck.prepare import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ import pytest
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 
-MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
+MODEL = Path(__file__).parents[3] / "recipes" / "tiny-mixtral" / "model"
 Make = Callable[..., Recipe]
 
 

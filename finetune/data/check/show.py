@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.console import Report
-from finetune.datacheck.facts import NOTHING, facts, leaked, settings, time, unused
-from finetune.datacheck.histogram import sparkline
-from finetune.datacheck.words import counts, part_of, positions, split_unseen, verdict, visible_document
+from finetune.data.check.facts import NOTHING, facts, leaked, settings, time, unused
+from finetune.data.check.histogram import sparkline
+from finetune.data.check.words import counts, part_of, positions, split_unseen, verdict, visible_document
 
 _LEARNT, _PROMPT = "green", "dim"  # not bright_black, which some themes make the colour of the background
 _CONTROL = {True: "black on green", False: "black on white"}

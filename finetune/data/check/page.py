@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.datacheck.facts import elsewhere, facts, flow, leaked, settings, steps, time
-from finetune.datacheck.histogram import histogram_of
-from finetune.datacheck.words import (
+from finetune.data.check.facts import elsewhere, facts, flow, leaked, settings, steps, time
+from finetune.data.check.histogram import histogram_of
+from finetune.data.check.words import (
     compact,
     counts,
     duration,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.datacheck.words import counts, duration, share
+from finetune.data.check.words import counts, duration, share
 
 NOTHING = "nothing"
 _MOST_KEYS = 8  # in one line

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from finetune.datacheck.histogram import histogram_of, sparkline
-from tests.datacheck.samples import histogram
+from finetune.data.check.histogram import histogram_of, sparkline
+from tests.data.check.samples import histogram
 
 LENGTHS = np.random.default_rng(0).lognormal(5.5, 0.7, 5000).astype(int).clip(1, 1999)
 EVEN = list(range(0, 2001, 100))

@@ -15,12 +15,12 @@ from typing import IO, Any
 from finetune.console import strict_json
 from finetune.data.duplicates import content_key
 from finetune.data.pipeline import Reading, form_of
+from finetune.data.prepare import readings_of
 from finetune.data.readers import open_source
 from finetune.data.reading import Reader, rows_of
 from finetune.data.repair import Mended, repair
 from finetune.data.rows import RowFault
 from finetune.data.unseen import unread_columns
-from finetune.datacheck.prepare import readings_of
 from finetune.recipe.schema import Recipe
 from finetune.runfolder import require_fresh, staged
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune.data.rows import IGNORED
 from finetune.moe.load import LoadedModel
-from finetune.routing.recording import recorded_routing
+from finetune.router.recording import recorded_routing
 from finetune.runfolder import require_space
 
 Row = Mapping[str, Any]

@@ -4,7 +4,7 @@ Why: people compare runs where they keep them. The numbers must be the same ever
 
 How: scalars go by transformers' own callbacks, which all write the `logs` that earlier callbacks filled, under names
 that `rewrite_logs` makes of ours: `router/max_vio_worst` becomes `train/router/max_vio_worst`, and
-`eval_router/max_vio_worst` becomes `eval/router/max_vio_worst`. The router's pictures (routing/media.py) follow under
+`eval_router/max_vio_worst` becomes `eval/router/max_vio_worst`. The router's pictures (router/media.py) follow under
 the same rule, through the run that the scalars' callback opened. All of it stays on this machine unless
 `logging.wandb: online`, or a variable of the logger's own (WANDB_*, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL), says
 otherwise.
@@ -28,8 +28,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from finetune.errors import FinetuneError
 from finetune.recipe.schema import Recipe
-from finetune.routing.media import RouterMedia, RouterMediaCallback
-from finetune.routing.plots import load_heat_map_pixels
+from finetune.router.media import RouterMedia, RouterMediaCallback
+from finetune.router.plots import load_heat_map_pixels
 from finetune.runfolder import RunFolder
 
 

@@ -14,7 +14,7 @@ An evaluation, which waits for every batch, is cut off by a signal; the checkpoi
 
 With fp16, whose loss scale is found by gradients that overflow, the scaler skips steps, and only the loss is judged.
 
-Leaves out: the router's alarms (routing/), saving (the trainer's).
+Leaves out: the router's alarms (router/), saving (the trainer's).
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import torch
 from finetune.console import Report, gib
 from finetune.jsonl import read_metrics
 from finetune.moe.census import Census
-from finetune.routing.callback import RouterCallback
-from finetune.routing.metrics import layer_metrics
-from finetune.routing.plots import run_figures
+from finetune.router.callback import RouterCallback
+from finetune.router.metrics import layer_metrics
+from finetune.router.plots import run_figures
 from finetune.runfolder import RunFolder
 
 

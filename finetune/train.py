@@ -57,9 +57,9 @@ from finetune.progress import ProgressCallback
 from finetune.recipe.load import resolved_yaml
 from finetune.recipe.provenance import provenance
 from finetune.recipe.schema import Recipe
-from finetune.routerwatch import watch_router
-from finetune.routing.auxiliary import AuxiliaryLoss
-from finetune.routing.callback import RouterCallback
+from finetune.router.auxiliary import AuxiliaryLoss
+from finetune.router.callback import RouterCallback
+from finetune.router.recipe_watch import watch_router
 from finetune.runfolder import (
     RunFolder,
     claimed,
@@ -385,7 +385,7 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
             use_cpu=device.type == "cpu",
             # The rows come labelled, of the right length and packed; TRL only pads them.
             dataset_kwargs={"skip_prepare_dataset": True},
-            router_aux_loss_coef=0.0,  # pooled over layers; `routing/auxiliary.py` instead
+            router_aux_loss_coef=0.0,  # pooled over layers; `router/auxiliary.py` instead
             report_to="none",
             disable_tqdm=True,
         )

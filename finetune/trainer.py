@@ -30,7 +30,7 @@ from finetune.data.loaders import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
 from finetune.moe.arch import is_router
 from finetune.moe.load import BaseSpec
-from finetune.routing.auxiliary import AuxiliaryLoss
+from finetune.router.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.stopping import EvaluationCut, Stopping
 

@@ -114,7 +114,7 @@ def test_matplotlib_only_draws_in_routing_plots():
         for path in FILES
         if any(name.split(".")[0] == "matplotlib" for name in imports(path.read_text()))
     }
-    assert users <= {"routing/plots.py"}
+    assert users <= {"router/plots.py"}
 
 
 @pytest.mark.parametrize(

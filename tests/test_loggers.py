@@ -29,7 +29,7 @@ from finetune import loggers
 from finetune.jsonl import read_metrics
 from finetune.loggers import loggers_in_use
 from finetune.recipe.load import load_recipe
-from finetune.routing.plots import load_heat_map_pixels
+from finetune.router.plots import load_heat_map_pixels
 from tests.conftest import REPOSITORY
 from tests.running import refused, run_finetune
 

@@ -27,7 +27,7 @@ from finetune.console import Report
 from finetune.errors import AdapterError, FinetuneError
 from finetune.moe.arch import MoeArch, role_of
 from finetune.recipe.load import load_recipe
-from finetune.routing.capture import RouterCapture
+from finetune.router.capture import RouterCapture
 from finetune.train import prepare
 from tests.models import EXPERTS, FAMILIES, HIDDEN, LAYERS, dequantized_twin, tiny_model, tokens
 from tests.moe.loading import load as load_quantized

@@ -20,9 +20,9 @@ from finetune.bench.measure import BareStep, Recorder, now, read_peak, reset_pea
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import make_workload
 from finetune.console import Report
-from finetune.routing.capture import RouterCapture
-from finetune.routing.metrics import layer_metrics
-from finetune.routing.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
+from finetune.router.capture import RouterCapture
+from finetune.router.metrics import layer_metrics
+from finetune.router.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
 from finetune.train import prepare, run_steps
 
 _READINGS = 5

@@ -3,7 +3,7 @@
 Why not Gradio's chat: it takes a text for Markdown or for HTML, and a text is neither. Here all text goes through
 templates that escape it, and characters that nobody would see are written out.
 
-The colours are those of the router report (`routerstudy/report.css.jinja`): eight that differ also for protan, deutan
+The colours are those of the router report (`router/study/report.css.jinja`): eight that differ also for protan, deutan
 and tritan eyes, hatched for the next eight experts, a hue of its own for each of more. Colour never stands alone: the
 number of an expert stands where it changes.
 """

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from finetune.data.pieces import token_pieces
 from finetune.moe.load import LoadedModel
-from finetune.routerstudy.passing import routed_rows
-from finetune.routerstudy.probe import Probe, ProbeRow
+from finetune.router.study.passing import routed_rows
+from finetune.router.study.probe import Probe, ProbeRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

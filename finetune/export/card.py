@@ -4,7 +4,7 @@ Everything is read from the run's own files, so that a card can be made again an
 The metadata is built and checked by huggingface_hub's own classes; the licence is the base's, because a tuning of a
 model is a work derived from it. A key of which nothing is known is left out.
 
-Leaves out: the pictures (routing/plots.py) and what the other files say (published.py).
+Leaves out: the pictures (router/plots.py) and what the other files say (published.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from finetune.export.hub import Destination, Hub, kind_of, publish, require_repo
 from finetune.export.published import adapter_files, is_local, merged_files, public_name, public_values
 from finetune.recipe.load import resolved_yaml
 from finetune.recipe.schema import Recipe
-from finetune.routing.plots import run_figures
+from finetune.router.plots import run_figures
 from finetune.runfolder import RunFolder
 
 CARD, RECIPE, FIGURES = "README.md", "recipe.yaml", "figures"

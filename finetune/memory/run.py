@@ -40,7 +40,7 @@ class Run:
         supervised: share of a micro-batch's tokens whose logits the LM head computes.
         accumulates: gradients of earlier micro-batches are there while one runs.
         router: the routers train too.
-        auxiliary: the loss holds the routers' auxiliary losses (`routing/auxiliary.py`).
+        auxiliary: the loss holds the routers' auxiliary losses (`router/auxiliary.py`).
         keep_attention: so many of the last layers keep what their attention and norms need for the backward pass.
         keep_gate_up: so many of the last layers keep their experts' gate_up output.
         resident_attention: the attention's NF4 weights that carry LoRA lie dequantized beside their NF4 form.

@@ -11,7 +11,7 @@ as `kernels.varlen_attention` over sequences that lie one after another:
   hides it. So every real token, and every gradient of one, is exact for padding on either side, and the boundaries
   are computed on the device: neither a synchronization nor a mask for the masks that TRL's padding collator always
   sends. The outputs at padded positions differ from those under sdpa's mask, and both mean nothing: no loss and no
-  router count (`routing/capture.py` reads the mask itself) takes them in. A mask with a hole between real tokens has
+  router count (`router/capture.py` reads the mask itself) takes them in. A mask with a hole between real tokens has
   no such boundaries: it goes to sdpa where the host may look; on CUDA with gradients a device-side assertion stops it.
 
 Everything else goes to transformers' own sdpa function with the mask that sdpa would get: decoding with a cache,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from finetune.routerstudy.report import read_report
-from finetune.routerstudy.report_page import render_report
+from finetune.router.study.report import read_report
+from finetune.router.study.report_page import render_report
 from tests.conftest import REPOSITORY
-from tests.routerstudy.runs import HARD, alarm, collapsing, write_run
+from tests.router.study.runs import HARD, alarm, collapsing, write_run
 
 RUNS: dict[str, dict[str, Any]] = {
     "report-healthy": {},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.routing.capture import RouterCapture
+from finetune.router.capture import RouterCapture
 from tests.models import tiny_model, tokens
 
 DEVICE = torch.device("cuda")

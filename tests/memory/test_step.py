@@ -26,7 +26,7 @@ from finetune.memory.run import Run
 from finetune.memory.step import largest_moment, moments, recompute_seconds
 from finetune.moe.arch import MoeArch
 from finetune.moe.config import Moe4bitConfig
-from finetune.routing.auxiliary import AuxiliaryLoss
+from finetune.router.auxiliary import AuxiliaryLoss
 from tests.memory.tracking import PeakOfTensors
 
 LAYERS, BATCH, LENGTH, RANK = 3, 1, 128, 4

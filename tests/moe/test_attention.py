@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from finetune.moe import attention
 from finetune.moe.attention import FullRows, LazyMask, read_packing, resolve_attention, varlen_mask
 from finetune.moe.load import BaseSpec, load_base
-from finetune.routing.capture import RouterCapture
+from finetune.router.capture import RouterCapture
 from tests.models import EXPERTS, FAMILIES, tiny_model, tokens
 
 LENGTHS = [5, 1, 9, 1, 4]

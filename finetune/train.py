@@ -20,7 +20,6 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl import SFTConfig
 
-from finetune.activations import apply_plan
 from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora_layers import FusedLoraLinear4bit
 from finetune.adapter.masters import keep_fp32_masters, trainable_count
@@ -38,7 +37,9 @@ from finetune.export.hub import Hub, require_writable
 from finetune.export.push import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
 from finetune.loggers import logger_callbacks, loggers_in_use, require_loggers
+from finetune.memory.activations import apply_plan
 from finetune.memory.estimate import MemoryEstimate
+from finetune.memory.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.moe.arch import MoeArch
 from finetune.moe.attention import VARLEN, FullRows
 from finetune.moe.census import Census, hash_experts, require_quantized_experts, require_same_experts, take_census
@@ -52,7 +53,6 @@ from finetune.moe.load import (
     resolve_device,
     resolve_dtype,
 )
-from finetune.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.progress import ProgressCallback
 from finetune.recipe.load import resolved_yaml
 from finetune.recipe.provenance import provenance

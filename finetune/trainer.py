@@ -22,12 +22,12 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from finetune.activations import ActivationPlan
 from finetune.adapter.adapter import Adapter
 from finetune.adapter.masters import trained_tensors
 from finetune.adapter.non_moe import load_non_moe
 from finetune.data.loaders import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
+from finetune.memory.activations import ActivationPlan
 from finetune.moe.arch import is_router
 from finetune.moe.load import BaseSpec
 from finetune.router.auxiliary import AuxiliaryLoss

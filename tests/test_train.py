@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.activations import ActivationPlan
 from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
@@ -23,6 +22,7 @@ from finetune.data.readers import Source
 from finetune.data.worker import Teaching
 from finetune.errors import DeviceError
 from finetune.evaluate import completion_loss
+from finetune.memory.activations import ActivationPlan
 from finetune.recipe.load import load_recipe
 from finetune.summary import held_out_loss
 from finetune.train import out_of_memory_explained, prepare

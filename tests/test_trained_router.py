@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finetune.activations import ActivationPlan, apply_plan
 from finetune.adapter.adapter import load
 from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import load_adapter, save_adapter
 from finetune.adapter.masters import trainable_count
 from finetune.console import Report
 from finetune.errors import AdapterError, FinetuneError
+from finetune.memory.activations import ActivationPlan, apply_plan
 from finetune.moe.arch import MoeArch, role_of
 from finetune.recipe.load import load_recipe
 from finetune.router.capture import RouterCapture

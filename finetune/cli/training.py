@@ -79,9 +79,9 @@ def preflight(
         quiet_libraries(debug)
         from torch import device as torch_device
 
+        from finetune.memory.preflight import preflight as run
+        from finetune.memory.preflight import show_memory
         from finetune.moe.load import resolve_device
-        from finetune.preflight import preflight as run
-        from finetune.preflight import show_memory
 
         bytes_given = None if gpu_gib is None else int(gpu_gib * 2**30)
         device = torch_device("cuda") if gpu_gib is not None else resolve_device(loaded.model.device)

@@ -1,7 +1,7 @@
 """How much memory a training run needs, before anything is loaded, and what to change when it does not fit.
 
 Why: a run that dies of memory after minutes of loading tells nobody what to change, and what a step keeps for its
-backward pass (finetune/activations.py) can only be planned when bytes are known before the first step.
+backward pass (finetune/memory/activations.py) can only be planned when bytes are known before the first step.
 
 How: run.py says what the estimate depends on. static.py counts what is there all the time: weights, trained
 parameters, optimizer. step.py walks through a training step and finds its largest moment. estimate.py adds both up to

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.activations import ActivationPlan, apply_plan
 from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.memory.activations import ActivationPlan, apply_plan
 from finetune.memory.run import Run
 from finetune.memory.step import largest_moment, moments, recompute_seconds
 from finetune.moe.arch import MoeArch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from finetune.activations import ActivationPlan, LayerPlan, apply_plan, plan_activations, remove_plan
+from finetune.memory.activations import ActivationPlan, LayerPlan, apply_plan, plan_activations, remove_plan
 from finetune.moe.arch import MoeArch, router_path
 from tests.models import FAMILIES, HIDDEN, LAYERS, tiny_model, tokens
 from tests.moe.loading import QKVO, load

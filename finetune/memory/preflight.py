@@ -14,7 +14,6 @@ from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import SaveStrategy
 
-from finetune.activations import ActivationPlan, plan_activations
 from finetune.console import Report, gib
 from finetune.data.chat import apply_template
 from finetune.data.pipeline import Reading, encode_source
@@ -23,6 +22,7 @@ from finetune.data.rows import IGNORED
 from finetune.data.worker import Teaching
 from finetune.errors import DeviceError, FinetuneError
 from finetune.kernels.experts_matmul import choose_backend
+from finetune.memory.activations import ActivationPlan, plan_activations
 from finetune.memory.estimate import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.memory.run import GIB, Dtype, Run
 from finetune.memory.step import recompute_seconds

@@ -33,7 +33,7 @@ from finetune.moe.experts import QuantizedExperts
 from finetune.recipe.load import load_recipe
 from finetune.recipe.provenance import provenance
 from finetune.runfolder import staged
-from finetune.train import Prepared, prepare, run_steps
+from finetune.train.run import Prepared, prepare, run_steps
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "tiny-mixtral"
 # Name, what it is called in the table, trainable.method, learning rate.

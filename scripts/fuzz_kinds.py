@@ -42,7 +42,7 @@ from finetune.serve.desk import Desk
 from finetune.serve.gate import read_hosts
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
-from finetune.train import training_arguments
+from finetune.train.run import training_arguments
 from finetune.web.addresses import bind
 
 TEMPLATE = (

@@ -25,7 +25,7 @@ from finetune.evaluate import completion_loss
 from finetune.memory.activations import ActivationPlan
 from finetune.recipe.load import load_recipe
 from finetune.summary import held_out_loss
-from finetune.train import out_of_memory_explained, prepare
+from finetune.train.run import out_of_memory_explained, prepare
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 

@@ -28,7 +28,7 @@ from finetune.memory.activations import ActivationPlan, apply_plan
 from finetune.moe.arch import MoeArch, role_of
 from finetune.recipe.load import load_recipe
 from finetune.router.capture import RouterCapture
-from finetune.train import prepare
+from finetune.train.run import prepare
 from tests.models import EXPERTS, FAMILIES, HIDDEN, LAYERS, dequantized_twin, tiny_model, tokens
 from tests.moe.loading import load as load_quantized
 from tests.running import run_finetune

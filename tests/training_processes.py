@@ -20,7 +20,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from finetune.console import Report
 from finetune.recipe.load import load_recipe
-from finetune.train import train
+from finetune.train.run import train
 from tests.conftest import REPOSITORY
 from tests.processes import be_processes
 

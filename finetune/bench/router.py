@@ -23,7 +23,7 @@ from finetune.console import Report
 from finetune.router.capture import RouterCapture
 from finetune.router.metrics import layer_metrics
 from finetune.router.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
-from finetune.train import prepare, run_steps
+from finetune.train.run import prepare, run_steps
 
 _READINGS = 5
 

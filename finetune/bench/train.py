@@ -27,7 +27,7 @@ from finetune.console import Report, gib
 from finetune.memory.estimate import MemoryEstimate
 from finetune.moe.arch import GATE_UP_PROJ, MoeArch
 from finetune.moe.experts import QuantizedExperts
-from finetune.train import Prepared, prepare, run_steps
+from finetune.train.run import Prepared, prepare, run_steps
 
 _PROFILED_STEPS = 2
 

@@ -37,7 +37,7 @@ def train(
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
-        from finetune.train import train as run
+        from finetune.train.run import train as run
 
         summary = run(
             loaded,

@@ -11,7 +11,7 @@ import torch
 from finetune.bench.measure import Recorder
 from finetune.bench.workload import make_workload
 from finetune.console import Report
-from finetune.train import prepare, run_steps
+from finetune.train.run import prepare, run_steps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 20

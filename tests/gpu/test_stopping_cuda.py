@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_stopping import Training
+from tests.train.test_stopping import Training
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_run_that_cannot_fit_is_refused_unless_it_is_forced(
     def reached(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.train.load_base", reached)
+    monkeypatch.setattr("finetune.train.run.load_base", reached)
     ran = refused(tmp_path, "train", recipe, says=(*says, "where: memory of cpu", "with --force"))
     assert document["advice"]
     assert "set training.per_device_train_batch_size: " in ran.stderr

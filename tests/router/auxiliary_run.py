@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from finetune.console import Report
 from finetune.recipe.load import load_recipe
-from finetune.train import Prepared, prepare
+from finetune.train.run import Prepared, prepare
 from tests.processes import be_processes
 
 

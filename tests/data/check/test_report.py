@@ -19,7 +19,7 @@ from finetune.data.check.report import document, require_sound
 from finetune.data.prepare import prepare_data
 from finetune.errors import DataError, ModelError
 from finetune.moe.load import load_tokenizer
-from finetune.train import train
+from finetune.train.run import train
 from tests.data.check.conftest import MODEL, turns, write_rows
 from tests.running import Ran, run_finetune
 

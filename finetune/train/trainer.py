@@ -32,7 +32,7 @@ from finetune.moe.arch import is_router
 from finetune.moe.load import BaseSpec
 from finetune.router.auxiliary import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
-from finetune.stopping import EvaluationCut, Stopping
+from finetune.train.stopping import EvaluationCut, Stopping
 
 # What TRL averages over the batches of an evaluation.
 _TOKEN_MEANS = ("entropy", "mean_token_accuracy")

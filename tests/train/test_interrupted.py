@@ -99,7 +99,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint(
     recipe = write_recipe(training=SAVES, trainable={"lora": lora}, router={"figures": False})
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.train.disk_bytes", estimate)
+        patched.setattr("finetune.train.run.disk_bytes", estimate)
         patched.setattr(torch, "save", full)
         ran = run_finetune("train", recipe)
     assert ran.status == 2

@@ -29,8 +29,8 @@ from trl import SFTTrainer
 
 from finetune.errors import FinetuneError
 from finetune.signals import Interrupted, Signals
-from finetune.stopping import Stopping, rows_of
-from finetune.trainer import MoeTrainer
+from finetune.train.stopping import Stopping, rows_of
+from finetune.train.trainer import MoeTrainer
 from tests.conftest import REPOSITORY
 from tests.running import contents, run_finetune
 
@@ -315,7 +315,7 @@ def test_a_run_that_is_stopped_before_it_has_begun_offers_nothing_to_go_on_with(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe()
-    monkeypatch.setattr("finetune.train.load_base", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("finetune.train.run.load_base", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     ran = run_finetune("train", recipe)
     assert ran.status == 130
     assert ran.stderr.endswith("interrupted\n")

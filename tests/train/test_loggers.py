@@ -25,11 +25,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from finetune import loggers
 from finetune.jsonl import read_metrics
-from finetune.loggers import loggers_in_use
 from finetune.recipe.load import load_recipe
 from finetune.router.plots import load_heat_map_pixels
+from finetune.train import loggers
+from finetune.train.loggers import loggers_in_use
 from tests.conftest import REPOSITORY
 from tests.running import refused, run_finetune
 

@@ -36,7 +36,6 @@ from finetune.errors import DeviceError, FinetuneError, OutputError, RecipeError
 from finetune.export.hub import Hub, require_writable
 from finetune.export.push import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
-from finetune.loggers import logger_callbacks, loggers_in_use, require_loggers
 from finetune.memory.activations import apply_plan
 from finetune.memory.estimate import MemoryEstimate
 from finetune.memory.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
@@ -72,9 +71,10 @@ from finetune.runfolder import (
     write_text,
 )
 from finetune.signals import Signals
-from finetune.stopping import Stopping
 from finetune.summary import show_census, show_router, show_summary, summarize
-from finetune.trainer import MoeTrainer
+from finetune.train.loggers import logger_callbacks, loggers_in_use, require_loggers
+from finetune.train.stopping import Stopping
+from finetune.train.trainer import MoeTrainer
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from finetune.export.quantized import write_quantized
 from finetune.moe.arch import MoeArch
 from finetune.moe.experts import QuantizedExperts
 from finetune.recipe.load import load_recipe
-from finetune.recipe.provenance import provenance
+from finetune.recipe.origin import provenance
 from finetune.runfolder import staged
 from finetune.train.run import Prepared, prepare, run_steps
 

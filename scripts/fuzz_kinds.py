@@ -34,7 +34,7 @@ from finetune.data.prepare import prepare_data
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
 from finetune.infer.settings import EngineSettings
-from finetune.memory.preflight import preflight
+from finetune.memory.needs import preflight
 from finetune.moe.load import BaseSpec, check_base, load_base, load_tokenizer
 from finetune.recipe.load import load_recipe, resolved_yaml
 from finetune.serve.app import make_app

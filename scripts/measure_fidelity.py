@@ -26,7 +26,7 @@ from finetune.evaluation.compare import compare
 from finetune.evaluation.models import Compared, open_compared
 from finetune.export.held_out import HeldOut
 from finetune.moe.load import LoadedModel
-from finetune.recipe.provenance import provenance
+from finetune.recipe.origin import provenance
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "recipes" / "tiny-mixtral" / "qlora-attention.yaml"

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with the fused operation of `kernels/lora_linear.py` where it says the same.
+"""PEFT's LoRA layers with the fused operation of `kernels/lora.py` where it says the same.
 
 PEFT takes layer classes of one's own by a mapping in its config (`_register_custom_module`, its documented way for
 custom models). Parameters, names, saving, merging and everything unusual (dropout while training, DoRA, several or no
@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
-from finetune.kernels.lora_linear import lora_linear
+from finetune.kernels.lora import lora_linear
 from finetune.kernels.nf4 import Nf4Stack, stack_of_linear
 from finetune.kernels.stacks import dequantize_stack
 

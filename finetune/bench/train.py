@@ -24,7 +24,7 @@ from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_second
 from finetune.bench.workload import WARM_UP, Workload, make_workload
 from finetune.console import Report, gib
-from finetune.memory.estimate import MemoryEstimate
+from finetune.memory.totals import MemoryEstimate
 from finetune.moe.arch import GATE_UP_PROJ, MoeArch
 from finetune.moe.experts import QuantizedExperts
 from finetune.train.run import Prepared, prepare, run_steps

@@ -82,7 +82,7 @@ def push(
     with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
         quiet_libraries(debug, hub_progress=True)
         from finetune.export.hub import Destination
-        from finetune.export.push import push as send
+        from finetune.export.upload import push as send
 
         to = Destination(repo_id, private=private, branch=branch)
         report.finish(send(run, to, report, merged=merged, dry_run=dry_run))
@@ -102,7 +102,7 @@ def pull(
     goes_on = "the same command goes on from what is there"
     with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
         quiet_libraries(debug, hub_progress=True)
-        from finetune.export.pull import pull as fetch
+        from finetune.export.download import pull as fetch
 
         pulled = fetch(repo_id, output, report, revision=revision, allow_unsafe=allow_unsafe)
         report.line(f"{pulled.repo_id} at {pulled.commit}, every hash as the commit names it, in {output}")

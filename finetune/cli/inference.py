@@ -31,7 +31,7 @@ def generate(
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
         from finetune.infer.engine import Engine
-        from finetune.infer.generate import generate as answer
+        from finetune.infer.generation import generate as answer
         from finetune.infer.request import Sampling
         from finetune.infer.settings import EngineSettings
 

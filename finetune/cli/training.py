@@ -79,8 +79,8 @@ def preflight(
         quiet_libraries(debug)
         from torch import device as torch_device
 
-        from finetune.memory.preflight import preflight as run
-        from finetune.memory.preflight import show_memory
+        from finetune.memory.needs import preflight as run
+        from finetune.memory.needs import show_memory
         from finetune.moe.load import resolve_device
 
         bytes_given = None if gpu_gib is None else int(gpu_gib * 2**30)

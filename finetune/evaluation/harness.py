@@ -27,7 +27,7 @@ from finetune.console import Report
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.evaluation.models import Compared, open_compared
 from finetune.moe.load import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
-from finetune.recipe.provenance import provenance
+from finetune.recipe.origin import provenance
 from finetune.router.study.passing import require_writable
 from finetune.runfolder import write_json
 

@@ -11,10 +11,10 @@ Leaves out: memory of other processes, evaluation batches larger than training's
 holding everything).
 """
 
-from finetune.memory.estimate import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.memory.run import GIB, MemoryItem, Run
 from finetune.memory.static import nf4_bytes
 from finetune.memory.step import LOGIT_TILE, recompute_seconds
+from finetune.memory.totals import CUDA_CONTEXT, MemoryEstimate, estimate, total
 
 __all__ = [
     "CUDA_CONTEXT",

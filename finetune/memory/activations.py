@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from finetune.kernels.frozen_experts import remember
+from finetune.kernels.expert_operation import remember
 from finetune.moe.arch import MoeArch, experts_path, layer_path, router_path
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.kernels.expert_operation import frozen_experts, remember
 from finetune.kernels.experts_matmul import BackendChoice, choose_backend
 from finetune.kernels.few_rows import few_experts, runs_on_kernels, to_halves
-from finetune.kernels.frozen_experts import frozen_experts, remember
 from finetune.kernels.stacks import ExpertStack, ExpertStorage, empty_experts, quantize_experts, stack_type
 from finetune.moe.arch import EXPERT_PROJECTIONS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.recipe.load import load_recipe, resolved_yaml
-from finetune.recipe.provenance import provenance
+from finetune.recipe.origin import provenance
 from finetune.recipe.schema import Recipe, recipe_schema
 
 __all__ = ["Recipe", "load_recipe", "provenance", "recipe_schema", "resolved_yaml"]

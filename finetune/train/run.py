@@ -34,11 +34,11 @@ from finetune.data.check.short import show_short
 from finetune.data.prepare import prepare_data
 from finetune.errors import DeviceError, FinetuneError, OutputError, RecipeError
 from finetune.export.hub import Hub, require_writable
-from finetune.export.push import destination_of, push_after_training
+from finetune.export.upload import destination_of, push_after_training
 from finetune.jsonl import JsonlCallback
 from finetune.memory.activations import apply_plan
-from finetune.memory.estimate import MemoryEstimate
-from finetune.memory.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
+from finetune.memory.needs import disk_bytes, plan_of, preflight, require_fits, show_memory
+from finetune.memory.totals import MemoryEstimate
 from finetune.moe.arch import MoeArch
 from finetune.moe.attention import VARLEN, FullRows
 from finetune.moe.census import Census, hash_experts, require_quantized_experts, require_same_experts, take_census
@@ -54,7 +54,7 @@ from finetune.moe.load import (
 )
 from finetune.progress import ProgressCallback
 from finetune.recipe.load import resolved_yaml
-from finetune.recipe.provenance import provenance
+from finetune.recipe.origin import provenance
 from finetune.recipe.schema import Recipe
 from finetune.router.auxiliary import AuxiliaryLoss
 from finetune.router.callback import RouterCallback

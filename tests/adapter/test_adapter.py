@@ -23,7 +23,7 @@ from finetune.adapter.settings import IDLE_FIELDS, READ_FIELDS, read_lora_settin
 from finetune.errors import AdapterError, DataError, ModelError
 from finetune.evaluation.models import open_compared
 from finetune.infer.engine import Engine
-from finetune.infer.generate import generate
+from finetune.infer.generation import generate
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
 from finetune.moe.load import load_tokenizer

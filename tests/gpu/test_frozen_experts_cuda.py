@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.kernels.expert_operation import frozen_experts
 from finetune.kernels.experts_matmul import Backend
-from finetune.kernels.frozen_experts import frozen_experts
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
 from finetune.kernels.stacks import dequantize_expert, dequantize_stack
 

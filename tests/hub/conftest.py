@@ -45,7 +45,7 @@ def environment(hub: StandIn, tmp_path: Path) -> dict[str, str]:
 def finished_run(saved_adapter: Path, small_mixtral: Path, tmp_path: Path) -> Path:
     """The folder of a run as it looks at the end, with what must never leave it; made without training."""
     from finetune.recipe.load import resolved_yaml
-    from finetune.recipe.provenance import provenance
+    from finetune.recipe.origin import provenance
     from finetune.recipe.schema import Recipe
 
     run = tmp_path / "somewhere-private" / "run"

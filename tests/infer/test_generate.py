@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.errors import DataError
-from finetune.infer.generate import encode_prompt
+from finetune.infer.generation import encode_prompt
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 

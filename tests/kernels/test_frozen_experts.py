@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from finetune.kernels import frozen_experts as frozen_experts_module
-from finetune.kernels.frozen_experts import frozen_experts
+from finetune.kernels import expert_operation as frozen_experts_module
+from finetune.kernels.expert_operation import frozen_experts
 from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
 from finetune.moe.experts import QuantizedExperts
 

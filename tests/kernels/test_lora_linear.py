@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from finetune.adapter.lora_layers import FusedLoraLinear, FusedLoraLinear4bit, register_lora_layers
-from finetune.kernels.lora_linear import lora_linear
+from finetune.kernels.lora import lora_linear
 from finetune.kernels.nf4 import dequantize_linear, stack_of_linear
 
 IN, OUT, RANK = 128, 192, 8

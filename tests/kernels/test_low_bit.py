@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.kernels import low_bit
+from finetune.kernels.expert_operation import frozen_experts
 from finetune.kernels.few_rows import few_experts, to_halves
-from finetune.kernels.frozen_experts import frozen_experts
 from finetune.kernels.low_bit import Bits, LowBitStack, empty_low_bit, pack, quantize_low_bit, solve, unpack
 from finetune.kernels.stacks import dequantize_expert, dequantize_stack
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from finetune.memory.estimate import MemoryEstimate, estimate
 from finetune.memory.run import GIB, Run
 from finetune.memory.static import nf4_bytes
 from finetune.memory.step import LOGIT_TILE
+from finetune.memory.totals import MemoryEstimate, estimate
 from finetune.moe.arch import MoeArch
 from finetune.moe.census import take_census
 from finetune.moe.config import Moe4bitConfig

@@ -19,9 +19,9 @@ from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.console import gib as in_gib
 from finetune.memory.activations import ActivationPlan
-from finetune.memory.estimate import MemoryEstimate, estimate
-from finetune.memory.preflight import disk_bytes, plan_of, preflight, require_fits, show_memory
+from finetune.memory.needs import disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.memory.run import GIB, Run
+from finetune.memory.totals import MemoryEstimate, estimate
 from finetune.moe.arch import MoeArch
 from finetune.moe.fused_layers import wants_fused_layers
 from finetune.moe.load import load_tokenizer
@@ -101,14 +101,14 @@ def test_full_and_none_are_taken_at_their_word() -> None:
 
 
 def test_on_a_cpu_the_memory_of_the_machine_counts_and_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.memory.preflight._host_bytes", lambda: 200 * GIB)
+    monkeypatch.setattr("finetune.memory.needs._host_bytes", lambda: 200 * GIB)
     free = classic(gib=None, device="cpu")
     assert plan_of(free) == ActivationPlan.none(32)
     assert (free.device_bytes, free.backend, free.fits) == (200 * GIB, "loop", True)
     tight = classic("memory.budget_gib=30", gib=None, device="cpu")
     assert tight.device_bytes == 30 * GIB
     assert 0 < tight.keep_gate_up < 32
-    monkeypatch.setattr("finetune.memory.preflight._host_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr("finetune.memory.needs._host_bytes", lambda: 16 * GIB)
     small = classic(gib=None, device="cpu")
     assert not small.fits
     assert plan_of(small) == ActivationPlan.full(32)
@@ -118,7 +118,7 @@ def test_a_run_that_cannot_fit_is_refused_unless_it_is_forced(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the estimate's own numbers and advice; nothing is read or written."""
-    monkeypatch.setattr("finetune.memory.preflight._host_bytes", lambda: 3 * 2**20)
+    monkeypatch.setattr("finetune.memory.needs._host_bytes", lambda: 3 * 2**20)
     recipe = write_recipe(training={"max_steps": 1, "per_device_train_batch_size": 64})
     estimated = run_finetune("preflight", recipe, "--json")
     assert estimated.status == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe.provenance import git_state, provenance
+from finetune.recipe.origin import git_state, provenance
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from finetune.export.resumable import OutputFile, Partial
-from finetune.memory.preflight import disk_bytes
+from finetune.memory.needs import disk_bytes
 from finetune.runfolder import folder_bytes
 from tests.conftest import REPOSITORY
 from tests.running import contents, refused, run_finetune

@@ -23,9 +23,9 @@ from finetune.data.worker import Teaching
 from finetune.errors import DeviceError, FinetuneError
 from finetune.kernels.experts_matmul import choose_backend
 from finetune.memory.activations import ActivationPlan, plan_activations
-from finetune.memory.estimate import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.memory.run import GIB, Dtype, Run
 from finetune.memory.step import recompute_seconds
+from finetune.memory.totals import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.moe.arch import MoeArch
 from finetune.moe.fused_layers import wants_fused_layers
 from finetune.moe.load import load_tokenizer, read_config, resolve_dtype, saved_quantization

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.data.rows import IGNORED
-from finetune.moe.load import LoadedModel
-from finetune.router.recording import recorded_routing
+from finetune.data import IGNORED
+from finetune.moe import LoadedModel
+from finetune.router import recorded_routing
 from finetune.runfolder import require_space
 
 Row = Mapping[str, Any]

@@ -9,10 +9,8 @@ import torch
 
 from finetune.console import Report, gib
 from finetune.jsonl import read_metrics
-from finetune.moe.census import Census
-from finetune.router.callback import RouterCallback
-from finetune.router.metrics import layer_metrics
-from finetune.router.plots import run_figures
+from finetune.moe import Census
+from finetune.router import RouterCallback, layer_metrics, run_figures
 from finetune.runfolder import RunFolder
 
 

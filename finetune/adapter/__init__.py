@@ -6,20 +6,6 @@ read once (settings.py, files.py), checked before anything is loaded, and put on
 were trained. Leaves out what trains (adapter/) and the arithmetic of a merge (export/).
 """
 
-from finetune.adapter.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side, require_tuned
-from finetune.adapter.lora import add_adapters, load_adapter, save_adapter
-from finetune.adapter.non_moe import load_non_moe, save_non_moe
+import lazy_loader
 
-__all__ = [
-    "Adapter",
-    "add_adapters",
-    "is_adapter",
-    "load",
-    "load_adapter",
-    "load_non_moe",
-    "open_tuned",
-    "put_side_by_side",
-    "require_tuned",
-    "save_adapter",
-    "save_non_moe",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -32,10 +32,10 @@ from finetune.adapter.lora import add_adapters, load_adapter, projections_of, re
 from finetune.adapter.non_moe import load_non_moe, read_non_moe, save_non_moe
 from finetune.adapter.settings import LoraSettings, read_lora_settings
 from finetune.errors import AdapterError, ModelError
-from finetune.moe.config import AttentionStorage
-from finetune.moe.load import (
+from finetune.moe import (
     BASE_FILE,
     UNRECORDED_DTYPE,
+    AttentionStorage,
     BaseSpec,
     ExpertsOn,
     LoadedModel,

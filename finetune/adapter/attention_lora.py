@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune.adapter.lora_layers import register_lora_layers
 from finetune.adapter.masters import trainable_count
 from finetune.errors import AdapterError
-from finetune.moe.arch import ATTENTION_PROJECTIONS, ROUTER, MoeArch, is_router, role_of, why_no_lora
+from finetune.moe import ATTENTION_PROJECTIONS, ROUTER, MoeArch, is_router, role_of, why_no_lora
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from finetune.checkpoint.headers import read_tensor_infos
+from finetune.checkpoint import read_tensor_infos
 from finetune.errors import AdapterError, OutputError
 
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"

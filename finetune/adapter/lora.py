@@ -20,9 +20,9 @@ from finetune.adapter.attention_lora import assert_lora, check_targets, keep_rou
 from finetune.adapter.files import LORA_CONFIG, LORA_TENSORS, Shapes, read_shapes, require_same, writing
 from finetune.adapter.lora_layers import register_lora_layers
 from finetune.adapter.settings import LoraSettings, read_lora_settings
-from finetune.checkpoint.upstream import blamed_on
+from finetune.checkpoint import blamed_on
 from finetune.errors import AdapterError
-from finetune.moe.arch import MoeArch, is_router
+from finetune.moe import MoeArch, is_router
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:

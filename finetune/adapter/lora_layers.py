@@ -16,9 +16,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
-from finetune.kernels.lora import lora_linear
-from finetune.kernels.nf4 import Nf4Stack, stack_of_linear
-from finetune.kernels.stacks import dequantize_stack
+from finetune.kernels import Nf4Stack, dequantize_stack, lora_linear, stack_of_linear
 
 
 def register_lora_layers(config: LoraConfig) -> LoraConfig:

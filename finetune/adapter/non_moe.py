@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from finetune.adapter.files import NON_MOE_CONFIG, NON_MOE_TENSORS, Shapes, require_file, require_same, writing
 from finetune.adapter.masters import trained_tensors
 from finetune.adapter.unfreeze import non_moe_parameters
-from finetune.checkpoint.headers import read_header
-from finetune.checkpoint.json_file import NotJson, parse_json
-from finetune.checkpoint.schemas import NonMoeFile
+from finetune.checkpoint import NonMoeFile, NotJson, parse_json, read_header
 from finetune.errors import AdapterError
-from finetune.moe.arch import role_of
+from finetune.moe import role_of
 from finetune.values import check_object
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapter.files import LORA_CONFIG, require_file
-from finetune.checkpoint.schemas import read_adapter_config
+from finetune.checkpoint import read_adapter_config
 from finetune.errors import AdapterError
-from finetune.moe.arch import ATTENTION_PROJECTIONS, ROUTER
+from finetune.moe import ATTENTION_PROJECTIONS, ROUTER
 
 # How A and B may have begun; everything else that PEFT knows changes the base.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

@@ -6,7 +6,7 @@ from torch import nn
 
 from finetune.adapter.masters import trainable_count
 from finetune.errors import FinetuneError
-from finetune.moe.arch import MoeArch, role_of
+from finetune.moe import MoeArch, role_of
 
 
 def unfreeze_non_moe(model: nn.Module, arch: MoeArch, *, router: bool = False) -> None:

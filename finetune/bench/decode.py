@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter.adapter import load
+from finetune.adapter import load
 from finetune.bench.measure import read_peak, reset_peak
 from finetune.bench.offload import bench_offload, print_offload
 from finetune.bench.requests import first_token, steady_step
@@ -31,15 +31,10 @@ from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import copy_rate
 from finetune.bench.workload import shape_path
 from finetune.console import Report, gib
-from finetune.infer.engine import Engine
-from finetune.infer.loading import ServedModels
-from finetune.infer.settings import EngineSettings
-from finetune.kernels.stacks import ExpertStorage
-from finetune.memory.static import expert_bytes
-from finetune.moe.arch import MoeArch
-from finetune.moe.config import AttentionStorage
-from finetune.moe.load import BaseSpec, ExpertsOn, LoadedModel, load_base
-from finetune.moe.quantizer import NF4_BYTES_PER_WEIGHT
+from finetune.infer import Engine, EngineSettings, ServedModels
+from finetune.kernels import ExpertStorage
+from finetune.memory import expert_bytes
+from finetune.moe import NF4_BYTES_PER_WEIGHT, AttentionStorage, BaseSpec, ExpertsOn, LoadedModel, MoeArch, load_base
 
 FIRST_TOKEN_PROMPT = 512
 

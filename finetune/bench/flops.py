@@ -11,7 +11,7 @@ Mixtral's work at 1024 tokens, 4% at 4096), LoRA's own products (0.2% at r 16), 
 
 from __future__ import annotations
 
-from finetune.moe.arch import MoeArch
+from finetune.moe import MoeArch
 
 
 def forward_flops(arch: MoeArch) -> int:

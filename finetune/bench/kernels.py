@@ -26,16 +26,23 @@ from torch import Tensor
 from finetune.bench.peers import SHAPE
 from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import copy_rate, sustained_seconds
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
-from finetune.kernels.experts_matmul import choose_backend
-from finetune.kernels.few_rows import few_experts, to_halves
-from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_stack
-from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
-from finetune.moe.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
-from finetune.moe.experts import QuantizedExperts
+from finetune.kernels import (
+    ExpertStack,
+    ExpertStorage,
+    choose_backend,
+    combine_rows,
+    dequantize_stack,
+    few_experts,
+    gather_rows,
+    sort_by_expert,
+    swiglu_backward_,
+    swiglu_forward,
+    to_halves,
+)
+from finetune.moe import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch, QuantizedExperts
 
 TOKENS = (1024, 2048, 8192)
 FEW_TOKENS = (1, 2, 4, 16, 64)

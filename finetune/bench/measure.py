@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.bench.workload import WARM_UP
-from finetune.train.trainer import MoeTrainer
+from finetune.train import MoeTrainer
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,18 @@ from finetune.bench.requests import steady_step
 from finetune.bench.result import rounded
 from finetune.bench.trace import TracedStep, make_trace
 from finetune.console import Report, gib
-from finetune.infer.engine import Engine
-from finetune.infer.loading import ServedModels
-from finetune.infer.offloaded import OffloadedExperts, bring_back
-from finetune.infer.pages import PAGE, page_bytes, pages_for
-from finetune.infer.settings import EngineSettings
-from finetune.kernels.expert_cache import fetch_experts
-from finetune.kernels.nf4_quantize import BLOCK
-from finetune.moe.arch import EXPERT_PROJECTIONS, experts_path
-from finetune.moe.load import LoadedModel
+from finetune.infer import (
+    PAGE,
+    Engine,
+    EngineSettings,
+    OffloadedExperts,
+    ServedModels,
+    bring_back,
+    page_bytes,
+    pages_for,
+)
+from finetune.kernels import BLOCK, fetch_experts
+from finetune.moe import EXPERT_PROJECTIONS, LoadedModel, experts_path
 
 _TRACE_STEPS = 512
 

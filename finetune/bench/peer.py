@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.bench.workload import WARM_UP
-from finetune.checkpoint.json_file import read_json
-from finetune.moe.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.checkpoint import read_json
+from finetune.moe import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, experts_path
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,9 @@ import torch
 from finetune.bench.peer import PEERS
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import WARM_UP
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.console import Report, gib
-from finetune.moe.arch import MoeArch
+from finetune.moe import MoeArch
 
 SHAPE = Path(__file__).resolve().parents[2] / "recipes" / "mixtral-8x7b" / "shape"
 _LINES_OF_ERROR = 3

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.infer.engine import Engine, EngineStats
-from finetune.infer.request import Event, FinishedEvent, Request, Sampling
+from finetune.infer import Engine, EngineStats, Event, FinishedEvent, Request, Sampling
 
 
 class _Times:

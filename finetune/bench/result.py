@@ -11,7 +11,7 @@ import torch
 
 from finetune.console import Report, strict_json
 from finetune.errors import OutputError
-from finetune.recipe.origin import provenance
+from finetune.recipe import provenance
 
 
 def conditions(device: torch.device) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from finetune.kernels.stacks import ExpertStack, dequantize_stack
-from finetune.moe.arch import GATE_UP_PROJ, MoeArch
-from finetune.moe.quantizer import NF4_BYTES_PER_WEIGHT
+from finetune.kernels import ExpertStack, dequantize_stack
+from finetune.moe import GATE_UP_PROJ, NF4_BYTES_PER_WEIGHT, MoeArch
 
 COPY_BYTES = 2 * 2**30  # of each buffer: far beyond any cache
 _REPETITIONS = 20

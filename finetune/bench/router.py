@@ -20,10 +20,8 @@ from finetune.bench.measure import BareStep, Recorder, now, read_peak, reset_pea
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import make_workload
 from finetune.console import Report
-from finetune.router.capture import RouterCapture
-from finetune.router.metrics import layer_metrics
-from finetune.router.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
-from finetune.train.run import prepare, run_steps
+from finetune.router import RouterCapture, brief_scalars, layer_metrics, layer_scalars, layer_vectors, part_scalars
+from finetune.train import prepare, run_steps
 
 _READINGS = 5
 

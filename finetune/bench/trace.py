@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.infer.step import DecodeStep
-from finetune.infer.weights import Layer
-from finetune.kernels.few_rows import Halves
+from finetune.infer import DecodeStep, Layer
+from finetune.kernels import Halves
 
 # Shares of "first or second choice" repeated, the mean over the table's eight sources, at these layers of 32.
 SHARED = {0: 0.480, 15: 0.637, 31: 0.509}

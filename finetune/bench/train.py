@@ -24,10 +24,9 @@ from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_second
 from finetune.bench.workload import WARM_UP, Workload, make_workload
 from finetune.console import Report, gib
-from finetune.memory.totals import MemoryEstimate
-from finetune.moe.arch import GATE_UP_PROJ, MoeArch
-from finetune.moe.experts import QuantizedExperts
-from finetune.train.run import Prepared, prepare, run_steps
+from finetune.memory import MemoryEstimate
+from finetune.moe import GATE_UP_PROJ, MoeArch, QuantizedExperts
+from finetune.train import Prepared, prepare, run_steps
 
 _PROFILED_STEPS = 2
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import FinetuneError, ModelError
-from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe import Recipe, load_recipe
 
 WARM_UP = 3  # steps before the clock starts: kernels are compiled, the allocator's cache grows, clocks settle
 BUNDLED = Path(__file__).resolve().parents[2] / "recipes" / "tiny-mixtral"

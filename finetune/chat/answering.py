@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from finetune.chat.conversation import Messages
 from finetune.errors import DataError
-from finetune.infer.request import Event, FinishedEvent, Request, Sampling
+from finetune.infer import Event, FinishedEvent, Request, Sampling
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine, Ticket
+    from finetune.infer import Engine, Ticket
 
 
 class Answering:

@@ -11,10 +11,7 @@ from finetune.chat.screen import Screen
 from finetune.chat.session import Session
 from finetune.chat.terminal import chat_in_terminal
 from finetune.console import Report
-from finetune.infer.engine import Engine
-from finetune.infer.loading import parse_adapters
-from finetune.infer.request import Sampling
-from finetune.infer.settings import EngineSettings
+from finetune.infer import Engine, EngineSettings, Sampling, parse_adapters
 
 _PAGE_BATCH = 8  # answers at once: four tabs with two models
 
@@ -75,7 +72,7 @@ def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
     """
     from finetune.chat.page import Page
     from finetune.chat.page_server import PageServer
-    from finetune.web.addresses import bind, is_local, listen
+    from finetune.web import bind, is_local, listen
 
     with contextlib.closing(bind(host, port)) as bound:
         if not is_local(bound):

@@ -11,7 +11,7 @@ from finetune.chat.screen import Screen
 from finetune.chat.session import Session
 from finetune.chat.settings import shown, with_settings
 from finetune.errors import DataError
-from finetune.infer.request import Request
+from finetune.infer import Request
 
 HELP = (
     ("/help", "these lines"),

@@ -11,11 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.data.forms import to_conversation
-from finetune.data.pipeline import Reading, form_of
-from finetune.data.readers import Source, open_source
-from finetune.data.reading import first_row
-from finetune.data.rows import Message, RowFault
+from finetune.data import Message, Reading, RowFault, Source, first_row, form_of, open_source, to_conversation
 from finetune.errors import DataError, OutputError
 from finetune.runfolder import write_text
 

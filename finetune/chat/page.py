@@ -19,7 +19,7 @@ from finetune.chat.routes import Routed, routed
 from finetune.chat.settings import NAMES
 from finetune.chat.sides import Side, Turn, answered, history, requests_for, summary
 from finetune.errors import DataError, FinetuneError
-from finetune.infer.request import Sampling
+from finetune.infer import Sampling
 
 # Gradio reads it when it is imported and when it makes a page.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -27,7 +27,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine
+    from finetune.infer import Engine
 
 NOBODY = ""  # no model has this name
 _SIDE = 320  # pixels; two such beside each other where the window has them, else below each other

@@ -20,8 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.chat.parts import style_sheet
-from finetune.web.addresses import host_name, is_local, is_local_name, url_of
-from finetune.web.protocol import LimitedProtocol
+from finetune.web import LimitedProtocol, host_name, is_local, is_local_name, url_of
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from finetune.chat.conversation import Messages
 from finetune.chat.routes import Routed
-from finetune.data.check.words import counts, split_unseen, visible
+from finetune.data import counts, split_unseen, visible
 
 _COLOURS = 8
 

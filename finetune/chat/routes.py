@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune.data.pieces import token_pieces
-from finetune.moe.load import LoadedModel
-from finetune.router.study.passing import routed_rows
-from finetune.router.study.probe import Probe, ProbeRow
+from finetune.data import token_pieces
+from finetune.moe import LoadedModel
+from finetune.router import Probe, ProbeRow, routed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.infer.engine import Engine
+    from finetune.infer import Engine
 
 # Spelling out takes the square of a stretch's length; a character has at most four tokens, so it lies within the few
 # that a stretch has in common with the one before it.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data.check.words import visible
+from finetune.data import visible
 from finetune.errors import FinetuneError
 
 _BLOCK = '"""'

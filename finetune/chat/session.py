@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from finetune.chat.answering import request_for
 from finetune.chat.conversation import Conversation, Messages
 from finetune.errors import DataError
-from finetune.infer.request import Request, Sampling
+from finetune.infer import Request, Sampling
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine
+    from finetune.infer import Engine
 
 
 @dataclass

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 
 from finetune.errors import DataError
-from finetune.infer.request import Sampling
+from finetune.infer import Sampling
 
 NAMES = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 

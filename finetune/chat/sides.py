@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from finetune.chat.answering import Answering, is_full, request_for
 from finetune.chat.conversation import Conversation
-from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
+from finetune.infer import FinishedEvent, Request, Sampling, TokenEvent
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine
+    from finetune.infer import Engine
 
 _REDRAW = 0.06  # seconds between two states of the page: a browser draws no faster, and each is sent whole
 

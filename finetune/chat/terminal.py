@@ -14,7 +14,7 @@ from finetune.chat.commands import Commands
 from finetune.chat.screen import Screen, stopped_by_interrupt
 from finetune.chat.session import Session
 from finetune.errors import FinetuneError
-from finetune.infer.request import FinishedEvent, Request
+from finetune.infer import FinishedEvent, Request
 
 
 def chat_in_terminal(session: Session, screen: Screen) -> None:

@@ -4,30 +4,6 @@
 blames a file for what upstream raises of it; `folder` looks at a model folder, `resumable` at a run's checkpoints.
 """
 
-from finetune.checkpoint.folder import check_model_folder, incomplete, require_every_expert, shard_files
-from finetune.checkpoint.headers import Header, TensorInfo, check_safetensors, read_header, read_tensor_infos
-from finetune.checkpoint.json_file import NotJson, parse_json, read_json
-from finetune.checkpoint.resumable import Checkpoints, find_checkpoints
-from finetune.checkpoint.schemas import NonMoeFile, check_tokenizer_files, read_adapter_config
-from finetune.checkpoint.upstream import blamed_on
+import lazy_loader
 
-__all__ = [
-    "Checkpoints",
-    "Header",
-    "NonMoeFile",
-    "NotJson",
-    "TensorInfo",
-    "blamed_on",
-    "check_model_folder",
-    "check_safetensors",
-    "check_tokenizer_files",
-    "find_checkpoints",
-    "incomplete",
-    "parse_json",
-    "read_adapter_config",
-    "read_header",
-    "read_json",
-    "read_tensor_infos",
-    "require_every_expert",
-    "shard_files",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -28,8 +28,8 @@ def bench_train(
     """Measure the training of a recipe: trainer, bare step, roofline, memory, kernels."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.result import hand_over, require_appendable
-        from finetune.bench.train import bench_train as run
+        from finetune.bench import bench_train as run
+        from finetune.bench import hand_over, require_appendable
 
         require_appendable(out)
         document = run(
@@ -60,8 +60,8 @@ def bench_router(
     """Measure what watching the routers costs a training step."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.result import hand_over, require_appendable
-        from finetune.bench.router import bench_router as run
+        from finetune.bench import bench_router as run
+        from finetune.bench import hand_over, require_appendable
 
         require_appendable(out)
         document = run(
@@ -101,8 +101,8 @@ def bench_decode(
     """Measure the engine: tokens a second by batch and context, beside what the memory's bandwidth allows."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.decode import bench_decode as run
-        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench import bench_decode as run
+        from finetune.bench import hand_over, require_appendable
 
         require_appendable(out)
         document = run(
@@ -135,8 +135,8 @@ def bench_peers(
     """Measure what one would train with instead, as far as it is installed."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.peers import bench_peers as run
-        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench import bench_peers as run
+        from finetune.bench import hand_over, require_appendable
 
         require_appendable(out)
         hand_over(run(report, shape=shape, batch=batch, length=length, steps=steps, layers=layers), report, out)
@@ -157,8 +157,8 @@ def bench_data(
     """Measure the data path beside bare tokenization."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.data import bench_data as run
-        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench import bench_data as run
+        from finetune.bench import hand_over, require_appendable
 
         require_appendable(out)
         hand_over(run(report, rows=rows, processes=processes, max_length=length, source=source), report, out)
@@ -177,9 +177,8 @@ def bench_kernels(
     """Measure single kernels and one layer's experts, beside the copy rate."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.kernels import TOKENS
-        from finetune.bench.kernels import bench_kernels as run
-        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench import TOKENS, hand_over, require_appendable
+        from finetune.bench import bench_kernels as run
 
         require_appendable(out)
         hand_over(run(report, shape=shape, tokens=tokens or TOKENS), report, out)
@@ -198,8 +197,8 @@ def bench_experts(
     """Measure what NF4, 3-bit and 2-bit experts lose against 16 bits on held-out text."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.bench.experts import bench_experts as run
-        from finetune.bench.result import hand_over, require_appendable
+        from finetune.bench import bench_experts as run
+        from finetune.bench import hand_over, require_appendable
 
         require_appendable(out)
         hand_over(run(model, report, data=data, rows=rows, device=device), report, out)

@@ -9,7 +9,7 @@ import typer
 
 from finetune.cli.options import Debug, Json, Overrides, RecipePath
 from finetune.cli.reporting import quiet_libraries, reporting
-from finetune.recipe.load import load_recipe
+from finetune.recipe import load_recipe
 
 data_app = typer.Typer(name="data", no_args_is_help=True, help="Look at data.")
 
@@ -31,7 +31,7 @@ def data_check(
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
-        from finetune.data.check.check import check_data
+        from finetune.data import check_data
 
         document = check_data(
             loaded, report, name=str(recipe), show=show, html=html, fix=fix, price_per_hour=price_per_hour

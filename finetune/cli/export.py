@@ -44,7 +44,7 @@ def merge(
     goes_on = "the same command goes on from what is there"
     with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
         quiet_libraries(debug)
-        from finetune.export.command import run_merge
+        from finetune.export import run_merge
 
         document = run_merge(
             adapter,
@@ -81,8 +81,8 @@ def push(
     """Put a run's adapter or merged model on the Hugging Face Hub, with a card."""
     with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
         quiet_libraries(debug, hub_progress=True)
-        from finetune.export.hub import Destination
-        from finetune.export.upload import push as send
+        from finetune.export import Destination
+        from finetune.export import push as send
 
         to = Destination(repo_id, private=private, branch=branch)
         report.finish(send(run, to, report, merged=merged, dry_run=dry_run))
@@ -102,7 +102,7 @@ def pull(
     goes_on = "the same command goes on from what is there"
     with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
         quiet_libraries(debug, hub_progress=True)
-        from finetune.export.download import pull as fetch
+        from finetune.export import pull as fetch
 
         pulled = fetch(repo_id, output, report, revision=revision, allow_unsafe=allow_unsafe)
         report.line(f"{pulled.repo_id} at {pulled.commit}, every hash as the commit names it, in {output}")
@@ -122,7 +122,7 @@ def adapter_inspect(
     """Show what an adapter is: kind, rank, targets, base, recipe, data, and its norms layer by layer."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.export.adapter_report import inspect_adapter, show_adapter
+        from finetune.export import inspect_adapter, show_adapter
 
         document = inspect_adapter(adapter, base_path=base)
         show_adapter(document, report)

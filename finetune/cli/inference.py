@@ -30,10 +30,8 @@ def generate(
     """Answer prompts, streamed."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.infer.engine import Engine
-        from finetune.infer.generation import generate as answer
-        from finetune.infer.request import Sampling
-        from finetune.infer.settings import EngineSettings
+        from finetune.infer import Engine, EngineSettings, Sampling
+        from finetune.infer import generate as answer
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
         stdout = report.stdout
@@ -98,14 +96,14 @@ def chat(
     """Talk with a model in the terminal, or on a page with --ui."""
     with reporting(False, debug) as report:
         quiet_libraries(debug)
-        from finetune.chat.requirements import require_gradio
-        from finetune.infer.request import Sampling
+        from finetune.chat import require_gradio
+        from finetune.infer import Sampling
 
         if ui:
             require_gradio()
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        from finetune.chat.command import Asked, talk, talk_on_page
-        from finetune.infer.settings import EngineSettings
+        from finetune.chat import Asked, talk, talk_on_page
+        from finetune.infer import EngineSettings
 
         settings = EngineSettings(
             max_length=max_length,
@@ -159,11 +157,11 @@ def serve(
     """Serve a model over HTTP in OpenAI's form, until Ctrl+C or SIGTERM."""
     with reporting(False, debug) as report:
         quiet_libraries(debug)
-        from finetune.serve.requirements import require_packages
+        from finetune.serve import require_packages
 
         require_packages()
-        from finetune.infer.settings import EngineSettings
-        from finetune.serve.command import serve as run
+        from finetune.infer import EngineSettings
+        from finetune.serve import serve as run
 
         run(
             model,

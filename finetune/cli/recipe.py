@@ -6,9 +6,7 @@ import typer
 
 from finetune.cli.options import Debug, Json, Overrides, RecipePath
 from finetune.cli.reporting import reporting
-from finetune.recipe.load import load_recipe, resolved_yaml
-from finetune.recipe.origin import provenance
-from finetune.recipe.schema import recipe_schema
+from finetune.recipe import load_recipe, provenance, recipe_schema, resolved_yaml
 
 recipe_app = typer.Typer(name="recipe", no_args_is_help=True, help="Look at recipes.")
 

@@ -27,7 +27,7 @@ def router_drift(
     """Measure how far fine-tuning moved the routing from the base's, on the same text."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.router.study.drift_command import router_drift as run
+        from finetune.router import router_drift as run
 
         report.finish(run(model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, out=out))
 
@@ -47,7 +47,7 @@ def router_analyze(
     """Study the routing: load and repetition by kind of text, favourite tokens, pairs of experts, coloured text."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.router.study.analyze import router_analyze as run
+        from finetune.router import router_analyze as run
 
         document = run(
             model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, html=html, out=out
@@ -66,6 +66,6 @@ def router_report(
     """Report what a run did to the routing: the verdict, load, curves against the base, drift, alarms."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.router.study.report import report_run
+        from finetune.router import report_run
 
         report.finish(report_run(run, report, html=html, figures=figures))

@@ -13,7 +13,7 @@ import typer
 from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath, sane_size
 from finetune.cli.reporting import quiet_libraries, reporting
 from finetune.console import gib
-from finetune.recipe.load import load_recipe
+from finetune.recipe import load_recipe
 
 
 def train(
@@ -37,7 +37,7 @@ def train(
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
         quiet_libraries(debug)
-        from finetune.train.run import train as run
+        from finetune.train import train as run
 
         summary = run(
             loaded,
@@ -79,9 +79,9 @@ def preflight(
         quiet_libraries(debug)
         from torch import device as torch_device
 
-        from finetune.memory.needs import preflight as run
-        from finetune.memory.needs import show_memory
-        from finetune.moe.load import resolve_device
+        from finetune.memory import preflight as run
+        from finetune.memory import show_memory
+        from finetune.moe import resolve_device
 
         bytes_given = None if gpu_gib is None else int(gpu_gib * 2**30)
         device = torch_device("cuda") if gpu_gib is not None else resolve_device(loaded.model.device)
@@ -105,7 +105,7 @@ def quantize(
     """Quantize a model once; the folder then loads without quantizing again."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.export.quantized import write_quantized
+        from finetune.export import write_quantized
 
         census = write_quantized(model, output, attention=attention, experts=experts, revision=revision, device=device)
         rows = [(row.role, row.dtype, gib(row.bytes)) for row in census.rows]

@@ -32,7 +32,7 @@ import tokenizers
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.data.duplicates import SIGNATURE_VERSION
 from finetune.data.encoding import encode_settings
 from finetune.data.forms import find_form

@@ -25,7 +25,7 @@ from finetune.data.mixture import hold_out, interleave
 from finetune.data.pipeline import EncodedSource, Ledger, Reading, encode_source
 from finetune.data.readers import Source
 from finetune.data.worker import Teaching
-from finetune.recipe.schema import Recipe
+from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

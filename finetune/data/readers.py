@@ -19,7 +19,7 @@ from typing import Annotated, TypeVar
 from datasets import ReadInstruction
 from pydantic import Field
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.data import hub
 from finetune.data.fileformats import ONLY_SPLIT, SUFFIXES, Arrow, open_file, suffix_of
 from finetune.data.hub import unknown_split

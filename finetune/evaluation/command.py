@@ -8,17 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter.adapter import is_adapter
+from finetune.adapter import is_adapter
 from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.evaluation.compare import Comparison, compare, require_data
 from finetune.evaluation.intervals import CONFIDENCE, Estimate
 from finetune.evaluation.models import open_compared
 from finetune.evaluation.survival import ROUNDINGS, Survival, lost_in, survival
-from finetune.export.adapter_report import inspect_adapter
-from finetune.export.held_out import HeldOut
-from finetune.export.source import open_source
-from finetune.export.tunings import Weighted
+from finetune.export import HeldOut, Weighted, inspect_adapter, open_source
 
 _COLUMNS = {"nf4": "nf4 again (as PEFT merges)", "bf16": "bf16", "fp16": "fp16"}
 

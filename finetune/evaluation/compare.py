@@ -24,8 +24,8 @@ from finetune.errors import DataError
 from finetune.evaluate import KeptAnswers, Row, RowSums, row_sums, said_to
 from finetune.evaluation.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
 from finetune.evaluation.models import Compared
-from finetune.export.held_out import HeldOut
-from finetune.moe.load import LoadedModel
+from finetune.export import HeldOut
+from finetune.moe import LoadedModel
 
 
 @dataclass(frozen=True)

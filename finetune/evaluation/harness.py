@@ -26,9 +26,9 @@ from datasets.exceptions import DatasetGenerationError
 from finetune.console import Report
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.evaluation.models import Compared, open_compared
-from finetune.moe.load import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
-from finetune.recipe.origin import provenance
-from finetune.router.study.passing import require_writable
+from finetune.moe import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
+from finetune.recipe import provenance
+from finetune.router import require_writable
 from finetune.runfolder import write_json
 
 AUTO = "auto"

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.adapter.adapter import Adapter, is_adapter, load, require_tuned
+from finetune.adapter import Adapter, is_adapter, load, require_tuned
 from finetune.errors import AdapterError, ModelError
-from finetune.moe.arch import MoeArch
-from finetune.moe.load import (
+from finetune.moe import (
     BaseSpec,
     LoadedModel,
+    MoeArch,
     check_base,
     load_tokenizer,
     read_config,

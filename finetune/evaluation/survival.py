@@ -25,10 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.export.source import MergeSource
-from finetune.export.trained_base import decode, encode
-from finetune.export.tunings import tuned_weight
-from finetune.moe.arch import role_of
+from finetune.export import MergeSource, decode, encode, tuned_weight
+from finetune.moe import role_of
 
 # Below this share of the update a merge is another model than the one that was trained.
 KEPT_AT_LEAST = 0.9

@@ -20,14 +20,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.adapter.adapter import Adapter
-from finetune.checkpoint.folder import check_model_folder, shard_files
-from finetune.checkpoint.json_file import read_json
+from finetune.adapter import Adapter
+from finetune.checkpoint import check_model_folder, read_json, shard_files
 from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.export.run_files import DataFile, recorded
-from finetune.moe.arch import MoeArch, hub_name, router_path
-from finetune.moe.load import fingerprint_of, require_fingerprint
+from finetune.moe import MoeArch, fingerprint_of, hub_name, require_fingerprint, router_path
 from finetune.runfolder import RunFolder
 
 TRAINING_FILE = "training.json"

@@ -17,16 +17,15 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.errors import HubError, ModelError, OutputError
 from finetune.export.hub import Destination, Hub, Kind
 from finetune.export.published import is_local, public_name
 from finetune.export.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
 from finetune.jsonl import read_metrics
-from finetune.memory.static import EXPERT_FORMATS
-from finetune.moe.config import QUANT_METHOD
-from finetune.moe.load import BaseSpec
-from finetune.recipe.schema import Recipe
+from finetune.memory import EXPERT_FORMATS
+from finetune.moe import QUANT_METHOD, BaseSpec
+from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder, set_aside
 from finetune.summary import held_out_loss
 

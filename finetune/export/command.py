@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapter.adapter import load
+from finetune.adapter import load
 from finetune.console import Report, gib
 from finetune.errors import OutputError
 from finetune.evaluate import Fidelity, fidelity_between
@@ -26,7 +26,7 @@ from finetune.export.standard import DTYPES, write_standard
 from finetune.export.streamed_nf4 import write_nf4
 from finetune.export.trained_base import Onto
 from finetune.export.tunings import Weighted
-from finetune.moe.load import resolve_device
+from finetune.moe import resolve_device
 from finetune.runfolder import require_fresh, write_json
 
 FORMATS = ("nf4", *DTYPES, "gguf")

@@ -24,8 +24,7 @@ from typing import Any
 
 from huggingface_hub.hf_api import RepoFile
 
-from finetune.checkpoint.headers import check_safetensors
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import check_safetensors, read_json
 from finetune.console import Report, gib
 from finetune.errors import HubError
 from finetune.export.hub import Hub, require_repo_id

@@ -36,7 +36,7 @@ from finetune.export.serving import write_serving
 from finetune.export.shards import as_bytes
 from finetune.export.source import MergeSource
 from finetune.export.standard import MERGE_FILE
-from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, role_of
+from finetune.moe import EXPERT_PROJECTIONS, MoeArch, role_of
 from finetune.runfolder import write_json
 
 WRITTEN_TYPES = ("f16", "q8_0")

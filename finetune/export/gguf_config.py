@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from finetune.errors import ModelError
-from finetune.moe.arch import MoeArch
+from finetune.moe import MoeArch
 
 ROPE_FREQS = "rope_freqs.weight"
 _WRITTEN = {

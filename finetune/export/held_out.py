@@ -9,14 +9,20 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from finetune.console import Report
-from finetune.data.pipeline import Reading, encode_source
-from finetune.data.prepare import held_out_name, held_out_rows, readings_of
-from finetune.data.readers import Source, open_source
-from finetune.data.worker import Teaching
+from finetune.data import (
+    Reading,
+    Source,
+    Teaching,
+    encode_source,
+    held_out_name,
+    held_out_rows,
+    open_source,
+    readings_of,
+)
 from finetune.errors import AdapterError
 from finetune.evaluate import Row
 from finetune.export.run_files import recorded_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder
 
 

@@ -18,13 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter.files import LORA_CONFIG, LORA_TENSORS, NON_MOE_CONFIG, NON_MOE_TENSORS
-from finetune.adapter.non_moe import read_non_moe
-from finetune.checkpoint.folder import shard_files
-from finetune.checkpoint.json_file import read_json
-from finetune.data.fileformats import SUFFIXES, suffix_of
+from finetune.adapter import LORA_CONFIG, LORA_TENSORS, NON_MOE_CONFIG, NON_MOE_TENSORS, read_non_moe
+from finetune.checkpoint import read_json, shard_files
+from finetune.data import SUFFIXES, suffix_of
 from finetune.errors import AdapterError, ModelError
-from finetune.moe.load import BASE_FILE
+from finetune.moe import BASE_FILE
 
 _TOKENIZER = r"tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt"
 _TOKENIZER += r"|chat_template\.jinja|chat_template\.json"

@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import get_args
 
 from finetune.errors import ModelError
-from finetune.kernels.stacks import ExpertStorage
-from finetune.moe.census import Census, require_quantized_experts, take_census
-from finetune.moe.config import QUANT_METHOD, AttentionStorage, refuse_without_toolkit
-from finetune.moe.load import BaseSpec, load_base, read_config, saved_quantization
+from finetune.kernels import ExpertStorage
+from finetune.moe import (
+    QUANT_METHOD,
+    AttentionStorage,
+    BaseSpec,
+    Census,
+    load_base,
+    read_config,
+    refuse_without_toolkit,
+    require_quantized_experts,
+    saved_quantization,
+    take_census,
+)
 from finetune.runfolder import require_fresh, require_space, staged
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from datasets.utils import tqdm
 
-from finetune.checkpoint.json_file import NotJson, parse_json
+from finetune.checkpoint import NotJson, parse_json
 from finetune.errors import FinetuneError, OutputError
 from finetune.export import buffers
 from finetune.export.page_cache import BLOCK, flush, read_into, write_from

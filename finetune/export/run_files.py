@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.errors import FinetuneError, OutputError
-from finetune.recipe.schema import Recipe
+from finetune.recipe import Recipe
 from finetune.values import FileSchema, check_object
 
 

@@ -15,19 +15,20 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapter.adapter import Adapter, is_adapter
-from finetune.checkpoint.json_file import read_json
+from finetune.adapter import Adapter, is_adapter
+from finetune.checkpoint import read_json
 from finetune.errors import AdapterError, ModelError
 from finetune.export.trained_base import Onto, TrainedBase
 from finetune.export.tunings import Tuning, Weighted, tuned_weight
-from finetune.moe.arch import MoeArch, router_path
-from finetune.moe.config import of_plain_weights
-from finetune.moe.load import (
+from finetune.moe import (
     BaseSpec,
+    MoeArch,
     check_base,
     fingerprint_of,
     load_tokenizer,
+    of_plain_weights,
     require_fingerprint,
+    router_path,
 )
 
 _BASE_FILES = ["*.json", "*.safetensors"]

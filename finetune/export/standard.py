@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.export.resumable import resumable
 from finetune.export.serving import write_serving
 from finetune.export.shards import Made, Stored, parse_size, write_shards
 from finetune.export.source import MergeSource
-from finetune.moe.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name, role_of
+from finetune.moe import EXPERT_PROJECTIONS, hub_expert_names, hub_name, role_of
 from finetune.runfolder import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

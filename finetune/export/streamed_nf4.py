@@ -27,9 +27,8 @@ from finetune.export.serving import write_serving
 from finetune.export.shards import Made, Stored, parse_size, write_shards
 from finetune.export.source import MergeSource
 from finetune.export.standard import DTYPES, MERGE_FILE
-from finetune.kernels.stacks import empty_experts
-from finetune.moe.arch import EXPERT_PROJECTIONS, role_of
-from finetune.moe.config import Moe4bitConfig, refuse_without_toolkit
+from finetune.kernels import empty_experts
+from finetune.moe import EXPERT_PROJECTIONS, Moe4bitConfig, refuse_without_toolkit, role_of
 from finetune.runfolder import write_json
 
 MERGED_DTYPE = torch.bfloat16

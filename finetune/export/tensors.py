@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.checkpoint.folder import incomplete, shard_files
-from finetune.checkpoint.headers import TensorInfo, read_tensor_infos
+from finetune.checkpoint import TensorInfo, incomplete, read_tensor_infos, shard_files
 from finetune.errors import AdapterError, FinetuneError, ModelError
 from finetune.export import buffers
 from finetune.export.page_cache import read_into

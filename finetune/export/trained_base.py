@@ -22,14 +22,34 @@ from torch import Tensor
 
 from finetune.export import buffers
 from finetune.export.tensors import Tensors
-from finetune.kernels.nf4 import Nf4Stack, quantize_stack
-from finetune.kernels.nf4_code import NF4_CODE
-from finetune.kernels.nf4_quantize import BLOCK, NESTED_BLOCK, dynamic_map, quantize_scales
-from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, stack_type
-from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
-from finetune.moe.census import joined_hash, require_same_experts, stack_hash
-from finetune.moe.config import AttentionStorage
-from finetune.moe.finite import is_finite, not_finite
+from finetune.kernels import (
+    BLOCK,
+    NESTED_BLOCK,
+    NF4_CODE,
+    ExpertStack,
+    ExpertStorage,
+    Nf4Stack,
+    dequantize_expert,
+    dynamic_map,
+    empty_experts,
+    quantize_scales,
+    quantize_stack,
+    stack_type,
+)
+from finetune.moe import (
+    EXPERT_PROJECTIONS,
+    AttentionStorage,
+    MoeArch,
+    experts_path,
+    hub_expert_names,
+    hub_name,
+    is_finite,
+    joined_hash,
+    not_finite,
+    require_same_experts,
+    role_of,
+    stack_hash,
+)
 
 Onto = Literal["trained", "original"]
 Shapes = dict[str, tuple[int, ...]]

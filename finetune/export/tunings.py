@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.adapter.adapter import Adapter
+from finetune.adapter import Adapter
 from finetune.errors import AdapterError
 from finetune.export.tensors import Tensors
 

@@ -17,9 +17,8 @@ from finetune.export.adapter_report import TRAINING_FILE, data_facts
 from finetune.export.card import RunFacts, base_licence, make_card
 from finetune.export.hub import Destination, Hub, kind_of, publish, require_repo_id, require_writable
 from finetune.export.published import adapter_files, is_local, merged_files, public_name, public_values
-from finetune.recipe.load import resolved_yaml
-from finetune.recipe.schema import Recipe
-from finetune.router.plots import run_figures
+from finetune.recipe import Recipe, resolved_yaml
+from finetune.router import run_figures
 from finetune.runfolder import RunFolder
 
 CARD, RECIPE, FIGURES = "README.md", "recipe.yaml", "figures"

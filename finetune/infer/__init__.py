@@ -1,1 +1,5 @@
 """Answers from a trained model, through the same quantized experts that trained it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.encoding import Refused, encoder_of
+from finetune.data import Refused, encoder_of
 from finetune.errors import DataError
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from finetune.infer.runner import Runner
 from finetune.infer.sampler import RowSampling
 from finetune.infer.settings import EngineSettings
 from finetune.infer.text import AnswerText
-from finetune.moe.load import ExpertsOn, LoadedModel
+from finetune.moe import ExpertsOn, LoadedModel
 
 T = TypeVar("T")
 Listener = Callable[[Event], None]

@@ -12,21 +12,21 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.adapter.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
+from finetune.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
 from finetune.errors import AdapterError, FinetuneError
 from finetune.infer.residency import needs_offload, require_residency
 from finetune.infer.settings import EngineSettings
-from finetune.moe.arch import MoeArch
-from finetune.moe.load import (
+from finetune.moe import (
+    NF4_BYTES_PER_WEIGHT,
     BaseSpec,
     ExpertsOn,
     LoadedModel,
+    MoeArch,
     read_config,
     resolve_device,
     resolve_dtype,
     saved_quantization,
 )
-from finetune.moe.quantizer import NF4_BYTES_PER_WEIGHT
 
 BASE_NAME = "base"
 

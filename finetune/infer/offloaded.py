@@ -23,10 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import DeviceError
-from finetune.kernels.expert_cache import assign_slots, fetch_experts
-from finetune.kernels.stacks import ExpertStack
-from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
-from finetune.moe.experts import FEW_CHOICES, QuantizedExperts, run_experts
+from finetune.kernels import ExpertStack, assign_slots, fetch_experts
+from finetune.moe import EXPERT_PROJECTIONS, FEW_CHOICES, MoeArch, QuantizedExperts, experts_path, run_experts
 
 # Prompts go through the experts in pieces of so many tokens: their rows then take 0.4 GB of Mixtral's, not 1.6.
 PIECE_TOKENS = 1024

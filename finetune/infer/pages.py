@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.moe.arch import MoeArch
+from finetune.moe import MoeArch
 
 PAGE = 64
 

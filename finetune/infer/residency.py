@@ -14,13 +14,13 @@ from typing import Literal, get_args
 
 import torch
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.errors import DataError, DeviceError
 from finetune.infer.offloaded import PIECE_TOKENS
 from finetune.infer.pages import page_bytes, pages_for
-from finetune.kernels.stacks import ExpertStorage
-from finetune.memory.static import expert_bytes
-from finetune.moe.arch import MoeArch
+from finetune.kernels import ExpertStorage
+from finetune.memory import expert_bytes
+from finetune.moe import MoeArch
 
 Residency = Literal["auto", "resident", "offload"]
 # A forward pass of so many prompt tokens keeps an H100's GEMMs full; more would only hold up the running rows longer.

@@ -25,7 +25,7 @@ from finetune.infer.rotary import RotaryTables
 from finetune.infer.sampler import Chosen, RowSampling, choose
 from finetune.infer.settings import EngineSettings
 from finetune.infer.step import DecodeStep
-from finetune.moe.arch import MoeArch, experts_path
+from finetune.moe import MoeArch, experts_path
 
 R = TypeVar("R")
 

@@ -22,11 +22,19 @@ from torch import Tensor, nn
 from finetune.infer.pages import PagePool
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.weights import Adapters, Layer, read_layers
-from finetune.kernels.decode import add_norm, lora_rows, route
-from finetune.kernels.few_rows import Halves, few_experts, nf4_rows, runs_on_kernels
-from finetune.kernels.nf4 import stack_of_linear
-from finetune.kernels.paged import paged_attention, rope_write
-from finetune.moe.arch import MoeArch
+from finetune.kernels import (
+    Halves,
+    add_norm,
+    few_experts,
+    lora_rows,
+    nf4_rows,
+    paged_attention,
+    rope_write,
+    route,
+    runs_on_kernels,
+    stack_of_linear,
+)
+from finetune.moe import MoeArch
 
 
 class DecodeStep:

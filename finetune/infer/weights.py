@@ -19,10 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from finetune.infer.offloaded import OffloadedExperts
-from finetune.kernels.nf4 import dequantize_linear
-from finetune.kernels.stacks import ExpertStack
-from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch
-from finetune.moe.experts import QuantizedExperts
+from finetune.kernels import ExpertStack, dequantize_linear
+from finetune.moe import EXPERT_PROJECTIONS, MoeArch, QuantizedExperts
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,6 @@ Leaves out: memory of other processes, evaluation batches larger than training's
 holding everything).
 """
 
-from finetune.memory.run import GIB, MemoryItem, Run
-from finetune.memory.static import nf4_bytes
-from finetune.memory.step import LOGIT_TILE, recompute_seconds
-from finetune.memory.totals import CUDA_CONTEXT, MemoryEstimate, estimate, total
+import lazy_loader
 
-__all__ = [
-    "CUDA_CONTEXT",
-    "GIB",
-    "LOGIT_TILE",
-    "MemoryEstimate",
-    "MemoryItem",
-    "Run",
-    "estimate",
-    "nf4_bytes",
-    "recompute_seconds",
-    "total",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

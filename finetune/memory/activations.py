@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from finetune.kernels.expert_operation import remember
-from finetune.moe.arch import MoeArch, experts_path, layer_path, router_path
+from finetune.kernels import remember
+from finetune.moe import MoeArch, experts_path, layer_path, router_path
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,15 @@ from datasets import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import SaveStrategy
 
 from finetune.console import Report, gib
-from finetune.data.chat import apply_template
-from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source
-from finetune.data.rows import IGNORED
-from finetune.data.worker import Teaching
+from finetune.data import IGNORED, Reading, Source, Teaching, apply_template, encode_source
 from finetune.errors import DeviceError, FinetuneError
-from finetune.kernels.experts_matmul import choose_backend
+from finetune.kernels import choose_backend
 from finetune.memory.activations import ActivationPlan, plan_activations
 from finetune.memory.run import GIB, Dtype, Run
 from finetune.memory.step import recompute_seconds
 from finetune.memory.totals import CUDA_CONTEXT, MemoryEstimate, estimate, total
-from finetune.moe.arch import MoeArch
-from finetune.moe.fused_layers import wants_fused_layers
-from finetune.moe.load import load_tokenizer, read_config, resolve_dtype, saved_quantization
-from finetune.recipe.schema import Recipe
+from finetune.moe import MoeArch, load_tokenizer, read_config, resolve_dtype, saved_quantization, wants_fused_layers
+from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
     from trl import SFTConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.moe.arch import ATTENTION_PROJECTIONS, MoeArch
+from finetune.moe import ATTENTION_PROJECTIONS, MoeArch
 
 GIB = 2**30
 Method = Literal["attention_lora", "non_moe"]

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune.memory.run import MemoryItem, Run
-from finetune.moe.arch import ATTENTION_PROJECTIONS, DOWN_PROJ, GATE_UP_PROJ
+from finetune.moe import ATTENTION_PROJECTIONS, DOWN_PROJ, GATE_UP_PROJ
 
 # trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE: one tile of logits.
 LOGIT_TILE = (4096, 32768)

@@ -4,17 +4,6 @@ Importing this package registers it: afterwards `from_pretrained(..., quantizati
 while loading, and folders saved from such a model load by themselves.
 """
 
-from finetune.moe.census import Census, hash_experts, require_quantized_experts, take_census
-from finetune.moe.config import Moe4bitConfig
-from finetune.moe.experts import QuantizedExperts
-from finetune.moe.quantizer import Moe4bitQuantizer
+import lazy_loader
 
-__all__ = [
-    "Census",
-    "Moe4bitConfig",
-    "Moe4bitQuantizer",
-    "QuantizedExperts",
-    "hash_experts",
-    "require_quantized_experts",
-    "take_census",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -43,7 +43,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetune.kernels.varlen import compute_dtype, flash_serves, varlen_attention
+from finetune.kernels import compute_dtype, flash_serves, varlen_attention
 
 VARLEN = "varlen"
 _SDPA_ONLY = ("output_attentions", "position_bias", "softcap", "s_aux", "cache")

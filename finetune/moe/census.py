@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import AdapterError, ModelError
-from finetune.kernels.stacks import ExpertStack
+from finetune.kernels import ExpertStack
 from finetune.moe.arch import EXPERT_PROJECTIONS, role_of
 from finetune.moe.experts import QuantizedExperts
 

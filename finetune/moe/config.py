@@ -17,15 +17,15 @@ from typing import Any, Literal, get_args
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.errors import ModelError
-from finetune.kernels.stacks import ExpertStorage
+from finetune.kernels import ExpertStorage
 
 QUANT_METHOD = "moe_4bit"
 AttentionStorage = Literal["nf4", "16bit"]
 REFUSAL_KEY = "transformers_weights"
 _REFUSAL = (
-    "these weights are for moe-qlora: run `import finetune.moe` before from_pretrained. "
+    "these weights are for moe-qlora: run `from finetune import Moe4bitConfig` before from_pretrained. "
     "Its experts are quantized in a way that transformers alone does not read, and would leave random"
 )
 

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.expert_operation import frozen_experts, remember
-from finetune.kernels.experts_matmul import BackendChoice, choose_backend
-from finetune.kernels.few_rows import few_experts, runs_on_kernels, to_halves
-from finetune.kernels.stacks import ExpertStack, ExpertStorage, empty_experts, quantize_experts, stack_type
+from finetune.kernels import (
+    BackendChoice,
+    ExpertStack,
+    ExpertStorage,
+    choose_backend,
+    empty_experts,
+    few_experts,
+    frozen_experts,
+    quantize_experts,
+    remember,
+    runs_on_kernels,
+    stack_type,
+    to_halves,
+)
 from finetune.moe.arch import EXPERT_PROJECTIONS
 
 # Up to so many choices (tokens * top_k) without gradients, on a GPU, the matrices are read without being written out:

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finetune.checkpoint.folder import incomplete, shard_files
-from finetune.checkpoint.headers import read_tensor_infos
+from finetune.checkpoint import incomplete, read_tensor_infos, shard_files
 from finetune.errors import ModelError
 from finetune.moe.arch import EXPERT_PROJECTIONS, hub_expert_names, hub_name
 from finetune.moe.experts import QuantizedExperts

@@ -21,17 +21,22 @@ from pydantic import ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune.checkpoint.folder import check_model_folder, incomplete, require_every_expert
-from finetune.checkpoint.json_file import read_json
-from finetune.checkpoint.schemas import check_tokenizer_files
-from finetune.checkpoint.upstream import blamed_on
+from finetune.checkpoint import (
+    blamed_on,
+    check_model_folder,
+    check_tokenizer_files,
+    incomplete,
+    read_json,
+    require_every_expert,
+)
 from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
-from finetune.kernels.stacks import ExpertStorage
+from finetune.kernels import ExpertStorage
 from finetune.moe.arch import MoeArch, router_path
 from finetune.moe.attention import read_packing, resolve_attention
-from finetune.moe.config import QUANT_METHOD, AttentionStorage, Moe4bitConfig
+from finetune.moe.config import QUANT_METHOD, AttentionStorage
 from finetune.moe.experts import QuantizedExperts
 from finetune.moe.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
+from finetune.moe.quantizer import Moe4bitConfig
 from finetune.moe.random_weights import build_random_model
 from finetune.moe.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.values import check_object

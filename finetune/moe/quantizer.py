@@ -27,9 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import ModelError
-from finetune.kernels.nf4 import quantized_parameter
-from finetune.kernels.nf4_quantize import BLOCK
-from finetune.kernels.stacks import ExpertStorage
+from finetune.kernels import BLOCK, ExpertStorage, quantized_parameter
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.moe.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
 from finetune.moe.experts import QuantizedExperts

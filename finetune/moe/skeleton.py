@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from finetune.checkpoint.folder import incomplete, shard_files
-from finetune.checkpoint.headers import TensorInfo, read_tensor_infos
-from finetune.checkpoint.json_file import read_json
-from finetune.checkpoint.schemas import GenerationFile
-from finetune.checkpoint.upstream import blamed_on
+from finetune.checkpoint import (
+    GenerationFile,
+    TensorInfo,
+    blamed_on,
+    incomplete,
+    read_json,
+    read_tensor_infos,
+    shard_files,
+)
 from finetune.errors import ModelError
 from finetune.moe.arch import MoeArch, hub_name, role_of
 from finetune.values import check_object

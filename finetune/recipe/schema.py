@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from finetune.moe.arch import ATTENTION_PROJECTIONS, why_no_lora
+from finetune.moe import ATTENTION_PROJECTIONS, why_no_lora
 from finetune.recipe.faults import Fault
 from finetune.recipe.training import check_training, training_schema
 

@@ -3,23 +3,6 @@
 Figures live in `finetune.router.plots`, which alone imports matplotlib and is therefore not imported here.
 """
 
-from finetune.router.alarms import Alarm, AlarmRules, RouterAlarms
-from finetune.router.callback import RouterCallback
-from finetune.router.capture import RouterCapture
-from finetune.router.metrics import LayerMetrics, RouterSums, layer_metrics
-from finetune.router.reference import RouterReference, probe_rows
-from finetune.router.watch import RouterWatch
+import lazy_loader
 
-__all__ = [
-    "Alarm",
-    "AlarmRules",
-    "LayerMetrics",
-    "RouterAlarms",
-    "RouterCallback",
-    "RouterCapture",
-    "RouterReference",
-    "RouterSums",
-    "RouterWatch",
-    "layer_metrics",
-    "probe_rows",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

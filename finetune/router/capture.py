@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from finetune.errors import ModelError
-from finetune.moe.arch import router_path
+from finetune.moe import router_path
 from finetune.router.metrics import RouterSums
 
 Mode = Literal["train", "eval"]

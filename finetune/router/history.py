@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.errors import OutputError
 from finetune.jsonl import read_metrics
 from finetune.router.metrics import LAYER_METRICS

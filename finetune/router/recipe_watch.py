@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from finetune.data.pieces import token_pieces
-from finetune.moe.arch import MoeArch
-from finetune.recipe.schema import Recipe
+from finetune.data import token_pieces
+from finetune.moe import MoeArch
+from finetune.recipe import Recipe
 from finetune.router.alarms import AlarmRules, RouterAlarms
 from finetune.router.callback import RouterCallback
 from finetune.router.capture import RouterCapture

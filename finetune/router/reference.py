@@ -28,8 +28,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.checkpoint.headers import check_safetensors
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import check_safetensors, read_json
 from finetune.errors import OutputError
 from finetune.router.capture import RouterCapture
 from finetune.router.drift import Drift, drift

@@ -7,3 +7,7 @@ to the event loop, `chat_form.py` and `completion_form.py` are the two shapes of
 
 Leaves out: tools, constrained formats, images, penalties by count; they are refused by name, not ignored.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

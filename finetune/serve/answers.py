@@ -18,10 +18,10 @@ from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from finetune.infer.request import Event, FinishedEvent, TokenEvent
+from finetune.infer import Event, FinishedEvent, TokenEvent
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Ticket
+    from finetune.infer import Ticket
 
 
 # Telling one client takes about 45 microseconds, mostly the system call, so 16 clients take at most 4% of the time.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from finetune.errors import DataError
-from finetune.infer.request import Sampling
+from finetune.infer import Sampling
 from finetune.serve.fields import (
     CHAT_REFUSED,
     COMPLETION_REFUSED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.infer.request import TokenEvent
+from finetune.infer import TokenEvent
 from finetune.serve.token_texts import TokenTexts, finite
 
 

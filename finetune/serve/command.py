@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 
 from finetune.console import Report
 from finetune.errors import EngineError, FinetuneError
-from finetune.infer.engine import Engine
-from finetune.infer.loading import parse_adapters
-from finetune.infer.settings import EngineSettings
+from finetune.infer import Engine, EngineSettings, parse_adapters
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
 from finetune.serve.gate import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
-from finetune.web.addresses import allow_connections, bind, is_local, url_of
+from finetune.web import allow_connections, bind, is_local, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

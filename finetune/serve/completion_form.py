@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.infer.request import TokenEvent
+from finetune.infer import TokenEvent
 from finetune.serve.token_texts import TextOffset, TokenTexts, finite
 
 

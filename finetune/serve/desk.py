@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from finetune.errors import DataError
-from finetune.infer.request import Request
+from finetune.infer import Request
 from finetune.serve.answers import Answer, Answers, Bridge
 from finetune.serve.metrics import Metrics
 from finetune.serve.refusal import Refusal
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine
+    from finetune.infer import Engine
 
 
 class Desk:

@@ -14,7 +14,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from finetune.infer.request import Request
+from finetune.infer import Request
 from finetune.serve.asked import Asked, ChatAsked, CompletionAsked, read_asked
 from finetune.serve.desk import Desk
 from finetune.serve.prompts import Prompts

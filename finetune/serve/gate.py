@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from finetune.errors import FinetuneError
 from finetune.serve.desk import Desk
 from finetune.serve.refusal import Refusal
-from finetune.web.addresses import host_name, is_local, is_local_name
+from finetune.web import host_name, is_local, is_local_name
 
 ENDPOINTS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
 _LEFT = 499  # nginx's status of a client that left before its response began

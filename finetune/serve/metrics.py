@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from finetune.serve.answers import Answer
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import EngineStats
+    from finetune.infer import EngineStats
 
 _FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)

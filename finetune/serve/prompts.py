@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.messages import ROLES, ContentFault, text_of
+from finetune.data import ROLES, ContentFault, text_of
 from finetune.errors import DataError
 from finetune.serve.fields import MESSAGE_HARMLESS, MESSAGE_REFUSED, PART_HARMLESS, refuse_extras
 from finetune.serve.refusal import Refusal
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine
+    from finetune.infer import Engine
 
 _FORMS = "allowed: a text, a list of texts, a list of token ids, a list of such lists"
 

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from finetune.infer.request import FinishedEvent, TokenEvent
+from finetune.infer import FinishedEvent, TokenEvent
 from finetune.serve.answers import Answers
 from finetune.serve.chat_form import ChatForm
 from finetune.serve.completion_form import CompletionForm

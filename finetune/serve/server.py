@@ -21,8 +21,7 @@ from starlette.types import ASGIApp
 
 from finetune.serve.desk import Desk
 from finetune.serve.refusal import Refusal
-from finetune.web.addresses import BACKLOG, listen
-from finetune.web.protocol import LimitedProtocol
+from finetune.web import BACKLOG, LimitedProtocol, listen
 
 # How long clients may take, once the answers have ended, to read what was sent, and to hear 503.
 FLUSH_SECONDS = 10

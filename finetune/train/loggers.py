@@ -27,9 +27,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback, rewrite_logs
 
 from finetune.errors import FinetuneError
-from finetune.recipe.schema import Recipe
-from finetune.router.media import RouterMedia, RouterMediaCallback
-from finetune.router.plots import load_heat_map_pixels
+from finetune.recipe import Recipe
+from finetune.router import RouterMedia, RouterMediaCallback, load_heat_map_pixels
 from finetune.runfolder import RunFolder
 
 

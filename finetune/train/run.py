@@ -20,45 +20,42 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from trl import SFTConfig
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora_layers import FusedLoraLinear4bit
-from finetune.adapter.masters import keep_fp32_masters, trainable_count
-from finetune.adapter.unfreeze import unfreeze_non_moe
-from finetune.checkpoint.json_file import read_json
-from finetune.checkpoint.resumable import find_checkpoints
+from finetune.adapter import (
+    FusedLoraLinear4bit,
+    add_attention_lora,
+    keep_fp32_masters,
+    trainable_count,
+    unfreeze_non_moe,
+)
+from finetune.checkpoint import find_checkpoints, read_json
 from finetune.console import Report
-from finetune.data.chat import apply_template
-from finetune.data.check.report import document as describe_data
-from finetune.data.check.report import require_sound
-from finetune.data.check.short import show_short
-from finetune.data.prepare import prepare_data
+from finetune.data import apply_template, prepare_data, require_sound, show_short
+from finetune.data import document as describe_data
 from finetune.errors import DeviceError, FinetuneError, OutputError, RecipeError
-from finetune.export.hub import Hub, require_writable
-from finetune.export.upload import destination_of, push_after_training
+from finetune.export import Hub, destination_of, push_after_training, require_writable
 from finetune.jsonl import JsonlCallback
-from finetune.memory.activations import apply_plan
-from finetune.memory.needs import disk_bytes, plan_of, preflight, require_fits, show_memory
-from finetune.memory.totals import MemoryEstimate
-from finetune.moe.arch import MoeArch
-from finetune.moe.attention import VARLEN, FullRows
-from finetune.moe.census import Census, hash_experts, require_quantized_experts, require_same_experts, take_census
-from finetune.moe.experts import QuantizedExperts
-from finetune.moe.load import (
+from finetune.memory import MemoryEstimate, apply_plan, disk_bytes, plan_of, preflight, require_fits, show_memory
+from finetune.moe import (
+    VARLEN,
     BaseSpec,
+    Census,
+    FullRows,
     LoadedModel,
+    MoeArch,
+    QuantizedExperts,
     check_base,
+    hash_experts,
     load_base,
     load_tokenizer_of,
+    require_quantized_experts,
+    require_same_experts,
     resolve_device,
     resolve_dtype,
+    take_census,
 )
 from finetune.progress import ProgressCallback
-from finetune.recipe.load import resolved_yaml
-from finetune.recipe.origin import provenance
-from finetune.recipe.schema import Recipe
-from finetune.router.auxiliary import AuxiliaryLoss
-from finetune.router.callback import RouterCallback
-from finetune.router.recipe_watch import watch_router
+from finetune.recipe import Recipe, provenance, resolved_yaml
+from finetune.router import AuxiliaryLoss, RouterCallback, watch_router
 from finetune.runfolder import (
     RunFolder,
     claimed,

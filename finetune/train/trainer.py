@@ -22,15 +22,12 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from finetune.adapter.adapter import Adapter
-from finetune.adapter.masters import trained_tensors
-from finetune.adapter.non_moe import load_non_moe
-from finetune.data.loaders import held_out_batches, own_loader, training_batches
+from finetune.adapter import Adapter, load_non_moe, trained_tensors
+from finetune.data import held_out_batches, own_loader, training_batches
 from finetune.errors import FinetuneError
-from finetune.memory.activations import ActivationPlan
-from finetune.moe.arch import is_router
-from finetune.moe.load import BaseSpec
-from finetune.router.auxiliary import AuxiliaryLoss
+from finetune.memory import ActivationPlan
+from finetune.moe import BaseSpec, is_router
+from finetune.router import AuxiliaryLoss
 from finetune.runfolder import full_disk_explained
 from finetune.train.stopping import EvaluationCut, Stopping
 

@@ -82,14 +82,14 @@ def assert_only_for_this_toolkit(folder: Path) -> None:
                 loader.from_pretrained({str(folder)!r})
             except ValueError as error:
                 print(error)
-        import finetune.moe
+        from finetune import Moe4bitConfig
         model = MixtralForCausalLM.from_pretrained({str(folder)!r}, device_map="cpu")
         print(type(model.model.layers[0].mlp.experts).__name__)
         """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *refusals, experts = done.stdout.splitlines()
     assert len(refusals) == 2
-    assert all("run `import finetune.moe` before from_pretrained" in refusal for refusal in refusals)
+    assert all("run `from finetune import Moe4bitConfig` before from_pretrained" in refusal for refusal in refusals)
     assert experts == "QuantizedExperts"
 
 

@@ -62,7 +62,7 @@ def test_a_non_moe_tuning(finished_run: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "file", "says", "says_not"),
     [
-        (NF4, "model.safetensors", "import finetune.moe  # registers the storage of the experts", "GGUF"),
+        (NF4, "model.safetensors", "from finetune import Moe4bitConfig  # registers the storage of the", "GGUF"),
         (PLAIN, "model.safetensors", "or whatever serves a plain checkpoint (SERVING.md", "import finetune"),
         (None, "tuned-q8_0.gguf", "LM Studio read `tuned-q8_0.gguf`; SERVING.md", "finetune pull"),
     ],

@@ -159,7 +159,7 @@ def test_an_interrupted_merge_says_how_it_goes_on(
 
     merge = ("merge", saved_adapter, "--output", tmp_path / "merged", "--device", "cpu")
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.export.command.run_merge", interrupted)
+        patched.setattr("finetune.export.run_merge", interrupted)
         stopped = run_finetune(*merge)
     assert (stopped.status, stopped.stderr) == (130, "interrupted\n"), "nothing is there yet"
     with monkeypatch.context() as patched:

@@ -14,8 +14,8 @@ from finetune.data.check.page import render_page
 from finetune.data.check.report import document
 from finetune.data.check.show import show_examples, show_report
 from finetune.data.prepare import prepare_data
-from finetune.moe.load import BaseSpec, check_base, load_tokenizer_of
-from finetune.recipe.schema import Recipe
+from finetune.moe import BaseSpec, check_base, load_tokenizer_of
+from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, write_text
 
 _ON_THE_PAGE = 12

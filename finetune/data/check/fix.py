@@ -21,7 +21,7 @@ from finetune.data.reading import Reader, rows_of
 from finetune.data.repair import Mended, repair
 from finetune.data.rows import RowFault
 from finetune.data.unseen import unread_columns
-from finetune.recipe.schema import Recipe
+from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, staged
 
 _DUPLICATE = "an equal conversation came before"

@@ -20,7 +20,7 @@ from finetune.data.pipeline import Ledger
 from finetune.data.prepare import Part, PreparedData, max_length_of
 from finetune.data.unseen import advice, matters
 from finetune.errors import DataError
-from finetune.recipe.schema import Recipe
+from finetune.recipe import Recipe
 
 _BINS = 24
 _SHOWN = 8

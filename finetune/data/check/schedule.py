@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from finetune.moe.arch import MoeArch
-from finetune.moe.load import read_config
-from finetune.recipe.schema import Recipe
+from finetune.moe import MoeArch, read_config
+from finetune.recipe import Recipe
 
 _RECORDED = Path(__file__).parent / "speeds.json"
 

@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.adapter.adapter import load, open_tuned
+from finetune.adapter import load, open_tuned
 from finetune.console import Report
-from finetune.data.pieces import token_pieces
-from finetune.moe.arch import MoeArch
-from finetune.moe.load import LoadedModel, load_tokenizer, read_config
+from finetune.data import token_pieces
+from finetune.moe import LoadedModel, MoeArch, load_tokenizer, read_config
 from finetune.router.capture import RouterCapture
 from finetune.router.metrics import LAYER_METRICS, RouterSums, layer_metrics, noise_floor, random_repetition
 from finetune.router.study.analyze_page import render_analysis

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.data.check.words import split_unseen, visible
+from finetune.data import split_unseen, visible
 
 # Of more experts than these a page shows the most telling ones: cards of favourite tokens, pairs one by one.
 MAX_CARDS, MAX_PAIR_MAP = 32, 64

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.console import Report
-from finetune.data.check.words import split_unseen, visible
+from finetune.data import split_unseen, visible
 from finetune.router.study.analyze_page import with_all
 
 # Fifteen backgrounds of the 256 colours with black on them, told apart by lightness as well; more experts repeat them.

@@ -18,11 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.adapter.adapter import Adapter, is_adapter, load
+from finetune.adapter import Adapter, is_adapter, load
 from finetune.console import Report
 from finetune.errors import AdapterError, ModelError
-from finetune.moe.arch import MoeArch
-from finetune.moe.load import BaseSpec, LoadedModel, load_base, load_tokenizer, read_config
+from finetune.moe import BaseSpec, LoadedModel, MoeArch, load_base, load_tokenizer, read_config
 from finetune.router.drift import DriftSums, chance_overlap, drift_scalars, drift_sums
 from finetune.router.metrics import noise_floor
 from finetune.router.study.passing import require_writable, routed_rows, row_tokens

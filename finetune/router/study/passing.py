@@ -14,7 +14,7 @@ import torch
 from datasets.utils import tqdm
 
 from finetune.errors import OutputError
-from finetune.moe.load import LoadedModel, read_config
+from finetune.moe import LoadedModel, read_config
 from finetune.router.capture import find_routers
 from finetune.router.recording import Recording, recorded_routing
 from finetune.router.study.probe import ROW_TOKENS, Probe, ProbeRow

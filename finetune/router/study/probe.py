@@ -17,15 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.chat import apply_template
-from finetune.data.encoding import ChatEncoder, Refused, encoder_of
-from finetune.data.fileformats import SUFFIXES, suffix_of
-from finetune.data.forms import find_form, parse
-from finetune.data.readers import Source, open_source
-from finetune.data.reading import Reader, rows_of, sample_row
-from finetune.data.rows import RowFault
-from finetune.data.texts import text_form
-from finetune.data.turns import Form
+from finetune.data import (
+    SUFFIXES,
+    ChatEncoder,
+    Form,
+    Reader,
+    Refused,
+    RowFault,
+    Source,
+    apply_template,
+    encoder_of,
+    find_form,
+    open_source,
+    parse,
+    rows_of,
+    sample_row,
+    suffix_of,
+    text_form,
+)
 from finetune.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.json_file import read_json
+from finetune.checkpoint import read_json
 from finetune.console import Report
-from finetune.data.check.words import counts, visible
+from finetune.data import counts, visible
 from finetune.errors import OutputError
 from finetune.router.history import RouterHistory, read_history
 from finetune.router.study.verdict import Comparison, Missing, Verdict, compare, find_missing, judge, setting, value_of

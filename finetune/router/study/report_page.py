@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.data.check.words import counts, split_unseen, visible
+from finetune.data import counts, split_unseen, visible
 from finetune.router.drift import chance_overlap
 from finetune.router.history import AlarmLine, ColouredText, at
 from finetune.router.metrics import random_repetition

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.data.check.words import counts, visible
+from finetune.data import counts, visible
 from finetune.router.history import RouterHistory, Window, max_of
 
 # The recipe's default, for a run that had no alarms.

@@ -1,0 +1,17 @@
+from .folder import check_model_folder as check_model_folder
+from .folder import incomplete as incomplete
+from .folder import require_every_expert as require_every_expert
+from .folder import shard_files as shard_files
+from .headers import TensorInfo as TensorInfo
+from .headers import check_safetensors as check_safetensors
+from .headers import read_header as read_header
+from .headers import read_tensor_infos as read_tensor_infos
+from .json_file import NotJson as NotJson
+from .json_file import parse_json as parse_json
+from .json_file import read_json as read_json
+from .resumable import find_checkpoints as find_checkpoints
+from .schemas import GenerationFile as GenerationFile
+from .schemas import NonMoeFile as NonMoeFile
+from .schemas import check_tokenizer_files as check_tokenizer_files
+from .schemas import read_adapter_config as read_adapter_config
+from .upstream import blamed_on as blamed_on

@@ -1,0 +1,10 @@
+from .activations import ActivationPlan as ActivationPlan
+from .activations import apply_plan as apply_plan
+from .needs import disk_bytes as disk_bytes
+from .needs import plan_of as plan_of
+from .needs import preflight as preflight
+from .needs import require_fits as require_fits
+from .needs import show_memory as show_memory
+from .static import EXPERT_FORMATS as EXPERT_FORMATS
+from .static import expert_bytes as expert_bytes
+from .totals import MemoryEstimate as MemoryEstimate

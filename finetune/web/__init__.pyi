@@ -1,0 +1,9 @@
+from .addresses import BACKLOG as BACKLOG
+from .addresses import allow_connections as allow_connections
+from .addresses import bind as bind
+from .addresses import host_name as host_name
+from .addresses import is_local as is_local
+from .addresses import is_local_name as is_local_name
+from .addresses import listen as listen
+from .addresses import url_of as url_of
+from .protocol import LimitedProtocol as LimitedProtocol

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests: lint, format, types, then pytest, whose closing line comes last. Needs no GPU and no network once installed.
-# Arguments go to pytest: scripts/test.sh tests/test_memory.py -n 0
+# Arguments go to pytest: scripts/test.sh tests/test_train.py -n 0
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.sh

@@ -1,4 +1,5 @@
-"""The house rules that a machine can keep: imports run one way, heavy packages stay where they belong.
+"""The house rules that a machine can keep: imports run one way, a room has one door, heavy packages stay where they
+belong.
 
 Read from the source with `ast`, so nothing is imported and an import inside a function counts as well.
 """
@@ -9,35 +10,20 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "finetune"
 
 # A room imports only from rows above its own; rooms in one row do not import each other.
-# `evaluate` stands above `export`, because a merge measures its fidelity; `train` ends by pushing, with `export`.
 ROWS = (
-    ("errors", "console", "values"),
-    ("arch", "kernels", "checkpoint", "runfolder", "jsonl", "signals", "web"),
-    ("recipe",),
-    (
-        "quant",
-        "data",
-        "trainable",
-        "routing",
-        "skeleton",
-        "attention",
-        "fused_layers",
-        "activations",
-        "memory",
-        "progress",
-        "stopping",
-    ),
-    ("model",),
-    ("adapter",),
-    ("datacheck", "routerwatch", "preflight", "trainer", "summary", "evaluate", "infer", "loggers"),
-    ("routerstudy", "export"),
-    ("train", "evaluation"),
-    ("bench", "chat", "serve"),
+    ("errors", "console", "values", "progress", "signals"),
+    ("checkpoint", "jsonl", "kernels", "runfolder", "web"),
+    ("moe",),
+    ("adapter", "recipe", "quant"),
+    ("data",),
+    ("memory", "router"),
+    ("evaluate", "infer", "summary"),
+    ("chat", "export", "serve"),
+    ("evaluation", "train"),
+    ("bench",),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -45,8 +31,12 @@ ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib"}
 HEAVY |= {"wandb", "tensorboard", "trackio"}
 # What must answer in well under a second: a wrong recipe, `--help`, the arithmetic of a preflight.
-LIGHT = {"__init__", "__main__", "errors", "console", "values", "recipe", "arch", "checkpoint", "runfolder", "signals"}
-LIGHT |= {"memory", "cli"}
+LIGHT = {"__init__", "__main__", "errors", "console", "values", "recipe", "checkpoint", "runfolder", "signals", "cli"}
+LIGHT |= {"moe/arch.py", "memory/run.py", "memory/static.py", "memory/step.py", "memory/totals.py"}
+
+FILES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+DOORS = {path.parent.name: path.read_text() for path in sorted(PACKAGE.glob("*/__init__.pyi"))}
+INSIDE = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 
 
 def imports(source: str, *, top_level_only: bool = False) -> Iterator[str]:
@@ -60,78 +50,99 @@ def imports(source: str, *, top_level_only: bool = False) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(source: str) -> set[str]:
-    """Rooms of the package that a source imports; what `finetune` itself offers is the room `__init__`."""
-    parts = [name.split(".") for name in imports(source) if name.split(".")[0] == "finetune"]
-    return {names[1] if len(names) > 1 and names[1] in ROW_OF else "__init__" for names in parts}
+def ours(source: str, *, top_level_only: bool = False) -> set[tuple[str, ...]]:
+    """What a source imports of this package, without `finetune`; what `finetune` itself offers is in `__init__`."""
+    names = [name.split(".") for name in imports(source, top_level_only=top_level_only)]
+    found = {tuple(parts[1:]) for parts in names if parts[0] == "finetune"}
+    return {parts if parts and parts[0] in ROW_OF else ("__init__", *parts) for parts in found}
+
+
+def room_of(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
 
 
 def faults_of(room: str, source: str) -> list[str]:
-    return [
-        f"{room} (row {ROW_OF[room]}) imports {other} (row {ROW_OF[other]})"
-        for other in sorted(rooms_imported(source))
-        if other != room and ROW_OF[other] >= ROW_OF[room]
-    ]
+    """Imports from a lower row, and imports that go past the door of another room."""
+    faults = []
+    for other, *inside in sorted(ours(source)):
+        if other == room:
+            continue
+        if ROW_OF[other] >= ROW_OF[room]:
+            faults.append(f"{room} (row {ROW_OF[room]}) imports {other} (row {ROW_OF[other]})")
+        if other in INSIDE and len(inside) > 1:
+            faults.append(f"{room} goes past the door: finetune.{'.'.join((other, *inside))}")
+    return faults
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def behind(door: str, name: str) -> str:
+    """The file behind a room's door that a name comes from: `moe`, `MoeArch` gives `moe/arch.py`."""
+    for node in ast.parse(DOORS.get(door, "")).body:
+        if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
+            return f"{door}/{node.module.replace('.', '/')}.py"
+    return f"{door}.py"
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def test_every_room_has_a_row():
-    unknown = sorted({room_of(path) for path in FILES} - set(ROW_OF))
-    assert not unknown, f"give {unknown} a row in {Path(__file__).name} and in CONTRIBUTING.md"
-
-
-def test_the_map_in_contributing_names_every_room():
+def test_every_room_has_a_row_and_a_line_in_contributing():
+    rooms = {room_of(name) for name in FILES}
+    assert not rooms - set(ROW_OF), "give them a row here and in CONTRIBUTING.md"
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
-    rooms = {room_of(path) for path in FILES} - {"__init__"}
-    assert not [room for room in sorted(rooms) if f"`{room}`" not in text and f"`{room}/`" not in text]
+    assert not [room for room in rooms - {"__init__"} if f"`{room}`" not in text and f"`{room}/`" not in text]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path):
-    assert faults_of(room_of(path), path.read_text()) == []
+def test_imports_run_one_way_and_through_doors():
+    assert {name: faults for name, source in FILES.items() if (faults := faults_of(room_of(name), source))} == {}
 
 
 def test_the_check_sees_what_it_should():
-    assert faults_of("arch", "from finetune.errors import ModelError") == []
-    assert faults_of("arch", "import finetune.moe.load") == ["arch (row 1) imports model (row 4)"]
-    assert faults_of("data", "def f():\n    from finetune.moe import QuantizedExperts") == [
-        "data (row 3) imports quant (row 3)"
+    assert faults_of("moe", "from finetune.errors import ModelError") == []
+    assert faults_of("moe", "from finetune.moe.config import Moe4bitConfig") == []
+    assert faults_of("moe", "import finetune.train") == ["moe (row 2) imports train (row 8)"]
+    assert faults_of("adapter", "def f():\n    from finetune.recipe import Recipe") == [
+        "adapter (row 3) imports recipe (row 3)"
     ]
-    assert faults_of("data", "from finetune import memory") == ["data (row 3) imports memory (row 3)"]
-    assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 3) imports __init__ (row 11)"]
-    assert faults_of("quant", "from finetune.moe.config import Moe4bitConfig") == []
+    assert faults_of("data", "from finetune import memory") == ["data (row 4) imports memory (row 5)"]
+    assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 4) imports __init__ (row 11)"]
+    assert faults_of("data", "from finetune.moe.arch import MoeArch") == [
+        "data goes past the door: finetune.moe.arch.MoeArch"
+    ]
+    assert behind("moe", "MoeArch") == "moe/arch.py"
 
 
-def test_matplotlib_only_draws_in_routing_plots():
-    users = {
-        str(path.relative_to(PACKAGE))
-        for path in FILES
-        if any(name.split(".")[0] == "matplotlib" for name in imports(path.read_text()))
+def test_a_door_offers_what_somebody_takes():
+    taken = {parts[:2] for name, source in FILES.items() for parts in ours(source) if parts[0] != room_of(name)}
+    offered = {
+        (room, alias.name)
+        for room, door in DOORS.items()
+        for node in ast.parse(door).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
+    assert offered - taken == set()
+
+
+def test_matplotlib_only_draws_in_router_plots():
+    users = {n for n, source in FILES.items() if any(name.split(".")[0] == "matplotlib" for name in imports(source))}
     assert users <= {"router/plots.py"}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room_of(path) in LIGHT], ids=lambda path: str(path.relative_to(PACKAGE))
-)
-def test_light_rooms_import_nothing_heavy(path: Path):
-    top = {name.split(".")[0] for name in imports(path.read_text(), top_level_only=True)}
-    assert not top & HEAVY
-    rooms = {name.split(".")[1] for name in imports(path.read_text(), top_level_only=True) if "finetune." in name}
-    assert rooms <= LIGHT
+def test_light_files_import_nothing_heavy():
+    def is_light(name: str) -> bool:
+        return room_of(name) in LIGHT or name in LIGHT
+
+    for name in filter(is_light, FILES):
+        top = {name.split(".")[0] for name in imports(FILES[name], top_level_only=True)}
+        assert not top & HEAVY, name
+        for room, *inside in ours(FILES[name], top_level_only=True):
+            target = "/".join((room, *inside[:-1])) + ".py" if len(inside) > 1 else behind(room, "".join(inside))
+            assert is_light(target), f"{name} imports {target}"
 
 
 def test_only_arch_knows_the_names_of_the_fused_parameters():
     # Docstrings may talk about gate_up_proj; code gets it from arch.EXPERT_PROJECTIONS.
-    users = set()
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and node.value in ("gate_up_proj", "down_proj"):
-                users.add(str(path.relative_to(PACKAGE)))
-    assert users == {"arch.py"}
+    users = {
+        name
+        for name, source in FILES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and node.value in ("gate_up_proj", "down_proj")
+    }
+    assert users == {"moe/arch.py"}

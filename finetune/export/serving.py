@@ -88,7 +88,7 @@ def _nf4(about: Mapping[str, Any], name: str) -> str:
 | engine | what it reads | command |
 |---|---|---|
 | `finetune serve` | this folder | `finetune serve ./{name}` |
-| transformers | this folder | `from finetune import Moe4bitConfig`, then `AutoModelForCausalLM.from_pretrained("{name}")` |
+| transformers | this folder | `from finetune import Moe4bitConfig`; `AutoModelForCausalLM.from_pretrained("{name}")` |
 | vLLM, SGLang, TGI | not this folder: 16 bits | `finetune merge ADAPTER --format bf16 --output {name}-bf16` |
 | Ollama, llama.cpp, LM Studio | not this folder: a GGUF | `finetune merge ADAPTER --format gguf --output {name}-gguf` |
 """

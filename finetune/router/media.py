@@ -7,8 +7,8 @@ How: at every evaluation log, and at the training logs 1, 2, 4, 8 ... 64 and the
 vectors of the log (`RouterCallback.vectors`) become one `RouterMedia`, which each sender passes to its logger. Pictures
 are dense where routing moves most, and at most a few dozen in a long run. A 32 x 8 heat map takes 0.7 s on one core.
 
-Leaves out: the drawing (plots.py) and the loggers themselves (train/loggers.py), which are handed in; histograms per layer,
-because the heat map shows every layer.
+Leaves out: the drawing (plots.py) and the loggers themselves (train/loggers.py), which are handed in; histograms per
+layer, because the heat map shows every layer.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from finetune.infer.request import Event, FinishedEvent, Request
 from finetune.infer.runner import Runner
 from finetune.infer.sampler import RowSampling
 from finetune.infer.settings import EngineSettings
-from finetune.infer.text import AnswerText
+from finetune.infer.text import AnswerText, PromptEnd
 from finetune.moe import ExpertsOn, LoadedModel
 
 T = TypeVar("T")
@@ -104,6 +104,7 @@ class Engine:
         self._jobs: deque[Callable[[], None]] = deque()
         self._counters = Counters()
         self._batch = Batch(self._runner, settings.max_batch, self._counters)
+        self._checked: tuple[int, ...] = ()
         self._told_at_restarts: deque[int] = deque(maxlen=RESTARTS)
         self._closing, self._draining = False, True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -195,6 +196,14 @@ class Engine:
         """Ids of a text with the beginning-of-sequence token; a control token spelled out in it stays text."""
         return tuple(encode_text(self.tokenizer_of(model), text))
 
+    def prompt_end(self, ids: Sequence[int], model: str | None = None) -> PromptEnd:
+        """What `Request.after` needs for answers that go on in the text of a prompt.
+
+        Raises:
+            DataError: an unknown model.
+        """
+        return PromptEnd.of(self.tokenizer_of(model), ids)
+
     def run(self, function: Callable[[LoadedModel], T], model: str | None = None) -> T:
         """Runs a function of a model between two steps, with its adapter active and its tokenizer; waits for it.
 
@@ -272,11 +281,13 @@ class Engine:
                 fix="shorten the prompt",
             )
         vocab = self.loaded.arch.vocab
-        if not 0 <= min(request.ids) <= max(request.ids) < vocab:
-            raise DataError("the prompt has unknown token ids", where="prompt", allowed=f"0 to {vocab - 1}")
+        if request.ids is not self._checked:  # the answers to one prompt share its ids
+            if not 0 <= min(request.ids) <= max(request.ids) < vocab:
+                raise DataError("the prompt has unknown token ids", where="prompt", allowed=f"0 to {vocab - 1}")
+            self._checked = request.ids
         sampling = RowSampling(request.sampling, request.ids)
         name = self._name(request.model)
-        text = AnswerText(self._tokenizers[name], request.sampling.stop, request.ids if request.continues else ())
+        text = AnswerText(self._tokenizers[name], request.sampling.stop, request.after)
         limit = min(request.sampling.max_new_tokens, room)
         return Row(request, listen, name, self._selectors[name], self._end_ids[name], limit, text, sampling)
 

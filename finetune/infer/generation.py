@@ -52,7 +52,8 @@ def generate(
             fix="shorten the prompt",
         )
     pieces: list[str] = []
-    for event in engine.stream(Request(tuple(ids), sampling, continues=raw)):
+    after = engine.prompt_end(ids) if raw else None
+    for event in engine.stream(Request(tuple(ids), sampling, after=after)):
         pieces.append(event.text)
         if write is not None and event.text:
             write(event.text)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.errors import DataError, FinetuneError
+from finetune.infer.text import PromptEnd
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_LOGPROBS = 20
@@ -63,13 +64,14 @@ class Request:
     """Token ids to go on from (with the beginning-of-sequence token), and by which of the engine's models.
 
     Attributes:
-        continues: the text goes on in the prompt's, so a space that it begins with is shown; not so in an answer.
+        after: where the answer's text goes on in the prompt's (`Engine.prompt_end`), so that a space that it begins
+            with is shown; None for an answer of its own.
     """
 
     ids: tuple[int, ...]
     sampling: Sampling = Sampling()
     model: str | None = None
-    continues: bool = False
+    after: PromptEnd | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # Enough of a prompt to know whether a word begins: a character takes at most four tokens.
@@ -20,71 +21,97 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
+@dataclass(frozen=True)
+class PromptEnd:
+    """Where the text of a prompt stands at its end, for the answers that go on in it; read once for all of them.
+
+    Attributes:
+        context: its last tokens: the bytes that stand together at its end, all of them, for the answer's are one text
+            with them, and a few before, which tell whether a word begins.
+        given: characters of them that the prompt has shown.
+        bytes_text, bytes_left: as those of `_Bytes`, of the bytes at the end.
+    """
+
+    context: tuple[int, ...] = ()
+    given: int = 0
+    bytes_text: str = ""
+    bytes_left: bytes | None = b""
+
+    @classmethod
+    def of(cls, tokenizer: Any, ids: Sequence[int]) -> PromptEnd:
+        """Reads token ids from their end, as far back as it needs to."""
+        tokens = _Tokens(tokenizer)
+        ends_with, before = bytearray(), 0
+        context: list[int] = []
+        for token in reversed(ids):
+            if not tokens.is_text(token):
+                continue
+            context.append(token)
+            byte = None if before else tokens.byte_of(token)
+            if byte is not None:
+                ends_with.append(byte)
+                continue
+            before += 1
+            if before == _CONTEXT:
+                break
+        context.reverse()
+        end = _Bytes()
+        end.add(bytes(reversed(ends_with)))
+        shown = tokens.decode(context[:before])
+        # A character whose first bytes the prompt ends with is shown whole.
+        given = len(shown) + len(end.text) if ends_with else len(shown) - shown.endswith(_UNKNOWN)
+        return cls(tuple(context), given, end.text, end.left)
+
+
 class AnswerText:
     """The text of one answer.
 
     Args:
-        after: tokens that the text goes on from; without them, the space of a first word is not part of it, as in
-            the tokenizer's own decoding.
+        after: what the text goes on from; without it, the space of a first word is not part of it, as in the
+            tokenizer's own decoding.
 
     Attributes:
         stop: the stop text that was met, if one was; nothing after it is given out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], after: Sequence[int] = ()):
-        self._tokenizer, self._stops = tokenizer.backend_tokenizer, tuple(stops)
-        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._context: list[int] = []  # tokens whose text was given out; those after them need their company
-        self._open: list[int] = []  # tokens after them
-        self._bytes = _Bytes()  # of these, the bytes at the end
-        self._given = 0  # characters of context and open tokens that need not be given out any more
+    def __init__(self, tokenizer: Any, stops: Sequence[str], after: PromptEnd | None = None):
+        after = after or PromptEnd()
+        self._tokens, self._stops = _Tokens(tokenizer), tuple(stops)
+        self._context: Sequence[int] = after.context  # whose text was given out; tokens after it need its company
+        self._open: list[int] = []  # tokens after it
+        self._bytes = _Bytes(after.bytes_text, after.bytes_left)  # those at the end of both
+        self._given = after.given  # characters of context and open tokens that need not be given out any more
         self._unfinished = False  # whether the last of these characters may be the beginning of another
         self._held = ""
         self.stop: str | None = None
-        self._go_on_from([token for token in after if self._is_text(token)])
 
     def add(self, token: int) -> str:
         """What the token lets be given out."""
-        if not self._is_text(token):
+        if not self._tokens.is_text(token):
             return ""
         self._open.append(token)
-        byte = self._byte_of(token)
+        byte = self._tokens.byte_of(token)
         if byte is not None:
-            self._bytes.add(byte)
+            self._bytes.add(bytes([byte]))
             return self._release(self._new_text()) if self._bytes_stop() else ""
         self._bytes = _Bytes()
         piece = self._new_text()
         if not self._unfinished:
             self._context, self._open = self._open, []
-            self._given = len(self._decode(self._context))
+            self._given = len(self._tokens.decode(self._context))
         return self._release(piece)
 
     def end(self) -> str:
         """What was held back: the beginning of a stop text, or bytes that are no whole character."""
         if self.stop is not None:
             return ""
-        given = self._release(self._decode([*self._context, *self._open])[self._given :])
+        given = self._release(self._tokens.decode([*self._context, *self._open])[self._given :])
         rest, self._held = self._held, ""
         return given if self.stop is not None else given + rest
 
-    def _go_on_from(self, tokens: list[int]) -> None:
-        bytes_begin = len(tokens)
-        while bytes_begin and (byte := self._byte_of(tokens[bytes_begin - 1])) is not None:
-            bytes_begin -= 1
-        for token in tokens[bytes_begin:]:
-            byte = self._byte_of(token)
-            assert byte is not None
-            self._bytes.add(byte)
-        self._context, self._open = tokens[max(0, bytes_begin - _CONTEXT) : bytes_begin], tokens[bytes_begin:]
-        # A character whose first bytes the prompt ends with is shown whole.
-        if tokens[bytes_begin:]:
-            self._given = len(self._decode(self._context)) + len(self._bytes.text)
-        else:
-            self._new_text()
-
     def _new_text(self) -> str:
         """Of context and open tokens, what has not been given out and is not a character's beginning; it is now."""
-        text = self._decode([*self._context, *self._open])
+        text = self._tokens.decode([*self._context, *self._open])
         self._unfinished = text.endswith(_UNKNOWN)
         begin, self._given = self._given, max(self._given, len(text) - self._unfinished)
         return text[begin : self._given]
@@ -94,17 +121,6 @@ class AnswerText:
         longest = max(map(len, self._stops), default=0)
         text = self._held + self._bytes.text[-longest:]
         return bool(self._bytes.text) and text.endswith(self._stops)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _is_text(self, token: int) -> bool:
-        """Not so of control tokens, and of rows of the embeddings that are no token: decoding passes them over."""
-        return token not in self._special and self._tokenizer.id_to_token(token) is not None
-
-    def _byte_of(self, token: int) -> int | None:
-        found = _BYTE.fullmatch(self._tokenizer.id_to_token(token))
-        return None if found is None else int(found[1], 16)
 
     def _release(self, piece: str) -> str:
         if self.stop is not None:
@@ -120,19 +136,41 @@ class AnswerText:
         return text[: len(text) - held]
 
 
+class _Tokens:
+    """What the tokens of a tokenizer are."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def is_text(self, token: int) -> bool:
+        """Not so of control tokens, and of rows of the embeddings that are no token: decoding passes them over."""
+        return token not in self._special and self._tokenizer.id_to_token(token) is not None
+
+    def byte_of(self, token: int) -> int | None:
+        found = _BYTE.fullmatch(self._tokenizer.id_to_token(token))
+        return None if found is None else int(found[1], 16)
+
+
 class _Bytes:
-    """Bytes that stand together, and the whole characters among them; none from the first that fits no character."""
+    """Bytes that stand together: the whole characters among them, and the beginning of another, which is None from the
+    first byte on that fits no character."""
 
-    def __init__(self) -> None:
-        self.text = ""
-        self._decoder: codecs.IncrementalDecoder | None = codecs.getincrementaldecoder("utf-8")()
+    def __init__(self, text: str = "", left: bytes | None = b"") -> None:
+        self.text, self.left = text, left
 
-    def add(self, byte: int) -> None:
-        if self._decoder is not None:
-            try:
-                self.text += self._decoder.decode(bytes([byte]))
-            except UnicodeDecodeError:
-                self.text, self._decoder = "", None
+    def add(self, data: bytes) -> None:
+        if self.left is None:
+            return
+        try:
+            text, used = codecs.utf_8_decode(self.left + data, "strict", False)
+        except UnicodeDecodeError:
+            self.text, self.left = "", None
+        else:
+            self.text, self.left = self.text + text, (self.left + data)[used:]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -58,4 +58,8 @@ class Encoding:
             self._desk.require_capacity(len(texts) * (asked.n or 1))
             prompts = [made.of_completion(one) for one in texts]
         samplings = asked.samplings()
-        return asked, [Request(ids, sampling, model, continues) for ids in prompts for sampling in samplings]
+        requests = []
+        for ids in prompts:
+            after = self._desk.engine.prompt_end(ids, model) if continues else None  # once for all its answers
+            requests += [Request(ids, sampling, model, after) for sampling in samplings]
+        return asked, requests

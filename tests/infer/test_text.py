@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.infer.text import AnswerText
+from finetune.infer.text import AnswerText, PromptEnd
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model")
 BYTES = TOKENIZER.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
@@ -92,7 +94,7 @@ def test_a_stop_text_of_bytes_ends_at_once() -> None:
 
 
 def test_a_character_that_the_prompt_began() -> None:
-    answer = AnswerText(TOKENIZER, (), [*TOKENIZER("a")["input_ids"], *PARROT[:2]])
+    answer = AnswerText(TOKENIZER, (), PromptEnd.of(TOKENIZER, [*TOKENIZER("a")["input_ids"], *PARROT[:2]]))
     end = TOKENIZER.convert_tokens_to_ids("▁take")
     assert "".join(answer.add(token) for token in [*PARROT[2:], end]) == "🦜 take"
 
@@ -102,9 +104,46 @@ def test_a_character_that_the_prompt_began() -> None:
 def test_what_goes_on_from_a_prompt_is_the_rest_of_the_whole(prompt: str, text: str) -> None:
     begin = TOKENIZER(prompt)["input_ids"]
     rest = TOKENIZER("x" + text, add_special_tokens=False)["input_ids"][1:]
-    answer = AnswerText(TOKENIZER, (), begin)
+    answer = AnswerText(TOKENIZER, (), PromptEnd.of(TOKENIZER, begin))
     given = "".join(answer.add(token) for token in rest) + answer.end()
     assert prompt + given == TOKENIZER.decode([*begin, *rest], skip_special_tokens=True)
+
+
+class Watched(Sequence[int]):
+    """Token ids, and how far back they were read."""
+
+    def __init__(self, ids: list[int]):
+        self.ids, self.lowest = ids, len(ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: Any) -> Any:
+        self.lowest = min(self.lowest, place)
+        return self.ids[place]
+
+
+def test_any_answer_to_the_end_of_any_prompt_is_the_rest_of_the_whole() -> None:
+    """Of a prompt only the end is read; a prompt that ends with bytes of characters, whole and half, is still open."""
+    draw = random.Random(1)
+    size = len(TOKENIZER)
+    letters = [BYTES[byte] for byte in "é北🦜\n".encode()]
+    odd = [*BYTES, *PARROT * 20, 0, 1, 2, size, size + 5, *TOKENIZER.convert_tokens_to_ids(["▁", "▁take", "s"]) * 30]
+    for _ in range(400):
+        begin = [draw.choice([draw.randrange(size), draw.choice(odd)]) for _ in range(draw.randrange(60))]
+        begin += draw.choice([[5000], [7000, 2], TOKENIZER.convert_tokens_to_ids(["▁"])])  # the bytes at the end are:
+        run = letters[: draw.randrange(len(letters) + 1)]
+        rest: list[int] = []
+        while len(rest) < 8:
+            rest += draw.choice([[draw.randrange(size)], [draw.choice(odd)], letters[len(run) :], PARROT[:2]])
+        prompt = Watched([*begin, *run])
+        answer = AnswerText(TOKENIZER, (), PromptEnd.of(TOKENIZER, prompt))
+        given = "".join([answer.add(token) for token in rest]) + answer.end()
+        whole = TOKENIZER.decode([*begin, *run, *rest], skip_special_tokens=True)
+        shown = TOKENIZER.decode(begin, skip_special_tokens=True)
+        half = bytes(BYTES.index(token) for token in run).decode("utf-8", "ignore")
+        assert given == whole[len(shown) + len(half) :], (begin, run, rest)
+        assert prompt.lowest >= len(begin) - 30
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from finetune.errors import DataError
 from finetune.infer.request import Event, FinishedEvent, Request, TokenEvent
+from finetune.infer.text import PromptEnd
 from tests.conftest import REPOSITORY
 
 MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"
@@ -74,6 +75,9 @@ class FakeEngine:
 
     def encode_text(self, text: str, model: str | None = None) -> tuple[int, ...]:
         return (1, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt_end(self, ids: Sequence[int], model: str | None = None) -> PromptEnd:
+        return PromptEnd.of(self.tokenizer, ids)
 
     def cancel(self, ticket: FakeTicket) -> None:
         with self._work:

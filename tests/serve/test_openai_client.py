@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
+from finetune.infer.text import PromptEnd
 from finetune.moe.load import BaseSpec, load_base
 from tests.serve.serving import Serving, eventually, serving
 
@@ -65,7 +67,7 @@ def said(
     engine: Engine, ids: tuple[int, ...], sampling: Sampling, model: str = "tiny", *, chat: bool = False
 ) -> tuple[str, FinishedEvent]:
     """The engine's own text and end."""
-    events = list(engine.stream(Request(ids, sampling, model, continues=not chat)))
+    events = list(engine.stream(Request(ids, sampling, model, None if chat else engine.prompt_end(ids, model))))
     end = events[-1]
     assert isinstance(end, FinishedEvent)
     return "".join(event.text for event in events), end
@@ -124,6 +126,21 @@ def test_the_forms_of_a_prompt(engine: Engine, served: Serving) -> None:
     for piece in ask(prompt=[STORY, "One day"], stream=True, **fields):
         streamed[piece.choices[0].index] += piece.choices[0].text
     assert streamed == texts
+
+
+def test_a_prompt_is_read_once_for_all_its_answers(
+    engine: Engine, served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the event loop, which a prompt of 31,000 tokens would hold up."""
+    read, threads = engine.prompt_end, []
+
+    def watched(ids: Sequence[int], model: str | None = None) -> PromptEnd:
+        threads.append(threading.current_thread().name)
+        return read(ids, model)
+
+    monkeypatch.setattr(engine, "prompt_end", watched)
+    served.client().completions.create(model="tiny", prompt=["A", "B"], n=3, max_tokens=1)
+    assert [name.rpartition("_")[0] for name in threads] == ["encoding"] * 2
 
 
 def test_silence_means_openais_defaults(engine: Engine, served: Serving) -> None:

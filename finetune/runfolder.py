@@ -142,6 +142,8 @@ def claimed(
 ) -> Iterator[RunFolder]:
     """Takes `root` for a run of `recipe`; if the body raises, the folder is as it was before, a replaced run included.
 
+    Where the disk does not allow that, it stays for `restore`, and the body's own error is raised all the same.
+
     Raises:
         OutputError: as `require_claimable`, or the folder cannot be made.
     """
@@ -158,9 +160,11 @@ def claimed(
             aside = _renamed(aside, _ASIDE)
             yield run
         except BaseException:
-            _put_back(root, aside)
-            if not existed:
-                root.rmdir()
+            # What cannot be undone now, `restore` undoes at the next start; what went wrong first is what is said.
+            with contextlib.suppress(OSError):
+                _put_back(root, aside)
+                if not existed:
+                    root.rmdir()
             raise
         aside = _renamed(aside, _REPLACED)
     shutil.rmtree(aside)

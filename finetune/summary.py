@@ -46,6 +46,7 @@ def summarize(
     trainable_parameters: int,
     tokens_per_second: float | None,
     steps_skipped: int,
+    last_not_finite: int,
     metrics: dict[str, float],
     saved_step: int,
     stopped_by: str | None = None,
@@ -54,6 +55,7 @@ def summarize(
 
     Args:
         steps_skipped: whose update was not applied.
+        last_not_finite: how many of the last ones, in a row, had a loss or gradient that is not finite.
         saved_step: whose weights the adapter has; not the last one where the best is loaded at the end.
     """
     figures = [str(path) for path in run_figures(run, run.figures)] if draw else []
@@ -67,6 +69,7 @@ def summarize(
         "figures": figures,
         "steps": steps,
         "steps_skipped": steps_skipped,
+        "last_steps_not_finite": last_not_finite,
         "stopped_by": stopped_by,
         "train_loss": metrics.get("train_loss"),
         "eval_loss_first": held_out.get(0),  # of the model before its first step
@@ -96,7 +99,7 @@ def show_summary(summary: dict[str, Any], report: Report) -> None:
     if summary["stopped_by"] is not None:
         rows.append(("stopped by an alarm", summary["stopped_by"]))
     if summary["steps_skipped"]:
-        rows.append(("updates not applied (NaN or infinite)", f"{summary['steps_skipped']}"))
+        rows.append(("steps skipped (NaN or infinite)", f"{summary['steps_skipped']}"))
     if (held_out := held_out_loss(summary)) is not None:
         rows.append(("held-out completion loss (nats)", held_out))
     if summary["tokens_per_second"] is not None:
@@ -106,3 +109,10 @@ def show_summary(summary: dict[str, Any], report: Report) -> None:
     rows += [("adapter", summary["adapter"]), ("metrics", summary["metrics"])]
     rows += [("figure", figure) for figure in summary["figures"]]
     report.table("Done", ("what", "result"), rows)
+    if last := summary["last_steps_not_finite"]:
+        steps = f"{last} steps" if last > 1 else "step"
+        report.line(
+            f"warning: the loss or gradient of the last {steps} was NaN or infinite. Such a gradient is not applied: "
+            "the adapter holds finite weights. Look at the rows named above and at training.learning_rate before you "
+            "use it"
+        )

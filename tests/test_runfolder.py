@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune import runfolder
 from finetune.errors import OutputError
 from finetune.runfolder import (
     RunFolder,
@@ -44,12 +47,16 @@ def a_run(root: Path, **sections: dict[str, Any]) -> RunFolder:
     return run
 
 
-def write_and_fail(opened: AbstractContextManager[RunFolder | Path], error: BaseException) -> None:
+def write_and_fail(
+    opened: AbstractContextManager[RunFolder | Path], error: BaseException, at_last: Callable[[], object] | None = None
+) -> None:
     with opened as folder:
         root = folder.root if isinstance(folder, RunFolder) else folder
         assert not (root / "checkpoints").exists()
         write_text(root / "below" / "weights", "half")
         write_text(root / "recipe.yaml", "text")
+        if at_last:
+            at_last()
         raise error
 
 
@@ -74,6 +81,41 @@ def test_a_failure_gives_the_folder_back(tmp_path: Path, error: BaseException) -
         with pytest.raises(type(error)):
             write_and_fail(claimed(root, recipe(), overwrite=overwrite), error)
         assert contents(tmp_path) == before
+
+
+def test_what_cannot_be_undone_does_not_hide_why_it_had_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder gone, something in a new one that comes after it is emptied, a disk that moves nothing."""
+    with pytest.raises(OutputError, match="refused"):
+        write_and_fail(
+            claimed(tmp_path / "gone", recipe()), OutputError("refused"), partial(shutil.rmtree, tmp_path / "gone")
+        )
+    put_back = runfolder._put_back
+
+    def and_another_writes(root: Path, aside: Path) -> None:
+        put_back(root, aside)
+        (root / "of another").write_text("")
+
+    monkeypatch.setattr(runfolder, "_put_back", and_another_writes)
+    with pytest.raises(OutputError, match="refused"), claimed(tmp_path / "new", recipe()):
+        raise OutputError("refused")
+    assert contents(tmp_path / "new") == {"of another": b""}
+    monkeypatch.undo()
+
+    def no_moves() -> None:
+        monkeypatch.setattr(os, "replace", _fails)
+
+    root = tmp_path / "old"
+    a_run(root)
+    before = contents(root)
+    with pytest.raises(OutputError, match="refused"):
+        write_and_fail(claimed(root, recipe(), overwrite=True), OutputError("refused"), no_moves)
+    monkeypatch.undo()
+    assert restore(root) == [f"{root}: the --overwrite that was putting its run aside was cut off; the run is back"]
+    assert contents(root) == before
+
+
+def _fails(*_: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_overwriting_removes_the_old_run(tmp_path: Path) -> None:

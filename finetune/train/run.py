@@ -165,6 +165,7 @@ def _save(ready: Prepared, recipe: Recipe, report: Report, metrics: dict[str, fl
             draw=recipe.router.figures,
             steps=trainer.state.global_step,
             steps_skipped=ready.stopping.skipped,
+            last_not_finite=ready.stopping.last_not_finite,
             saved_step=saved_step,
             trainable_parameters=trainable_count(trainer.model),
             tokens_per_second=ready.progress.tokens_per_second,

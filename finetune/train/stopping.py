@@ -83,6 +83,11 @@ class Stopping(TrainerCallback):
         self._told_optimizer: Any = None
 
     @property
+    def last_not_finite(self) -> int:
+        """How many of the last steps, in a row, had a loss or gradient that is not finite."""
+        return len(self._streak)
+
+    @property
     def stopped(self) -> bool:
         return bool(self.faulty) or self.signal != 0
 

@@ -118,6 +118,7 @@ def test_three_such_steps_in_a_row_stop_a_run() -> None:
     for gradient, loss in ((nan, 1.0), (1.0, nan), (1.0, 1.0), (1.0, float("inf")), (nan, nan)):
         run.step(gradient, loss)
     assert not run.stopping.stopped
+    assert run.stopping.last_not_finite == 2
     assert not run.control.should_training_stop
     run.step(float("inf"))
     assert run.stopping.stopped
@@ -170,13 +171,15 @@ def test_rows_of_a_batch() -> None:
 def test_a_run_with_nan_losses_stops_and_names_the_rows(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One such step is passed over, three end the run; accumulated, where one of two micro-batches is at fault."""
+    """One such step is passed over, three end the run; accumulated, where one of two micro-batches is at fault. Two at
+    the end of a run are told there."""
     compute, batches = SFTTrainer.compute_loss, dict[int, list[str]]()
+    broken_steps = {2, 4, 5, 6}
 
     def broken(self: MoeTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = compute(self, model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
-        if step in (2, 4, 5, 6) and step not in batches:  # the first of its two micro-batches
+        if step in broken_steps and step not in batches:  # the first of its two micro-batches
             batches[step] = self.processing_class.batch_decode(inputs["input_ids"])
             return loss * float("nan")
         return loss
@@ -205,12 +208,19 @@ def test_a_run_with_nan_losses_stops_and_names_the_rows(
     assert "NaN or infinite in 3 steps in a row (4 to 6)" in ran.stderr
     where = ran.stderr[ran.stderr.index("  where: the batches") :].splitlines()[0]
     assert {int(number) for number in re.findall(r"line (\d+)", where)} == lines[4] | lines[5] | lines[6]
-    # Once the cause is gone, the command that was printed goes on.
-    monkeypatch.setattr(SFTTrainer, "compute_loss", compute)
+    # Once the cause is gone, the command that was printed goes on. Here two more such steps are the last ones.
+    broken_steps = {7, 8}
     (command,) = re.findall(r"finetune train .*--resume", ran.stderr)
     resumed = run_finetune(*shlex.split(command)[1:])
     assert resumed.status == 0, resumed.stderr
     assert steps(run) == [1, 2, 3, 4, 5, 6, 7, 8]
+    done = resumed.stdout[resumed.stdout.index("Done") :]
+    assert re.search(r"steps skipped \(NaN or infinite\) *│ *2 ", done)
+    assert "warning: the loss or gradient of the last 2 steps was NaN or infinite" in done
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["steps_skipped"], summary["last_steps_not_finite"]) == (8, 2, 2)
+    kept = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in saved.items()), "the last finite weights"
 
 
 # ---- signals ----------------------------------------------------------------------------------------------------

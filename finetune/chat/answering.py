@@ -2,7 +2,8 @@
 
 The engine tells each token on its own thread; here the tokens of all answers stand in one queue, which the terminal
 reads for one model and the page for two. Cancelling is asked of the engine, which then ends the answer with its last
-event, so nobody has to guess what was still on the way.
+event, so nobody has to guess what was still on the way. An engine that fails ends each answer the same way, with its
+error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from finetune.chat.conversation import Messages
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 from finetune.infer import Event, FinishedEvent, Request, Sampling
 
 if TYPE_CHECKING:
@@ -27,18 +28,17 @@ class Answering:
     iteration before its end cancels what still runs.
 
     Raises:
-        DataError: the engine refuses one of the requests; none runs then.
+        FinetuneError: the engine refuses one of the requests, or has failed for good; none runs then.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request]):
-        self._engine = engine
         self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         self._open = len(requests)
         self._tickets: list[Ticket] = []
         try:
             for number, request in enumerate(requests):
                 self._tickets.append(engine.submit(request, partial(self._take, number)))
-        except DataError:
+        except FinetuneError:
             self.cancel()
             raise
 
@@ -52,8 +52,6 @@ class Answering:
             while self._open:
                 number, event = self._events.get()
                 self._open -= isinstance(event, FinishedEvent)
-                if self._engine.failure is not None:
-                    raise RuntimeError("the engine has stopped") from self._engine.failure
                 yield number, event
         finally:
             if self._open:

@@ -52,6 +52,7 @@ def talk(asked: Asked, report: Report) -> None:
 
     Raises:
         FinetuneError: an adapter or model that cannot be used, or a template that takes no system message.
+        EngineError: the engine failed for good.
     """
     with asked.load(max_batch=1) as engine:
         session = Session(engine, asked.sampling, engine.names[0])

@@ -186,9 +186,11 @@ class Page:
     def _look(
         self, seen: list[tuple[str, list[int]]], texts: list[tuple[str, Routed]], wanted: bool
     ) -> list[tuple[str, Routed]]:
-        """The routing of what the models saw last; `texts` where it is known already."""
-        if not wanted or [(model, text.ids) for model, text in texts] == seen:
-            return texts if wanted else []
+        """The routing of what the models saw last; `texts` where it is known already, none of an engine that failed."""
+        if not wanted or self._engine.failure is not None:
+            return []
+        if [(model, text.ids) for model, text in texts] == seen:
+            return texts
         return [(model, routed(self._engine, ids, model)) for model, ids in seen]
 
     def _chats(self, turns: Sequence[Turn], question: str | None, sides: Sequence[Side]) -> tuple[Any, Any]:

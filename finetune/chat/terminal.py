@@ -2,7 +2,8 @@
 
 A line that begins with a slash is a command (`commands.py`), any other a question. Ctrl-C ends the answer that is being
 given and keeps what was said; at the prompt it leaves, as Ctrl-D does. What cannot be answered is said and not kept, so
-that the next question finds a conversation that works.
+that the next question finds a conversation that works. After the engine has failed for good the conversation can still
+be saved; leaving then tells the failure, and so does the exit status.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from finetune.infer import FinishedEvent, Request
 
 
 def chat_in_terminal(session: Session, screen: Screen) -> None:
-    """Talks until the user leaves or standard input ends."""
+    """Talks until the user leaves or standard input ends.
+
+    Raises:
+        EngineError: the engine had failed for good.
+    """
     commands = Commands(session, screen)
     screen.say(f"{session.model} of {session.engine.model_path}; /help says what can be typed, Ctrl-C stops an answer")
     while not commands.leaving:
@@ -35,7 +40,9 @@ def chat_in_terminal(session: Session, screen: Screen) -> None:
             screen.refuse(error)
         except (EOFError, KeyboardInterrupt):
             screen.say("")
-            return
+            break
+    if session.engine.failure is not None:
+        raise session.engine.failure
 
 
 def _answer(session: Session, screen: Screen, request: Request) -> None:

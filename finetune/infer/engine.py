@@ -83,7 +83,7 @@ class Engine:
     """Serves one loaded model and its adapters; a context manager that closes itself. See the file.
 
     Attributes:
-        failure: what ended the engine for good, if something did.
+        failure: what ended the engine for good, if something did; its cause is the exception.
         restarts: how often a fault that was no request's ended all that ran.
     """
 
@@ -91,7 +91,7 @@ class Engine:
         self.model_path, self.settings = path, settings
         self.names = tuple(served.selectors)
         self.loaded = served.loaded
-        self.failure: BaseException | None = None
+        self.failure: EngineError | None = None
         self.restarts = 0
         self._selectors = dict(served.selectors)
         # An adapter speaks as it was trained: its tokenizer, template and end of turn, not its base's.
@@ -147,12 +147,12 @@ class Engine:
 
         Raises:
             DataError: an unknown model, an empty prompt, or one that leaves no room for a token.
-            RuntimeError: the engine is closed, or its thread has died.
+            EngineError: the engine failed for good.
+            RuntimeError: the engine is closed.
         """
         row = self._row(request, listen)
         with self._lock:
-            if self.failure is not None or self._closing:
-                raise RuntimeError("the engine is closed") from self.failure
+            self._require_open()
             self._submitted.append(row)
             self._counters.requests += 1
             self._lock.notify()
@@ -209,6 +209,7 @@ class Engine:
 
         Raises:
             DataError: an unknown model.
+            EngineError: the engine failed for good.
         """
         name = self._name(model)
         selector, loaded = self._selectors[name], replace(self.loaded, tokenizer=self._tokenizers[name])
@@ -222,8 +223,7 @@ class Engine:
                 answer.put((None, error))
 
         with self._lock:
-            if self.failure is not None or self._closing:
-                raise RuntimeError("the engine is closed") from self.failure
+            self._require_open()
             self._jobs.append(job)
             self._lock.notify()
         value, error = answer.get()
@@ -257,6 +257,12 @@ class Engine:
     def _wake(self) -> None:
         with self._lock:
             self._lock.notify()
+
+    def _require_open(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self._closing:
+            raise RuntimeError("the engine is closed")
 
     def _name(self, model: str | None) -> str:
         name = self.names[0] if model is None else model
@@ -303,13 +309,14 @@ class Engine:
                     self._restart(error)
         except Exception as error:
             log.exception("the engine cannot go on")
-            self.failure = error
+            self.failure = _failed(error, self.model_path, "start it again; the traceback is in the log")
+            self.failure.__cause__ = error
         finally:
             with self._lock:
                 self._closing = True
                 self._batch.waiting += self._submitted
                 self._submitted.clear()
-            self._batch.end(None if self.failure is None else _failed(self.failure))
+            self._batch.end(self.failure)
             for job in self._jobs:
                 job()
 
@@ -326,7 +333,7 @@ class Engine:
             raise error
         self._runner.probe()
         self.restarts += 1
-        self._batch.end(_failed(error))
+        self._batch.end(_failed(error, self.model_path, "ask again; the traceback is in the log"))
 
     def _wait_for_work(self) -> bool:
         with self._lock:
@@ -344,12 +351,9 @@ class Engine:
         return True
 
 
-def _failed(error: BaseException) -> EngineError:
-    return EngineError(
-        f"the engine failed while it answered: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-        where="the engine",
-        fix="ask again; the traceback is in the log",
-    )
+def _failed(error: Exception, where: str, fix: str) -> EngineError:
+    shown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return EngineError(f"the engine failed while it answered: {shown}", where=where, fix=fix)
 
 
 def _end_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -127,14 +127,14 @@ async def _read_body(request: Request, limit: int) -> bytes:
     kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
     charset = parameters.strip().partition("charset=")[2].strip("\"' ") or "utf-8"
     coding = request.headers.get("content-encoding", "identity").lower()
-    for name, value, allowed in (
+    for name, value, allowed, fix in (
         # A page in a browser may send other types to this machine without asking it first.
-        ("content-type", kind.strip(), ("application/json",)),
-        ("charset", charset, ("utf-8", "utf8", "us-ascii", "ascii")),
-        ("content-encoding", coding, ("identity",)),
+        ("content-type", kind.strip(), ("application/json",), "send the header content-type: application/json"),
+        ("charset", charset, ("utf-8", "utf8", "us-ascii", "ascii"), "send the body as UTF-8"),
+        ("content-encoding", coding, ("identity",), "send the body uncompressed, without this header"),
     ):
         if value not in allowed:
-            message = f"the {name} is {value!r:.80}; allowed: {allowed[0]}"
+            message = f"the {name} is {value!r:.80}; allowed: {allowed[0]}; {fix}"
             raise Refusal(415, message, code="unsupported_media_type")
     too_large = Refusal(413, f"the body is too large; allowed: {limit} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "")

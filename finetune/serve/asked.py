@@ -209,9 +209,13 @@ def _read_json(body: bytes) -> dict[str, Any]:
     Raises:
         Refusal: another encoding than UTF-8, with or without its mark, or not an object of JSON.
     """
-    for mark, name in ((b"\x1f\x8b", "gzip"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+    for mark, name, fix in (
+        (b"\x1f\x8b", "gzip", "send it uncompressed"),
+        (codecs.BOM_UTF16_LE, "UTF-16", "send it as UTF-8"),
+        (codecs.BOM_UTF16_BE, "UTF-16", "send it as UTF-8"),
+    ):
         if body.startswith(mark):
-            raise Refusal(400, f"the body is {name}; allowed: JSON in UTF-8, not compressed")
+            raise Refusal(400, f"the body is {name}; allowed: JSON in UTF-8; {fix}")
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         document = from_json(body, allow_inf_nan=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.console import Report
-from finetune.errors import EngineError, FinetuneError
+from finetune.errors import FinetuneError
 from finetune.infer import Engine, EngineSettings, parse_adapters
 from finetune.serve.app import make_app
 from finetune.serve.desk import Desk
@@ -55,8 +55,8 @@ def serve(
         allowed_hosts, cors_origins: see `gate.py`.
 
     Raises:
-        FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used; an engine that
-            failed for good.
+        FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used.
+        EngineError: the engine failed for good.
     """
     named = parse_adapters(adapters)
     key = read_key(key_file, os.environ)
@@ -82,11 +82,7 @@ def serve(
             gc.unfreeze()
             engine.close(drain=not server.stopped_at_once)
         if engine.failure is not None:
-            raise EngineError(
-                f"the engine failed: {type(engine.failure).__name__}: {engine.failure}",
-                where=path,
-                fix="start the server again; the traceback is in its log",
-            ) from engine.failure
+            raise engine.failure
 
 
 def read_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:

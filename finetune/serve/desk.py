@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from finetune.errors import DataError
+from finetune.errors import DataError, EngineError
 from finetune.infer import Request
 from finetune.serve.answers import Answer, Answers, Bridge
 from finetune.serve.metrics import Metrics
@@ -56,10 +56,13 @@ class Desk:
 
     def require_service(self) -> None:
         """Raises Refusal while stopping, and after the engine died."""
-        if self.engine.failure is not None:
-            raise Refusal(503, "the engine has failed; the server is about to stop", code="engine_failed")
+        self._require_engine()
         if self.stopping:
             raise Refusal(503, "the server is stopping; ask another one or later", code="stopping")
+
+    def _require_engine(self) -> None:
+        if self.engine.failure is not None:
+            raise Refusal(503, "the engine has failed; the server is about to stop", code="engine_failed")
 
     def health(self) -> dict[str, object]:
         """That the engine answers, and how often a fault of its own ended all that ran, if one did.
@@ -129,7 +132,8 @@ class Desk:
             Refusal: the engine is full, has failed, or refuses one of them; none runs then.
         """
         assert self._bridge is not None, "connect comes first"
-        if self._stopped_at_once or self.engine.failure is not None:
+        self._require_engine()
+        if self._stopped_at_once:
             self.require_service()
         self.require_room(len(requests))
         answers = Answers(
@@ -142,7 +146,8 @@ class Desk:
             for answer, request in zip(answers.all, requests, strict=True):
                 answer.ticket = self.engine.submit(request, answer.listen)
                 submitted += 1
-        except DataError as error:
+        except (DataError, EngineError) as error:
+            self._require_engine()  # it may have failed since
             raise Refusal.of(error, None) from None
         finally:
             if submitted < len(requests):

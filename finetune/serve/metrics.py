@@ -74,6 +74,9 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("finetune_completion_tokens", "Tokens generated.", stats.completion_tokens)
         yield CounterMetricFamily("finetune_answers", "Answers begun by the engine.", stats.requests)
         yield CounterMetricFamily("finetune_answers_cancelled", "Answers cancelled.", stats.cancelled)
+        yield CounterMetricFamily("finetune_answers_failed", "Answers that an error ended.", stats.failed)
+        made_room = "Times that an answer made room for others and was computed anew."
+        yield CounterMetricFamily("finetune_answers_preempted", made_room, stats.preempted)
         if stats.expert_hits is not None and stats.expert_misses is not None:
             yield CounterMetricFamily("finetune_expert_cache_hits", "Experts found resident.", stats.expert_hits)
             yield CounterMetricFamily("finetune_expert_cache_misses", "Experts fetched.", stats.expert_misses)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune.errors import DataError
+from finetune.errors import DataError, EngineError
 from finetune.infer.request import Event, FinishedEvent, FinishReason, Request, TokenEvent
 
 
@@ -31,7 +31,7 @@ class FakeEngine:
     refuses_system: bool = False
     silent: bool = False
     model_path: str = "some/model"
-    failure: BaseException | None = None
+    failure: EngineError | None = None
     requests: list[Request] = field(default_factory=list)
     tickets: list[FakeTicket] = field(default_factory=list)
     _words: list[str] = field(default_factory=list)
@@ -47,6 +47,8 @@ class FakeEngine:
     def submit(self, request: Request, listen: Callable[[Event], None]) -> FakeTicket:
         said = [self._words[token] for token in request.ids]
         question = said[len(said) - said[::-1].index("<user>") :]
+        if self.failure is not None:
+            raise self.failure
         ticket = FakeTicket()
         self.requests.append(request)
         self.tickets.append(ticket)
@@ -66,6 +68,9 @@ class FakeEngine:
             if ticket.cancelled.wait(self.delay):
                 reason = "cancelled"
                 break
+            if self.failure is not None:
+                reason = "error"
+                break
             made += 1
             listen(TokenEvent(made, word))
-        listen(FinishedEvent(reason, len(request.ids), made))
+        listen(FinishedEvent(reason, len(request.ids), made, error=self.failure))

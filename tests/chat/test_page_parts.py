@@ -12,7 +12,7 @@ from finetune.chat.answering import Answering
 from finetune.chat.parts import chat_text, coloured_text, head, legend, looks, refusal, style_sheet
 from finetune.chat.routes import Routed
 from finetune.chat.sides import Turn, answered, history, requests_for, summary
-from finetune.errors import DataError
+from finetune.errors import DataError, EngineError
 from finetune.infer.request import Sampling
 from tests.chat.fake import FakeEngine
 
@@ -102,12 +102,14 @@ def test_a_refused_second_request_ends_the_first() -> None:
 
 def test_an_engine_that_died_is_no_silent_end() -> None:
     engine: Any = FakeEngine(delay=0.05)
-    asked = requests_for(engine, [], "one two", ["tuned"], Sampling(), None)
+    asked = requests_for(engine, [], "one two", ["tuned", "base"], Sampling(), None)
     answering = Answering(engine, asked)
-    engine.failure = MemoryError("out of memory")
-    with pytest.raises(RuntimeError, match="the engine has stopped") as caught:
-        list(answering)
-    assert caught.value.__cause__ is engine.failure
+    engine.failure = EngineError("the engine failed while it answered: out of memory")
+    *_, sides = answered(answering, asked)
+    assert [side.end.error for side in sides if side.end] == [engine.failure] * 2
+    assert summary(engine, sides[1]).endswith("the engine failed while it answered: out of memory")
+    with pytest.raises(EngineError, match="out of memory"):
+        Answering(engine, asked)
 
 
 def test_cancelling_from_another_thread_ends_the_wait() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -11,8 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from finetune.chat.screen import Screen
+from finetune.chat.terminal import chat_in_terminal
+from finetune.errors import EngineError
+from finetune.infer.request import Event, Request
+from tests.chat.conftest import Talk
+from tests.chat.fake import FakeTicket
 from tests.conftest import REPOSITORY
 
 TALKING = [sys.executable, "-m", "tests.chat.talking"]
@@ -47,6 +58,32 @@ def test_a_script_gets_answers_and_nothing_else(tmp_path: Path) -> None:
         "Hello there", "tuned: Hello there", "/slash", "tuned: /slash", "one\ntwo", "base: one two",
         "bytes \ufffd and \x1b[2J", "base: bytes \ufffd and \x1b[2J",
     ]  # fmt: skip
+
+
+def test_an_engine_that_failed_is_told_and_what_was_said_can_still_be_saved(talk: Talk, tmp_path: Path) -> None:
+    engine: Any = talk.engine
+    submit, failure = (
+        engine.submit,
+        EngineError("the engine failed while it answered: out of memory", fix="start it again"),
+    )
+
+    def dying(request: Request, listen: Callable[[Event], None]) -> FakeTicket:
+        def hear(event: Event) -> None:
+            listen(event)
+            engine.failure = failure if len(engine.requests) == 2 else None
+
+        return submit(request, hear)
+
+    engine.submit = dying
+    saved = tmp_path / "said.jsonl"
+    lines = "".join(f"{line}\n" for line in ("one", "two three", "four", f"/save {saved}"))
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.raises(EngineError) as caught:
+        chat_in_terminal(talk.session, Screen(io.StringIO(lines), out, err))
+    assert caught.value is failure
+    assert out.getvalue() == "tuned: one\ntuned:\n"
+    assert err.getvalue().count("error: the engine failed while it answered: out of memory\n  fix: start it again") == 2
+    assert "saved 1 question" in err.getvalue()
 
 
 class Terminal:

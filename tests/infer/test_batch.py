@@ -197,8 +197,9 @@ def test_a_fault_of_nobody_ends_what_runs_and_the_engine_goes_on(
             faults.append(RuntimeError("always"))
             assert error_of(answers(engine, [Request(IDS, Sampling(4))])[0]) is not None
             assert (engine.failure is None) == (number < RESTARTS - 1)
-        with pytest.raises(RuntimeError, match="closed"):
-            engine.submit(Request(IDS), print)
+        for asked in (lambda: engine.submit(Request(IDS), print), lambda: engine.run(print)):
+            with pytest.raises(EngineError, match=r"RuntimeError: always\n  where: .*\n  fix: start it again"):
+                asked()
 
 
 def test_a_device_that_answers_nothing_ends_the_engine(small_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:

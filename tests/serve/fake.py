@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from finetune.errors import DataError
+from finetune.errors import DataError, EngineError
 from finetune.infer.request import Event, FinishedEvent, Request, TokenEvent
 from finetune.infer.text import PromptEnd
 from tests.conftest import REPOSITORY
@@ -46,7 +46,7 @@ class FakeEngine:
     def __init__(self, *, max_batch: int = 4):
         self.tokenizer = bundled_tokenizer()
         self.settings: Any = _Settings(max_batch)
-        self.failure: BaseException | None = None
+        self.failure: EngineError | None = None
         self.restarts = 0
         self._held = False
         self._closed = False
@@ -93,7 +93,7 @@ class FakeEngine:
     def fail(self) -> None:
         """Dies as the engine would of an exception on its thread."""
         with self._work:
-            self.failure = RuntimeError("out of memory")
+            self.failure = EngineError("the engine failed while it answered: out of memory")
             self._work.notify()
 
     def stats(self) -> Any:
@@ -149,6 +149,8 @@ class _Stats:
     completion_tokens: int = 9
     requests: int = 1
     cancelled: int = 0
+    failed: int = 0
+    preempted: int = 0
     kv_pages_used: int = 3
     kv_pages: int = 10
     kv_page_tokens: int = 16

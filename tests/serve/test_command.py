@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +76,11 @@ def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @contextmanager
-def started(model: Path, *args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(
+    model: Path, *args: object, program: Sequence[str] = ("-m", "finetune")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that serves the model, and its base URL."""
-    command = [sys.executable, "-m", "finetune", "serve", model, "--port", 0, "--device", "cpu", *args]
+    command = [sys.executable, *program, "serve", model, "--port", 0, "--device", "cpu", *args]
     process = subprocess.Popen(
         [str(part) for part in command], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -134,6 +136,38 @@ def test_a_process_that_is_asked_to_stop_while_it_answers(talkative: Path, tmp_p
         assert process.wait(60) == 0
         assert process.stdout is not None
         assert process.stdout.read() == ""
+
+
+# The command itself, on a device that is lost with the first step.
+DYING = """
+import runpy
+from finetune.infer.runner import Runner
+from finetune.serve import server
+
+def lost(*arguments):
+    raise RuntimeError("CUDA error: an illegal memory access")
+
+Runner.step = Runner.probe = lost
+server.FAILED_SECONDS = 0.5
+runpy.run_module("finetune", run_name="__main__")
+"""
+
+
+def test_a_process_whose_engine_dies_tells_why_and_does_not_succeed(talkative: Path) -> None:
+    with started(talkative, "--kv-gib", "0.25", program=("-c", DYING)) as (process, url):
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="talkative", prompt="Once", max_tokens=4)
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_failed")
+        assert process.wait(60) == 2
+        assert process.stdout is not None
+        said = process.stdout.read()
+    error = said[said.rindex("\nerror: ") + 1 :]
+    assert error == (
+        "error: the engine failed while it answered: RuntimeError: CUDA error: an illegal memory access\n"
+        f"  where: {talkative}\n  fix: start it again; the traceback is in the log\n"
+    )
+    assert "Traceback" in said[: -len(error)]
 
 
 @pytest.mark.slow

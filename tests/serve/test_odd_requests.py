@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,6 +48,7 @@ def test_nobody_is_left_unanswered(talkative: Path, tmp_path: Path, monkeypatch:
     ):
         found = fuzz_engine.run(served.root, 100, 16, seed=0)
         stats = engine.stats()
+        metrics = httpx.get(served.root + "/metrics").text.splitlines()
     print(found, stats)
     assert fuzz_engine.unanswered(found) == 0
     assert found["plain"] == {"answered": 16}
@@ -55,3 +57,5 @@ def test_nobody_is_left_unanswered(talkative: Path, tmp_path: Path, monkeypatch:
     assert (engine.failure, engine.restarts) == (None, 0)
     assert stats.failed > 0
     assert stats.preempted > 0
+    assert f"finetune_answers_failed_total {float(stats.failed)}" in metrics
+    assert f"finetune_answers_preempted_total {float(stats.preempted)}" in metrics

@@ -179,8 +179,8 @@ def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
         (b'{"prompt": [' + b"1" * 400 + b"]}", "prompt", "token id 1111"),
         (b'{"prompt": "\xff"}', None, "not UTF-8"),
         (b'{"prompt": "\\ud800"}', None, "hex escape"),
-        ('{"prompt": "a"}'.encode("utf-16"), None, "the body is UTF-16; allowed: JSON in UTF-8"),
-        (gzip.compress(b'{"prompt": "a"}', mtime=0), None, "the body is gzip"),
+        ('{"prompt": "a"}'.encode("utf-16"), None, "the body is UTF-16; allowed: JSON in UTF-8; send it as UTF-8"),
+        (gzip.compress(b'{"prompt": "a"}', mtime=0), None, "is gzip; allowed: JSON in UTF-8; send it uncompressed"),
         (b'{"prompt": [' + b"[1]," * 10_000 + b"[1]]}", "n", "10001 answers"),
         (b'{"prompt": "a", "logprobs": 21}', "logprobs", "0 to 20"),
         (b'{"prompt": "a", "echo": true}', "echo", "not supported"),
@@ -201,9 +201,15 @@ def test_a_completion_body(served: Serving, body: bytes, param: str | None, says
     ("headers", "says"),
     [
         # What a form on some page in a browser could send to this machine.
-        ({"content-type": "text/plain"}, "the content-type is 'text/plain'; allowed: application/json"),
-        ({"content-type": "application/json; charset=latin-1"}, "the charset is 'latin-1'; allowed: utf-8"),
-        ({"content-encoding": "gzip"}, "the content-encoding is 'gzip'; allowed: identity"),
+        (
+            {"content-type": "text/plain"},
+            "the content-type is 'text/plain'; allowed: application/json; send the header",
+        ),
+        (
+            {"content-type": "application/json; charset=latin-1"},
+            "the charset is 'latin-1'; allowed: utf-8; send the body as UTF-8",
+        ),
+        ({"content-encoding": "gzip"}, "the content-encoding is 'gzip'; allowed: identity; send the body uncompressed"),
         ({"content-encoding": "deflate"}, "the content-encoding is 'deflate'"),
     ],
 )

@@ -70,6 +70,7 @@ def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
 
     Raises:
         FinetuneError: an adapter or model that cannot be used, or an address that cannot be had.
+        EngineError: the engine failed for good.
     """
     from finetune.chat.page import Page
     from finetune.chat.page_server import PageServer
@@ -85,3 +86,5 @@ def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
             report.line(f"chat with {', '.join(engine.names)} on {server.url} (Ctrl-C ends)")
             with contextlib.suppress(KeyboardInterrupt):
                 server.serve_page()
+            if engine.failure is not None:
+                raise engine.failure

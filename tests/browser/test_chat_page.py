@@ -370,3 +370,30 @@ def test_an_address_that_cannot_be_had(site: Site) -> None:
         assert ran.status == 2
         assert f"cannot listen on {host} port {port}: " in ran.stderr
         assert "choose another port" in ran.stderr
+
+
+def test_an_engine_that_failed_is_told(
+    opened: Opened, site: Site, monkeypatch: pytest.MonkeyPatch, screenshots: Path | None
+) -> None:
+    """Last of all, since nobody answers after it."""
+
+    def lost(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    for name in ("step", "probe"):
+        monkeypatch.setattr(site.engine._runner, name, lost)
+    opened.send(QUESTION)
+    why = "the engine failed while it answered: RuntimeError: CUDA error: an illegal memory access"
+    opened.page.locator("#right .note", has_text=why).wait_for()
+    opened.until_done()
+    opened.send("And now?")
+    alert = opened.page.get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text().startswith(why)
+    assert "start it again" in alert.inner_text()
+    assert opened.page.get_by_label("Question").input_value() == "And now?"
+    assert opened.page.locator("#left-text .t").count() == 0
+    assert opened.page.locator(".toast-wrap .error").count() == 0
+    assert opened.said == []
+    if screenshots is not None:
+        opened.page.screenshot(path=screenshots / "chat-failed.png", full_page=True)

@@ -30,9 +30,9 @@ from finetune.infer import (
     EngineSettings,
     OffloadedExperts,
     ServedModels,
-    bring_back,
     page_bytes,
     pages_for,
+    undo_offload,
 )
 from finetune.kernels import BLOCK, fetch_experts
 from finetune.moe import EXPERT_PROJECTIONS, LoadedModel, experts_path
@@ -58,7 +58,7 @@ def bench_offload(
             rows.append({"device_gib": budget, "routing": routing} | _row(engine, batch, context, tokens))
             rates = rates or engine.run(_rates)
         del engine
-        bring_back(loaded.model, loaded.arch)
+        undo_offload(loaded.model, loaded.arch)
         gc.collect()
         if loaded.device.type == "cuda":
             torch.cuda.empty_cache()

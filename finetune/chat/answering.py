@@ -18,7 +18,7 @@ from finetune.errors import DataError, FinetuneError
 from finetune.infer import Event, FinishedEvent, Request, Sampling
 
 if TYPE_CHECKING:
-    from finetune.infer import Engine, Ticket
+    from finetune.infer import Engine, RequestHandle
 
 
 class Answering:
@@ -34,18 +34,18 @@ class Answering:
     def __init__(self, engine: Engine, requests: Sequence[Request]):
         self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         self._open = len(requests)
-        self._tickets: list[Ticket] = []
+        self._handles: list[RequestHandle] = []
         try:
             for number, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, partial(self._take, number)))
+                self._handles.append(engine.submit(request, partial(self._take, number)))
         except FinetuneError:
             self.cancel()
             raise
 
     def cancel(self) -> None:
         """Ends every answer where it is; from any thread, and as often as one likes."""
-        for ticket in self._tickets:
-            ticket.cancel()
+        for handle in self._handles:
+            handle.cancel()
 
     def __iter__(self) -> Generator[tuple[int, Event], None, None]:
         try:

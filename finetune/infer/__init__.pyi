@@ -1,11 +1,11 @@
 from .engine import Engine as Engine
 from .engine import EngineStats as EngineStats
-from .engine import Ticket as Ticket
+from .engine import RequestHandle as RequestHandle
 from .generation import generate as generate
 from .loading import ServedModels as ServedModels
 from .loading import parse_adapters as parse_adapters
 from .offloaded import OffloadedExperts as OffloadedExperts
-from .offloaded import bring_back as bring_back
+from .offloaded import undo_offload as undo_offload
 from .pages import PAGE as PAGE
 from .pages import page_bytes as page_bytes
 from .pages import pages_for as pages_for

@@ -139,7 +139,7 @@ class Batch:
                     self._finish(row, "cancelled")
             if row.finished:
                 # What the device still writes there comes before what the next owner writes.
-                self._runner.pool.give_back(row.pages)
+                self._runner.pool.free(row.pages)
         self.running = [row for row in self.running if not row.finished]
         self.waiting = deque(row for row in self.waiting if not row.finished)
 
@@ -148,7 +148,7 @@ class Batch:
         while self.waiting and len(self.running) < self._max_batch:
             row = self.waiting[0]
             on_its_way = len(row.tokens) < row.launched  # the last token before it made room
-            if on_its_way or not self._runner.pool.extend(row.pages, row.length + 1, spare=len(self.running) // 4):
+            if on_its_way or not self._runner.pool.allocate(row.pages, row.length + 1, spare=len(self.running) // 4):
                 break
             self.running.append(self.waiting.popleft())
             admitted.append(row)
@@ -161,14 +161,14 @@ class Batch:
         """Those of the rows, in the order in which they came, that have a page for their newest token."""
         number = 0
         while number < len(rows):
-            if self._runner.pool.extend(rows[number].pages, rows[number].position + 1):
+            if self._runner.pool.allocate(rows[number].pages, rows[number].position + 1):
                 number += 1
             else:
                 self._make_wait(rows.pop())
         return rows
 
     def _make_wait(self, row: Row) -> None:
-        self._runner.pool.give_back(row.pages)
+        self._runner.pool.free(row.pages)
         self.running.remove(row)
         self.waiting.appendleft(row)
         self._counters.preempted += 1

@@ -67,7 +67,7 @@ class EngineStats:
     expert_fetched_bytes: int | None = None
 
 
-class Ticket:
+class RequestHandle:
     """A submitted request."""
 
     def __init__(self, engine: Engine, row: Row):
@@ -141,7 +141,7 @@ class Engine:
 
     # ---- asked from any thread -------------------------------------------------------------------------------
 
-    def submit(self, request: Request, listen: Listener) -> Ticket:
+    def submit(self, request: Request, listen: Listener) -> RequestHandle:
         """Queues a request; does not wait. `listen` runs on the engine's thread and must be quick; one that raises
         ends its own request.
 
@@ -156,12 +156,12 @@ class Engine:
             self._submitted.append(row)
             self._counters.requests += 1
             self._lock.notify()
-        return Ticket(self, row)
+        return RequestHandle(self, row)
 
     def stream(self, request: Request) -> Iterator[Event]:
         """The events of one request; closing the generator cancels it."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        ticket = self.submit(request, events.put)
+        handle = self.submit(request, events.put)
         try:
             while True:
                 event = events.get()
@@ -169,7 +169,7 @@ class Engine:
                 if isinstance(event, FinishedEvent):
                     return
         finally:
-            ticket.cancel()
+            handle.cancel()
 
     def tokenizer_of(self, model: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer, with its chat template, that a model was trained with.

@@ -112,9 +112,9 @@ class OffloadedExperts(nn.Module):
         self._hot_E = self._hot_E.to(device)
         # Filled from the start, so that the first tokens find something: the hot ones, then the others in turn.
         first_ones = [*hot, *(expert for expert in range(self.num_experts) if expert not in hot)][:count]
-        self.bring(torch.tensor([first_ones], device=device))
+        self.fetch(torch.tensor([first_ones], device=device))
 
-    def bring(self, index_TK: Tensor) -> Tensor:
+    def fetch(self, index_TK: Tensor) -> Tensor:
         """The slots, int64 [T, K], in which the chosen experts lie from now until a layer's next call."""
         slot_E, fetch_E = assign_slots(
             index_TK, self._owner_S, self._used_S, self.counts, self._hot_E, first=self.first, count=self.count
@@ -129,7 +129,7 @@ class OffloadedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `QuantizedExperts.forward`."""
-        slots = self.bring(top_k_index)
+        slots = self.fetch(top_k_index)
         if top_k_index.numel() <= FEW_CHOICES:
             return run_experts(hidden_states, slots, top_k_weights, self.gate_up, self.down)
         pieces = [tensor.split(PIECE_TOKENS) for tensor in (hidden_states, slots, top_k_weights)]
@@ -184,7 +184,7 @@ def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.dev
     return counts_L3
 
 
-def bring_back(model: Any, arch: MoeArch) -> None:
+def undo_offload(model: Any, arch: MoeArch) -> None:
     """Undoes `offload_experts`: the modules, with their weights in host memory, are in their places again."""
     for layer in range(arch.layers):
         offloaded = model.get_submodule(experts_path(layer))

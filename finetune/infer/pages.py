@@ -38,7 +38,7 @@ class PagePool:
     def used(self) -> int:
         return self.pages - len(self._free)
 
-    def extend(self, pages: list[int], tokens: int, *, spare: int = 0) -> bool:
+    def allocate(self, pages: list[int], tokens: int, *, spare: int = 0) -> bool:
         """Adds pages to a row's until they hold so many tokens; adds none if fewer than `spare` would be left.
 
         Returns:
@@ -50,8 +50,8 @@ class PagePool:
         pages += [self._free.pop() for _ in range(wanted)]
         return True
 
-    def give_back(self, pages: list[int]) -> None:
-        """Takes a row's pages, all of them."""
+    def free(self, pages: list[int]) -> None:
+        """Frees all of a row's pages."""
         self._free += pages
         pages.clear()
 

@@ -38,7 +38,7 @@ _CPU_KV_BYTES = 2**29
 
 
 @dataclass(frozen=True)
-class Rooms:
+class MemorySplit:
     """Bytes of the device for keys and values, and for experts' slots (0: all experts are resident)."""
 
     kv: int
@@ -94,7 +94,7 @@ def needs_offload(
     return weights + row + _workspace(arch, dtype, longest, max_batch, "resident") > free_bytes(device, device_gib)
 
 
-def divide(
+def split_memory(
     arch: MoeArch,
     dtype: torch.dtype,
     device: torch.device,
@@ -105,7 +105,7 @@ def divide(
     wanted_kv: int,
     longest: int,
     max_batch: int,
-) -> Rooms:
+) -> MemorySplit:
     """Divides what is free once the model is loaded, without its experts under `offload`.
 
     Args:
@@ -115,12 +115,12 @@ def divide(
     if offload:
         kv = int(kv_gib * 2**30) if kv_gib is not None else int((device_gib or free / 2**30) * 2**30 * _KV_SHARE)
         kv = min(wanted_kv, kv)
-        return Rooms(kv, free - kv - _workspace(arch, dtype, longest, max_batch, "offload"))
+        return MemorySplit(kv, free - kv - _workspace(arch, dtype, longest, max_batch, "offload"))
     if kv_gib is not None:
-        return Rooms(min(wanted_kv, int(kv_gib * 2**30)), 0)
+        return MemorySplit(min(wanted_kv, int(kv_gib * 2**30)), 0)
     if device.type != "cuda":
-        return Rooms(min(wanted_kv, _CPU_KV_BYTES), 0)
-    return Rooms(min(wanted_kv, free - _workspace(arch, dtype, longest, max_batch, "resident")), 0)
+        return MemorySplit(min(wanted_kv, _CPU_KV_BYTES), 0)
+    return MemorySplit(min(wanted_kv, free - _workspace(arch, dtype, longest, max_batch, "resident")), 0)
 
 
 def _workspace(

@@ -20,7 +20,7 @@ from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import expert_bytes, least_slots, offload_experts, plan_slots
 from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
 from finetune.infer.prefill import prefill
-from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, divide, read_load
+from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, read_load, split_memory
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.sampler import Chosen, RowSampling, choose
 from finetune.infer.settings import EngineSettings
@@ -69,7 +69,7 @@ class Runner:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.device)
         offload = served.experts_on == "host"
-        rooms = divide(
+        split = split_memory(
             self.arch,
             dtype,
             self.device,
@@ -80,13 +80,13 @@ class Runner:
             longest=longest,
             max_batch=settings.max_batch,
         )
-        count = _pool_pages(self.arch, dtype, self.device, settings, rooms.kv)
+        count = _pool_pages(self.arch, dtype, self.device, settings, split.kv)
         self.max_length: int = min(longest, (count - 1) * PAGE)
         self._cache_counts: Tensor | None = None
         self._cache_counts_read: Tensor | None = None
         if offload:
             self._expert_bytes = expert_bytes(causal.get_submodule(experts_path(0)))
-            self._cache_counts = _offload(causal, self.arch, self.device, settings, rooms.slots)
+            self._cache_counts = _offload(causal, self.arch, self.device, settings, split.slots)
             self._cache_counts_read = torch.zeros(
                 self._cache_counts.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda"
             )

@@ -77,8 +77,8 @@ class DecodeStep:
             x_TH, rows = add_norm(x_TH, projected, None, *_norm(layer.post_norm))
             which_T = adapter_T if layer.gates_NEH.shape[0] > 1 else base_T
             index_TK, weight_TK = self._route(layer, number, rows, which_T)
-            if layer.bring is not None:
-                index_TK = layer.bring(index_TK)
+            if layer.fetch is not None:
+                index_TK = layer.fetch(index_TK)
             delta_PSH = few_experts(rows, index_TK, layer.gate_up, layer.down)
         _, rows = add_norm(x_TH, delta_PSH, weight_TK, *_norm(self.decoder.norm))
         return self.head(rows.x).float()

@@ -37,7 +37,7 @@ class Adapters:
 class Layer:
     """One decoder layer. Projections are the model's own linear layers, 4-bit or plain.
 
-    `bring` is there where experts are offloaded: from chosen experts [T, K] to where they lie in the stacks.
+    `fetch` is there where experts are offloaded: from chosen experts [T, K] to where they lie in the stacks.
     """
 
     input_norm: nn.Module
@@ -52,7 +52,7 @@ class Layer:
     normalize: bool
     gate_up: ExpertStack
     down: ExpertStack
-    bring: Callable[[Tensor], Tensor] | None
+    fetch: Callable[[Tensor], Tensor] | None
 
 
 def read_layers(decoder: Any, arch: MoeArch, adapters: Sequence[str]) -> list[Layer]:
@@ -86,7 +86,7 @@ def _read_layer(layer: Any, arch: MoeArch, adapters: Sequence[str]) -> Layer:
         normalize=arch.model_type == "mixtral" or bool(router.norm_topk_prob),
         gate_up=stacks[0],
         down=stacks[1],
-        bring=experts.bring if offloaded else None,
+        fetch=experts.fetch if offloaded else None,
     )
 
 

@@ -13,8 +13,9 @@ on (49 from memory that was locked after it had been allocated), where the copy 
 through shared memory (cp.async.bulk) gave 37.
 
 Nothing is written back: experts never change. A needed expert that finds every slot of its layer needed, as in a long
-prompt, is a guest in the slots before them, which belong to the layers that ran last and are theirs again afterwards.
-Slots kept for guests alone would be empty while answers are written: 4 of the 157 that 16 GiB leave.
+prompt, goes to an overflow slot: one of the slots before the layer's own, which belong to the layers that ran last and
+are theirs again afterwards. Slots kept for overflow alone would be empty while answers are written: 4 of the 157 that
+16 GiB leave.
 
 Shape suffixes: T rows, K choices, E experts, S slots of all layers.
 """
@@ -55,9 +56,9 @@ def _assign_plain(
             owner[free[rank]] = expert
             slot[expert] = free[rank]
         else:
-            guest = (first - 1 - (rank - len(free))) % owner.numel()
-            owner[guest], used[guest] = -1, 0
-            slot[expert] = guest
+            overflow = (first - 1 - (rank - len(free))) % owner.numel()
+            owner[overflow], used[overflow] = -1, 0
+            slot[expert] = overflow
         fetch[expert] = slot[expert]
     for s in own:
         expert = int(owner[s])
@@ -103,8 +104,8 @@ def assign_slots(
         owner_S: int32, the expert of its layer in each slot of all layers, -1 for none; at least E slots.
         used_S: int64, the step of its last use; `PINNED` for a hot expert's.
         counts: int64 [3]: the layer's steps, needed experts that were there, and those that were not.
-        hot_E: int32, 1 for the experts that keep their slot for good once they have one (guests excepted); fewer than
-            `count`.
+        hot_E: int32, 1 for the experts that keep their slot for good once they have one, unless it is an overflow slot;
+            fewer than `count`.
         first, count: the layer's own slots, of which there are at least one.
     """
     return _assign(index_TK.contiguous(), owner_S, used_S, counts, hot_E, first, count)

@@ -45,9 +45,9 @@ def assign_kernel(
     rank = tl.cumsum(missing, 0) - 1
     gives = tl.where((rank[:, None] == order[None, :]), missing[:, None] * free[None, :], 0)
     given = tl.max(tl.where(gives > 0, c[None, :], -1), 1)
-    guest = (FIRST - 1 - (rank - tl.sum(free)) + TOTAL) % TOTAL
-    visits = (missing > 0) & (given < 0)
-    slot = tl.where(place >= 0, FIRST + place, tl.where(visits, guest, FIRST + given))
+    overflow = (FIRST - 1 - (rank - tl.sum(free)) + TOTAL) % TOTAL
+    overflows = (missing > 0) & (given < 0)
+    slot = tl.where(place >= 0, FIRST + place, tl.where(overflows, overflow, FIRST + given))
     tl.store(slot_ptr + e, tl.where(needed > 0, slot, -1).to(tl.int64), mask=e < E)
     tl.store(fetch_ptr + e, tl.where(missing > 0, slot, -1), mask=e < E)
     taken = tl.max(gives, 0)
@@ -55,8 +55,8 @@ def assign_kernel(
     last = tl.where(tl.max(held * hot[:, None], 0) > 0, PINNED, step)
     tl.store(owner_ptr + FIRST + c, tl.where(taken > 0, tl.sum(gives * e[:, None], 0), owner), mask=c < C)
     tl.store(used_ptr + FIRST + c, tl.where((taken > 0) | (wanted > 0), last, used), mask=c < C)
-    tl.store(owner_ptr + guest, tl.full([EXPERTS], -1, tl.int32), mask=visits)
-    tl.store(used_ptr + guest, tl.zeros([EXPERTS], tl.int64), mask=visits)
+    tl.store(owner_ptr + overflow, tl.full([EXPERTS], -1, tl.int32), mask=overflows)
+    tl.store(used_ptr + overflow, tl.zeros([EXPERTS], tl.int64), mask=overflows)
     misses = tl.sum(missing)
     tl.store(counts_ptr, step)
     tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + tl.sum(needed) - misses)

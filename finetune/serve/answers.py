@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from finetune.infer import Event, FinishedEvent, TokenEvent
 
 if TYPE_CHECKING:
-    from finetune.infer import Ticket
+    from finetune.infer import RequestHandle
 
 
 # Telling one client takes about 45 microseconds, mostly the system call, so 16 clients take at most 4% of the time.
@@ -88,7 +88,7 @@ class Answer:
 
     def __init__(self, number: int, answers: Answers, bridge: Bridge):
         self.number = number
-        self.ticket: Ticket | None = None
+        self.handle: RequestHandle | None = None
         self.first: float | None = None
         self.last = 0.0
         self.tokens = 0
@@ -157,5 +157,5 @@ class Answers:
         """Ends what still runs; as often as one likes."""
         if self.open:
             for answer in self.all:
-                if answer.ticket is not None and answer.finished is None:
-                    answer.ticket.cancel()
+                if answer.handle is not None and answer.finished is None:
+                    answer.handle.cancel()

@@ -144,7 +144,7 @@ class Desk:
         submitted = 0
         try:
             for answer, request in zip(answers.all, requests, strict=True):
-                answer.ticket = self.engine.submit(request, answer.listen)
+                answer.handle = self.engine.submit(request, answer.listen)
                 submitted += 1
         except (DataError, EngineError) as error:
             self._require_engine()  # it may have failed since

@@ -59,7 +59,7 @@ class Paced:
     def __init__(self, engine: Engine):
         self._engine = engine
         self.pause = 0.0
-        self.tickets: list[Any] = []
+        self.handles: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -69,8 +69,8 @@ class Paced:
             time.sleep(self.pause)
             listen(event)
 
-        self.tickets.append(self._engine.submit(request, slowly))
-        return self.tickets[-1]
+        self.handles.append(self._engine.submit(request, slowly))
+        return self.handles[-1]
 
 
 @dataclass

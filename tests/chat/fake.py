@@ -14,7 +14,7 @@ from finetune.infer.request import Event, FinishedEvent, FinishReason, Request, 
 
 
 @dataclass
-class FakeTicket:
+class FakeHandle:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -33,7 +33,7 @@ class FakeEngine:
     model_path: str = "some/model"
     failure: EngineError | None = None
     requests: list[Request] = field(default_factory=list)
-    tickets: list[FakeTicket] = field(default_factory=list)
+    handles: list[FakeHandle] = field(default_factory=list)
     _words: list[str] = field(default_factory=list)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], model: str | None = None) -> tuple[int, ...]:
@@ -44,20 +44,20 @@ class FakeEngine:
         self._words += words
         return tuple(range(start, len(self._words)))
 
-    def submit(self, request: Request, listen: Callable[[Event], None]) -> FakeTicket:
+    def submit(self, request: Request, listen: Callable[[Event], None]) -> FakeHandle:
         said = [self._words[token] for token in request.ids]
         question = said[len(said) - said[::-1].index("<user>") :]
         if self.failure is not None:
             raise self.failure
-        ticket = FakeTicket()
+        handle = FakeHandle()
         self.requests.append(request)
-        self.tickets.append(ticket)
+        self.handles.append(handle)
         words = [f" {request.model}:", *(f" {word}" for word in question)]
         words = [] if self.silent else words
-        threading.Thread(target=self._answer, args=(request, words, listen, ticket), daemon=True).start()
-        return ticket
+        threading.Thread(target=self._answer, args=(request, words, listen, handle), daemon=True).start()
+        return handle
 
-    def _answer(self, request: Request, words: list[str], listen: Callable[[Event], None], ticket: FakeTicket) -> None:
+    def _answer(self, request: Request, words: list[str], listen: Callable[[Event], None], handle: FakeHandle) -> None:
         room = min(request.sampling.max_new_tokens, self.max_length - len(request.ids))
         made = 0
         reason: FinishReason = "stop"
@@ -65,7 +65,7 @@ class FakeEngine:
             if made == room:
                 reason = "length"
                 break
-            if ticket.cancelled.wait(self.delay):
+            if handle.cancelled.wait(self.delay):
                 reason = "cancelled"
                 break
             if self.failure is not None:

@@ -81,7 +81,7 @@ def test_whoever_turns_away_ends_the_answers() -> None:
     states = answered(Answering(engine, asked), asked)
     next(states)
     states.close()
-    assert all(ticket.cancelled.is_set() for ticket in engine.tickets)
+    assert all(handle.cancelled.is_set() for handle in engine.handles)
 
 
 def test_a_refused_second_request_ends_the_first() -> None:
@@ -97,7 +97,7 @@ def test_a_refused_second_request_ends_the_first() -> None:
     engine.submit = refusing
     with pytest.raises(DataError, match="there is no model"):
         Answering(engine, asked)
-    assert engine.tickets[0].cancelled.is_set()
+    assert engine.handles[0].cancelled.is_set()
 
 
 def test_an_engine_that_died_is_no_silent_end() -> None:

@@ -23,7 +23,7 @@ from finetune.chat.terminal import chat_in_terminal
 from finetune.errors import EngineError
 from finetune.infer.request import Event, Request
 from tests.chat.conftest import Talk
-from tests.chat.fake import FakeTicket
+from tests.chat.fake import FakeHandle
 from tests.conftest import REPOSITORY
 
 TALKING = [sys.executable, "-m", "tests.chat.talking"]
@@ -67,7 +67,7 @@ def test_an_engine_that_failed_is_told_and_what_was_said_can_still_be_saved(talk
         EngineError("the engine failed while it answered: out of memory", fix="start it again"),
     )
 
-    def dying(request: Request, listen: Callable[[Event], None]) -> FakeTicket:
+    def dying(request: Request, listen: Callable[[Event], None]) -> FakeHandle:
         def hear(event: Event) -> None:
             listen(event)
             engine.failure = failure if len(engine.requests) == 2 else None

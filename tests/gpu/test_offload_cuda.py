@@ -11,7 +11,7 @@ from finetune.bench.offload import bench_offload
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
 from finetune.infer.loading import ServedModels
-from finetune.infer.offloaded import bring_back
+from finetune.infer.offloaded import undo_offload
 from finetune.infer.request import Request, Sampling, TokenEvent
 from finetune.infer.settings import EngineSettings
 from tests.infer.test_residency import ARCH, settings_with
@@ -44,7 +44,7 @@ def test_tokens_are_those_of_resident_experts(tmp_path: Path) -> None:
             stats = engine.stats()
             print(slots, stats.expert_hits, stats.expert_misses, stats.expert_fetched_bytes)
             assert (stats.expert_misses == 0) == (slots == 8 * ARCH.layers)
-        bring_back(loaded.model, loaded.arch)
+        undo_offload(loaded.model, loaded.arch)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 

@@ -254,10 +254,10 @@ def test_requests_without_a_limit_run_together(small_mixtral: Path) -> None:
             if isinstance(event, FinishedEvent):
                 ends.put(event)
 
-        tickets = [engine.submit(request, listen) for request in requests]
+        handles = [engine.submit(request, listen) for request in requests]
         while most < 16 and engine.failure is None:
             time.sleep(0.002)
-        for ticket in tickets:
-            ticket.cancel()
+        for handle in handles:
+            handle.cancel()
         assert len([ends.get(timeout=60) for _ in requests]) == 16
     assert most == 16

@@ -158,9 +158,9 @@ def test_cancelling_gives_the_pages_back(engine: Engine) -> None:
         events.append(event)
         (ended if isinstance(event, FinishedEvent) else begun).set()
 
-    ticket = engine.submit(Request((1, 450), Sampling(max_new_tokens=250, ignore_eos=True)), listen)
+    handle = engine.submit(Request((1, 450), Sampling(max_new_tokens=250, ignore_eos=True)), listen)
     assert begun.wait(30)
-    ticket.cancel()
+    handle.cancel()
     assert ended.wait(30)
     assert events[-1].reason == "cancelled"
     assert len(events) < 250

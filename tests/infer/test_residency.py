@@ -20,14 +20,14 @@ from finetune.infer.loading import chooses_offload
 from finetune.infer.offloaded import (
     OffloadedExperts,
     _device_readable,
-    bring_back,
     expert_bytes,
     offload_experts,
     plan_slots,
+    undo_offload,
 )
 from finetune.infer.pages import page_bytes, pages_for
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.residency import divide, needs_offload, read_load
+from finetune.infer.residency import needs_offload, read_load, split_memory
 from finetune.infer.settings import EngineSettings
 from finetune.kernels.expert_cache import PINNED
 from finetune.kernels.stacks import ExpertStorage
@@ -49,7 +49,7 @@ def settings_with(
     settings = EngineSettings(residency="offload", **more)
     longest = settings.longest(10**9)
     wanted = (settings.max_batch * pages_for(longest) + 1) * page_bytes(ARCH, dtype)
-    rooms = divide(
+    split = split_memory(
         ARCH,
         dtype,
         device,
@@ -60,7 +60,7 @@ def settings_with(
         longest=longest,
         max_batch=settings.max_batch,
     )
-    gib = 2.0 - (rooms.slots - (slots + 0.5) * size) / 2**30
+    gib = 2.0 - (split.slots - (slots + 0.5) * size) / 2**30
     return replace(settings, kv_gib=KV_GIB, device_gib=gib)
 
 
@@ -153,7 +153,7 @@ def test_hits_are_those_of_a_cache_counted_by_hand() -> None:
     for _ in range(200):
         # One expert a step: the order of last use has no ties.
         index = torch.randint(ARCH.experts, (1, 1), generator=generator)
-        slots = layer.bring(index)
+        slots = layer.fetch(index)
         needed = sorted(set(index.flatten().tolist()))
         for expert in needed:
             hits += expert in pinned or expert in recent
@@ -172,7 +172,7 @@ def test_hits_are_those_of_a_cache_counted_by_hand() -> None:
             assert torch.equal(layer.down.absmax[slot], stacks[1].absmax[expert])
     assert counts[1].tolist() == [201, hits, misses]  # it was filled in one
     assert counts[0].tolist() == [1, 0, 0]
-    bring_back(model, ARCH)
+    undo_offload(model, ARCH)
     again = model.get_submodule(experts_path(1))
     assert all(
         torch.equal(a, b)

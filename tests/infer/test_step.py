@@ -82,7 +82,7 @@ def test_equals_the_models_forward(family: str, overrides: dict[str, Any], atten
     pool = PagePool(arch, 12, torch.float32, torch.device("cpu"))
     ids = prompts(arch.vocab)
     pages: list[list[int]] = [[] for _ in ids]
-    assert all(pool.extend(own, len(row) + 2) for own, row in zip(pages, ids, strict=True))
+    assert all(pool.allocate(own, len(row) + 2) for own, row in zip(pages, ids, strict=True))
     after_prompt = prefill(model, ids, pages, pool, RotaryTables(model.model, 512))
     expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])
     torch.testing.assert_close(after_prompt, expected, atol=TOLERANCE, rtol=0)
@@ -120,7 +120,7 @@ def test_each_row_goes_by_its_own_adapter(small_mixtral: Path, tmp_path: Path) -
     pages: list[list[int]] = [[] for _ in names]
     expected = []
     for name, own in zip(names, pages, strict=True):
-        pool.extend(own, len(row))
+        pool.allocate(own, len(row))
         if name is None:
             with model.disable_adapter():
                 prefill(causal, [row[:-1]], [own], pool, rotary)

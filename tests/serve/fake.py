@@ -24,7 +24,7 @@ def bundled_tokenizer() -> Any:
 
 
 @dataclass
-class FakeTicket:
+class FakeHandle:
     engine: FakeEngine
     request: Request
     listen: Callable[[Event], None]
@@ -50,20 +50,20 @@ class FakeEngine:
         self.restarts = 0
         self._held = False
         self._closed = False
-        self._open: list[FakeTicket] = []
-        self._cancelled: list[FakeTicket] = []
+        self._open: list[FakeHandle] = []
+        self._cancelled: list[FakeHandle] = []
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, listen: Callable[[Event], None]) -> FakeTicket:
+    def submit(self, request: Request, listen: Callable[[Event], None]) -> FakeHandle:
         if request.model not in self.names:
             raise DataError(f"no model {request.model}")
-        ticket = FakeTicket(self, request, listen)
+        handle = FakeHandle(self, request, listen)
         with self._work:
-            self._open.append(ticket)
+            self._open.append(handle)
             self._work.notify()
-        return ticket
+        return handle
 
     def tokenizer_of(self, model: str | None) -> Any:
         return self.tokenizer
@@ -79,9 +79,9 @@ class FakeEngine:
     def prompt_end(self, ids: Sequence[int], model: str | None = None) -> PromptEnd:
         return PromptEnd.of(self.tokenizer, ids)
 
-    def cancel(self, ticket: FakeTicket) -> None:
+    def cancel(self, handle: FakeHandle) -> None:
         with self._work:
-            self._cancelled.append(ticket)
+            self._cancelled.append(handle)
             self._work.notify()
 
     def hold(self, held: bool) -> None:
@@ -113,27 +113,27 @@ class FakeEngine:
         while not (self._closed or self.failure):
             with self._work:
                 self._work.wait_for(self._has_work)
-                cancelled = [ticket for ticket in self._cancelled if ticket in self._open]
+                cancelled = [handle for handle in self._cancelled if handle in self._open]
                 self._cancelled = []
                 batch = self._open[: self.settings.max_batch] if not self._held else []
-            for ticket in cancelled:
-                self._finish(ticket, "cancelled")
-            for ticket in batch:
-                if ticket in self._open:
-                    ticket.listen(TokenEvent(5, f"{ticket.said} "))
-                    ticket.said += 1
-                    if ticket.said == min(ticket.request.sampling.max_new_tokens, 200):
-                        self._finish(ticket, "length")
-        for ticket in list(self._open):
-            self._finish(ticket, "cancelled")
+            for handle in cancelled:
+                self._finish(handle, "cancelled")
+            for handle in batch:
+                if handle in self._open:
+                    handle.listen(TokenEvent(5, f"{handle.said} "))
+                    handle.said += 1
+                    if handle.said == min(handle.request.sampling.max_new_tokens, 200):
+                        self._finish(handle, "length")
+        for handle in list(self._open):
+            self._finish(handle, "cancelled")
 
     def _has_work(self) -> bool:
         return bool(self._closed or self._cancelled or self.failure or (self._open and not self._held))
 
-    def _finish(self, ticket: FakeTicket, reason: Any) -> None:
+    def _finish(self, handle: FakeHandle, reason: Any) -> None:
         with self._work:
-            self._open.remove(ticket)
-        ticket.listen(FinishedEvent(reason, len(ticket.request.ids), ticket.said))
+            self._open.remove(handle)
+        handle.listen(FinishedEvent(reason, len(handle.request.ids), handle.said))
 
 
 @dataclass(frozen=True)

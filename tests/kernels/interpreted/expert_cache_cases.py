@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
     ("experts", "slots", "hot", "choices"), [(8, 5, 0, 2), (8, 5, 2, 6), (8, 3, 0, 16), (20, 7, 3, 40), (8, 8, 0, 4)]
 )
 def test_slots_are_plain_torchs(experts: int, slots: int, hot: int, choices: int) -> None:
-    """Three layers in turn, so that guests come into slots with experts, pinned ones among them."""
+    """Three layers in turn, so that overflow slots hold experts, pinned ones among them."""
     generator = torch.Generator().manual_seed(0)
     total = max(3 * slots, experts)
     owner = torch.full((total,), -1, dtype=torch.int32)
@@ -35,7 +35,7 @@ def test_slots_are_plain_torchs(experts: int, slots: int, hot: int, choices: int
             assert torch.equal(ours.cpu(), plain)
 
 
-def test_guests_lie_apart_and_leave_nothing_behind() -> None:
+def test_overflow_slots_lie_apart_and_leave_nothing_behind() -> None:
     """All experts at once: each in a slot of its own, and the slots before the layer's own hold nobody's expert."""
     owner = torch.tensor([0, 1, 2, 3, 0, 1], dtype=torch.int32)
     used = torch.tensor([5, PINNED, 7, 8, 9, 9])

@@ -175,6 +175,8 @@ class Page:
         if any(side.text for side in sides):
             kept, left_over, note = [*turns, Turn(question, tuple(side.text.strip() for side in sides))], "", ""
         looked = [(side.model, side.seen) for side in sides]
+        errors = [str(side.end.error) for side in sides if side.end is not None and side.end.error is not None]
+        note = "\n".join([*dict.fromkeys(errors), *([note] if note else [])])
         said = gr.update(value=refusal(note), visible=bool(note))
         yield (left_over, kept, *self._chats(kept, None, sides), said, looked, *busy)
 

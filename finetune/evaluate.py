@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune.data import IGNORED
 from finetune.moe import LoadedModel
-from finetune.router import recorded_routing
+from finetune.router import Recording
 from finetune.runfolder import require_space
 
 Row = Mapping[str, Any]
@@ -138,7 +138,7 @@ def said_to(model: nn.Module, rows: Iterable[Row], device: torch.device) -> Iter
     Raises:
         ModelError: the model has no routers.
     """
-    with recorded_routing(model) as recording:
+    with Recording(model) as recording:
         for ids, labels in _sequences(rows, device):
             logits = model(input_ids=ids).logits[0]
             yield Said(logits, recording.indices), labels

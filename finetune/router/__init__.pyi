@@ -1,6 +1,7 @@
 from .auxiliary import AuxiliaryLoss as AuxiliaryLoss
 from .callback import RouterCallback as RouterCallback
 from .capture import RouterCapture as RouterCapture
+from .hook import Recording as Recording
 from .media import RouterMedia as RouterMedia
 from .media import RouterMediaCallback as RouterMediaCallback
 from .metrics import layer_metrics as layer_metrics
@@ -11,7 +12,6 @@ from .names import part_scalars as part_scalars
 from .plots import load_heat_map_pixels as load_heat_map_pixels
 from .plots import run_figures as run_figures
 from .recipe_watch import watch_router as watch_router
-from .recording import recorded_routing as recorded_routing
 from .study.analyze import router_analyze as router_analyze
 from .study.drift_command import router_drift as router_drift
 from .study.passing import require_writable as require_writable

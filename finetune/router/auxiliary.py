@@ -18,7 +18,7 @@ it is the whole step of this process (added up over processes). With accumulatio
 backward pass: `count_ahead` runs all micro-batches forward without gradients.
 
 What the sums save for backward, some numbers a token and layer, is saved as it is, whatever checkpoint surrounds the
-router; so a recomputation, which runs while no window is open, adds nothing and need not repeat it.
+router; so a recomputation, which runs while no pass does, adds nothing and need not repeat it.
 
 Leaves out: logging (`metrics.py` has both losses in every log), compiled decoders, the scaling of the training loss
 that parts are added to (`trainer.py`).
@@ -28,23 +28,21 @@ Shape suffixes: L layers, E experts, N = B * T tokens of a micro-batch, K expert
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.hooks import RemovableHandle
 
-from finetune.router.capture import find_routers, real_tokens
+from finetune.router.capture import real_tokens
+from finetune.router.hook import RouterListener
 
 
 @dataclass
-class _Window:
+class _Pass:
     """One forward pass of the decoder, while it runs and until its part of the loss is taken."""
 
     real_N: Tensor
@@ -53,10 +51,10 @@ class _Window:
     z_sum: list[Tensor] = field(default_factory=list)  # live, one number a layer
 
 
-class AuxiliaryLoss:
+class AuxiliaryLoss(RouterListener):
     """Balance and z-loss of a Mixtral, Qwen3-MoE or OLMoE causal LM, micro-batch by micro-batch.
 
-    Use it as a context manager or with `attach` and `detach`. For every optimizer step: `begin_step`; with
+    For every optimizer step: `begin_step`; with
     accumulation `count_ahead`; then `part` after each forward pass.
 
     Args:
@@ -68,60 +66,30 @@ class AuxiliaryLoss:
     """
 
     def __init__(self, model: nn.Module, *, num_experts: int, top_k: int, balance_coef: float, z_coef: float):
-        self.model, self.num_experts, self.top_k = model, num_experts, top_k
+        super().__init__(model)
+        self.num_experts, self.top_k = num_experts, top_k
         self.balance_coef, self.z_coef = balance_coef, z_coef
-        self._handles: list[RemovableHandle] = []
         self._counting = False
-        self._running: _Window | None = None
-        self._passed: _Window | None = None
+        self._passed: _Pass | None = None
         self._totals: tuple[Tensor, Tensor] | None = None  # counts [L, E] and tokens [] of the whole step
         self._steps, self._values = 0, torch.zeros(2)  # of balance and z-loss, since the last `logs`
 
-    # ---- hooks ------------------------------------------------------------------------------------------
+    # ---- a pass -----------------------------------------------------------------------------------------
 
-    def attach(self) -> None:
-        """Puts the hooks on."""
-        assert not self._handles, "attached twice"
-        decoder, routers = find_routers(self.model)
-        self._layers = len(routers)
-        self._signature = inspect.signature(decoder.forward)
-        self._handles = [
-            # Before other hooks, as the capture's: attention.py adds a mask that would hide the filler of packed rows.
-            decoder.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
-            decoder.register_forward_hook(self._close),
-            *(router.register_forward_hook(self._collect) for router in routers),
-        ]
+    def begin(self, call: Mapping[str, Any], labels: Tensor | None, *, training: bool) -> bool:
+        if not training or not (torch.is_grad_enabled() or self._counting):
+            return False
+        self._running = _Pass(real_tokens(call).reshape(-1))
+        return True
 
-    def detach(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._running, self._passed = [], None, None
-
-    def __enter__(self) -> AuxiliaryLoss:
-        self.attach()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.detach()
-
-    def _open(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running = None
-        if decoder.training and (torch.is_grad_enabled() or self._counting):
-            call = self._signature.bind_partial(*args, **kwargs).arguments
-            self._running = _Window(real_tokens(call).reshape(-1))
-
-    def _collect(self, _router: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        window = self._running
-        if window is None:
-            return
-        logits_NE, _, indices_NK = output
+    def hear(self, layer: int, logits_NE: Tensor, chosen_NK: Tensor) -> None:
+        running = self._running
         # A layer may sit on another device than the decoder's input (a model split by device_map).
-        real_N = window.real_N.to(logits_NE.device, non_blocking=True)
+        real_N = running.real_N.to(logits_NE.device, non_blocking=True)
         if self._totals is None:
             counts_E = torch.zeros(self.num_experts, dtype=torch.int64, device=logits_NE.device)
             choices = real_N.long().repeat_interleave(self.top_k)
-            window.counts.append(counts_E.scatter_add_(0, indices_NK.reshape(-1), choices))
+            running.counts.append(counts_E.scatter_add_(0, chosen_NK.reshape(-1), choices))
         if self._counting:
             return
         with saved_tensors_hooks(torch.Tensor.detach, _as_it_is), torch.autocast(logits_NE.device.type, enabled=False):
@@ -131,18 +99,18 @@ class AuxiliaryLoss:
             lse_N = logits_NE.logsumexp(dim=1)
             real_as_number_N = real_N.to(logits_NE.dtype)
             probs_NE = logits_NE.softmax(dim=1)
-            window.prob_sum.append((probs_NE * real_as_number_N.unsqueeze(1)).sum(dim=0))
-            window.z_sum.append((lse_N.square() * real_as_number_N).sum())
+            running.prob_sum.append((probs_NE * real_as_number_N.unsqueeze(1)).sum(dim=0))
+            running.z_sum.append((lse_N.square() * real_as_number_N).sum())
 
-    def _close(self, _decoder: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        window, self._running = self._running, None
-        if window is None:
-            return
+    def end(self) -> None:
         if self._counting:
-            self._ahead[0] += torch.stack([counts_E.to(window.real_N.device) for counts_E in window.counts])
-            self._ahead[1] += window.real_N.sum()
+            self._ahead[0] += torch.stack(
+                [counts_E.to(self._running.real_N.device) for counts_E in self._running.counts]
+            )
+            self._ahead[1] += self._running.real_N.sum()
         else:
-            self._passed = window
+            self._passed = self._running
+        del self._running
 
     # ---- a step -----------------------------------------------------------------------------------------
 
@@ -160,7 +128,7 @@ class AuxiliaryLoss:
             batches: the arguments of the model for each.
             forward: runs the model on one. Without a balance loss it is not needed: the number of tokens is enough.
         """
-        counts_LE = torch.zeros(self._layers, self.num_experts, dtype=torch.int64, device=device)
+        counts_LE = torch.zeros(self.layers, self.num_experts, dtype=torch.int64, device=device)
         self._ahead = [counts_LE, torch.zeros((), dtype=torch.int64, device=device)]
         if self.balance_coef == 0:
             self._ahead[1] += sum(real_tokens(batch).sum() for batch in batches)
@@ -180,16 +148,15 @@ class AuxiliaryLoss:
         The sum over the micro-batches of all processes is the loss. Where nothing was counted ahead every process must
         call it.
         """
-        window, self._passed = self._passed, None
-        assert window is not None, "no forward pass of the decoder in training went before"
-        assert len(window.prob_sum) == self._layers, f"{len(window.prob_sum)} of {self._layers} routers ran"
-        device = window.real_N.device
+        passed, self._passed = self._passed, None
+        assert passed is not None, "no forward pass of the decoder in training went before"
+        device = passed.real_N.device
         if self._totals is None:
-            counts_LE = torch.stack([counts_E.to(device) for counts_E in window.counts])
-            self._totals = _over_processes(counts_LE, window.real_N.sum())
+            counts_LE = torch.stack([counts_E.to(device) for counts_E in passed.counts])
+            self._totals = _over_processes(counts_LE, passed.real_N.sum())
         counts_LE, tokens = self._totals
-        prob_sum_LE = torch.stack([prob_sum_E.to(device) for prob_sum_E in window.prob_sum])
-        z_sum_L = torch.stack([z_sum.to(device) for z_sum in window.z_sum])
+        prob_sum_LE = torch.stack([prob_sum_E.to(device) for prob_sum_E in passed.prob_sum])
+        z_sum_L = torch.stack([z_sum.to(device) for z_sum in passed.z_sum])
         tokens = tokens.clamp(min=1).to(prob_sum_LE.dtype)
         load_LE = counts_LE / (self.top_k * tokens)
         balance = self.num_experts * (load_LE * prob_sum_LE / tokens).sum(dim=1).mean()

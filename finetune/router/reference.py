@@ -32,8 +32,8 @@ from finetune.checkpoint import check_safetensors, read_json
 from finetune.errors import OutputError
 from finetune.router.capture import RouterCapture
 from finetune.router.drift import Drift, drift
+from finetune.router.hook import Recording
 from finetune.router.metrics import LAYER_METRICS, LayerMetrics, RouterSums, layer_metrics, noise_floor
-from finetune.router.recording import recorded_routing
 from finetune.values import check_object
 
 # Windows of the probe whose spread makes the band around the base's values.
@@ -182,7 +182,7 @@ class RouterReference:
         device = next(model.parameters()).device
         logprobs: list[list[Tensor]] = []
         read, due = 0, self.tokens / _WINDOWS
-        with self.capture.paused(), _evaluating(model), recorded_routing(model) as recording:
+        with self.capture.paused(), _evaluating(model), Recording(model) as recording:
             for row in self.rows:
                 # The head's logits are not wanted: those of one token are the fewest there can be.
                 model(input_ids=torch.tensor([row], device=device), use_cache=False, logits_to_keep=1)

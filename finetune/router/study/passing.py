@@ -15,8 +15,7 @@ from datasets.utils import tqdm
 
 from finetune.errors import OutputError
 from finetune.moe import LoadedModel, read_config
-from finetune.router.capture import find_routers
-from finetune.router.recording import Recording, recorded_routing
+from finetune.router.hook import Recording, find_routers
 from finetune.router.study.probe import ROW_TOKENS, Probe, ProbeRow
 
 PASS_TOKENS = 2048
@@ -34,7 +33,7 @@ def routed_rows(loaded: LoadedModel, probe: Probe, *, title: str) -> Iterator[tu
     loaded.model.eval()
     decoder, _ = find_routers(loaded.model)
     bar = tqdm(total=probe.tokens, unit=" tokens", unit_scale=True, desc=title, delay=1)
-    with bar, recorded_routing(loaded.model) as recording:
+    with bar, Recording(loaded.model) as recording:
         for rows in _passes(probe.rows):
             ids = torch.tensor([[token for row in rows for token in row.ids]], device=loaded.device)
             positions = torch.cat([torch.arange(len(row.ids)) for row in rows]).unsqueeze(0).to(loaded.device)

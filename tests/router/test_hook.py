@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from finetune.errors import ModelError
-from finetune.router.recording import recorded_routing
+from finetune.router.hook import Recording
 from tests.router.routing_models import FAMILIES, LAYERS, build_model, random_rows
 
 
@@ -13,7 +13,7 @@ from tests.router.routing_models import FAMILIES, LAYERS, build_model, random_ro
 def test_logits_and_choices_are_those_of_the_last_pass(family: str) -> None:
     model, (_, top_k) = build_model(family).eval(), FAMILIES[family]
     first, second = (torch.tensor([row]) for row in random_rows([7, 4]))
-    with torch.no_grad(), recorded_routing(model) as recording:
+    with torch.no_grad(), Recording(model) as recording:
         assert recording.logits == []
         model(input_ids=first)
         kept = recording.indices
@@ -32,7 +32,7 @@ def test_recomputation_is_not_recorded(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     row = torch.tensor(random_rows([6]))
-    with recorded_routing(model) as recording:
+    with Recording(model) as recording:
         loss = model(input_ids=row, labels=row, use_cache=False).loss
         before = recording.logits
         loss.backward()
@@ -44,7 +44,7 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     model = build_model("olmoe").eval()
 
     def run() -> None:
-        with recorded_routing(model):
+        with Recording(model):
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -53,5 +53,5 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
 
 
 def test_a_model_without_routers_is_refused() -> None:
-    with pytest.raises(ModelError, match="0 stacks of layers with a router"), recorded_routing(nn.Linear(2, 2)):
+    with pytest.raises(ModelError, match="0 stacks of layers with a router"), Recording(nn.Linear(2, 2)):
         pass

@@ -418,9 +418,15 @@ def _require_same_run(run: RunFolder, recipe: Mapping[str, Any]) -> None:
     where = f"output.dir: {run.root}"
     try:
         saved = _flat(json.loads(run.run_file.read_text(encoding="utf-8"))["recipe"])
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError):
         raise OutputError(
             "there is no run to resume", where=where, fix="start it without --resume, or name the folder of a run"
+        ) from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise OutputError(
+            f"the run cannot be resumed: its {RUN_FILE} is damaged",
+            where=str(run.run_file),
+            fix="restore the file as `finetune train` wrote it, or start the run again with --overwrite",
         ) from None
     now = _flat(recipe)
     changed = [

@@ -234,10 +234,11 @@ def test_only_what_decides_the_result_must_be_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": null}', '{"recipe": "text"}', "\udcff"])
-def test_a_damaged_run_file_is_no_run(tmp_path: Path, text: str) -> None:
+def test_a_damaged_run_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(OutputError, match="there is no run to resume"):
+    with pytest.raises(OutputError, match=r"its run\.json is damaged") as refusal:
         require_claimable(tmp_path, recipe(), resume=True)
+    assert str(tmp_path / "run.json") in str(refusal.value)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------

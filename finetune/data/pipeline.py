@@ -33,6 +33,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from finetune.checkpoint import read_json
+from finetune.data.arrow import DAMAGE
 from finetune.data.duplicates import SIGNATURE_VERSION
 from finetune.data.encoding import encode_settings
 from finetune.data.forms import find_form
@@ -157,8 +158,9 @@ def encode_source(
     """
     reader = open_source(reading.source)
     folder = cache_folder() / "rows" / _fingerprint(reader, reading, tokenizer, teaching)
-    cached = _is_whole(folder)
-    if not cached:
+    kept = _kept(folder)
+    cached = kept is not None
+    if kept is None:
         form = form_of(reader, reading)
         _sweep(folder.parent)
         try:
@@ -171,7 +173,8 @@ def encode_source(
             # Another process, of this launch or another, may have put the same rows there meanwhile.
             if not (folder / _LEDGER).is_file():
                 raise
-    return EncodedSource(Dataset.from_file(str(folder / _ROWS)), _read_ledger(folder / _LEDGER), cached)
+        kept = _opened(folder)
+    return EncodedSource(*kept, cached)
 
 
 def _fingerprint(reader: Reader, reading: Reading, tokenizer: PreTrainedTokenizerBase, teaching: Teaching) -> str:
@@ -211,27 +214,23 @@ def _unreadable(reader: Reader) -> DataError:
     )
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether rows are kept there. Where their ledger is damaged it is removed, and they are made again."""
-    ledger = folder / _LEDGER
-    if not ledger.is_file():
-        return False
+def _kept(folder: Path) -> tuple[Dataset, Ledger] | None:
+    """What an earlier call left; None, and the rows will be made again, where there is nothing or it is damaged."""
+    if not (folder / _LEDGER).is_file():
+        return None
     try:
-        _read_ledger(ledger)
-    except DataError:
-        ledger.unlink(missing_ok=True)
-        return False
-    return True
+        return _opened(folder)
+    except DAMAGE:  # a DataError is a ValueError
+        (folder / _LEDGER).unlink(missing_ok=True)
+        return None
 
 
-def _read_ledger(path: Path) -> Ledger:
-    """
-    Raises:
-        DataError: it is damaged.
-    """
+def _opened(folder: Path) -> tuple[Dataset, Ledger]:
+    """Rows and their ledger; raises `DAMAGE`, of which `DataError` is one."""
+    content = read_json(folder / _LEDGER, kind=DataError)
     fix = "delete that folder: the rows are made again"
-    content = read_json(path, kind=DataError)
-    return check_object(content, Ledger, kind=DataError, name=path.name, where=str(path), fix=fix)
+    ledger = check_object(content, Ledger, kind=DataError, name=_LEDGER, where=str(folder / _LEDGER), fix=fix)
+    return Dataset.from_file(str(folder / _ROWS)), ledger
 
 
 # ---- in this process: reading and writing ---------------------------------------------------------------------------

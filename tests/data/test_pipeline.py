@@ -86,7 +86,7 @@ def test_a_second_start_reads_what_the_first_wrote(tokenizer, tmp_path):
     assert first.ledger == second.ledger
 
 
-def test_kept_rows_whose_ledger_is_damaged_are_made_again(tokenizer, tmp_path):
+def test_kept_rows_that_are_damaged_are_made_again(tokenizer, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\nno row\n')
     reading = Reading(Source(str(path)))
@@ -99,6 +99,9 @@ def test_kept_rows_whose_ledger_is_damaged_are_made_again(tokenizer, tmp_path):
         assert not again.cached
         assert (again.ledger, again.dataset.to_list()) == (first.ledger, first.dataset.to_list())
         assert ledger.read_text() == whole
+    rows = ledger.with_name("rows.arrow").read_bytes()
+    ledger.with_name("rows.arrow").write_bytes(rows[: len(rows) // 2])
+    assert encode_source(reading, tokenizer, Teaching(max_length=32)).dataset.to_list() == first.dataset.to_list()
     assert encode_source(reading, tokenizer, Teaching(max_length=32)).cached
 
 

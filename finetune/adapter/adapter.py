@@ -31,6 +31,7 @@ from finetune.adapter.files import (
 from finetune.adapter.lora import add_adapters, load_adapter, projections_of, read_saved, save_adapter
 from finetune.adapter.non_moe import load_non_moe, read_non_moe, save_non_moe
 from finetune.adapter.settings import LoraSettings, read_lora_settings
+from finetune.checkpoint import read_tensor_infos, shard_files
 from finetune.errors import AdapterError, ModelError
 from finetune.moe import (
     BASE_FILE,
@@ -205,7 +206,7 @@ class Adapter:
                 fix=fix,
             )
         trained = self._trained_on if found.quantizing_dtype else replace(self.base, quantizing_dtype=None)
-        if self.recorded and _storage(trained) != _storage(found):
+        if self.recorded and _storage(trained) != _storage(found) and not _same_values(trained, found):
             assumed = trained.quantizing_dtype and not self.base.quantizing_dtype
             taken = f"; {BASE_FILE} does not record the dtype, which is then {UNRECORDED_DTYPE}" if assumed else ""
             raise AdapterError(
@@ -350,6 +351,15 @@ def load(
         return adapter.put_on(adapter.load_base(**how, experts_on=experts_on))
     saved = saved_quantization(read_config(path)).get("attention")
     return load_base(BaseSpec(path, attention=saved or attention or "nf4"), **how, experts_on=experts_on)
+
+
+def _same_values(one: BaseSpec, other: BaseSpec) -> bool:
+    """Whether two dtypes give the same bytes: float32 holds the very values of a checkpoint that is all in 16 bits."""
+    if one.attention != other.attention or not Path(other.path).is_dir():
+        return False
+    stored = {info.dtype for file in shard_files(Path(other.path)) for info in read_tensor_infos(file)}
+    own = {"BF16": "bfloat16", "F16": "float16"}.get(stored.pop()) if len(stored) == 1 else None
+    return {one.quantizing_dtype, other.quantizing_dtype} == {"float32", own}
 
 
 def _storage(base: BaseSpec) -> str:

@@ -197,8 +197,14 @@ def test_an_adapter_that_records_no_dtype_is_not_put_on_other_bytes(saved_adapte
     adapter = Adapter.open(folder)
     adapter.require_trained_on(base)  # read as it was quantized: nothing is assumed
     adapter.require_trained_on(replace(base, quantizing_dtype="bfloat16"))
+    adapter.require_trained_on(replace(base, quantizing_dtype="float32"))  # the same bytes: the base is in bfloat16
+    with pytest.raises(AdapterError, match="quantized from bfloat16"):
+        adapter.require_trained_on(replace(base, quantizing_dtype="float16"))
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    save_file({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.bfloat16)}, wide / "model.safetensors")
     with pytest.raises(AdapterError, match="quantized from bfloat16") as caught:
-        adapter.require_trained_on(replace(base, quantizing_dtype="float32"))
+        adapter.require_trained_on(replace(base, path=str(wide), quantizing_dtype="float32"))
     assert "base.json does not record the dtype, which is then bfloat16" in str(caught.value)
     assert "adapters trained with the attention in nf4, quantized from float32, as here" in str(caught.value)
 

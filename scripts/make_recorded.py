@@ -17,7 +17,8 @@ load, or no longer answer as they did. A new format gets a new folder beside the
     truth.json     the prompt, and of each folder its greedy tokens, its experts' hash where they are quantized
     truth.safetensors  and its logits, float32 [positions, vocabulary]
 
-Everything is on a CPU, in float32 with one thread. Paths are relative to the repository.
+Everything is on a CPU, in float32 with one thread (OMP_NUM_THREADS=1). The current folder was /tmp/moe-qlora, which
+the recorded folders name where they name the base. By hand were taken away: run/'s checkpoint-4, and two model cards.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune.quant.census import hash_experts
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from finetune.adapter.adapter import load
-from finetune.moe.census import hash_experts
+from finetune.adapter import load
 
 PROMPT = "What comes after 7?"
 NEW_TOKENS = 8

@@ -100,7 +100,6 @@ def read_non_moe(path: Path) -> tuple[NonMoeFile, Shapes]:
     except (NotJson, UnicodeEncodeError) as error:
         what = f"{path.name} does not say in valid JSON what it holds: {error}"
         raise AdapterError(what, where=where, fix="copy the file again") from None
-    about = check_object(
-        content, NonMoeFile, kind=AdapterError, name=NON_MOE_CONFIG, where=where, fix="use the file as it was saved"
-    )
+    fix = "use the file as it was saved; a format of a newer release needs that release: update moe-qlora"
+    about = check_object(content, NonMoeFile, kind=AdapterError, name=NON_MOE_CONFIG, where=where, fix=fix)
     return about, {info.name: info.shape for info in header.tensors}

@@ -42,6 +42,7 @@ from finetune.moe.skeleton import build_skeleton, check_generation_config, requi
 from finetune.values import check_object
 
 BASE_FILE = "base.json"
+_FORMAT = 1  # of a base.json that names none
 ExpertsOn = Literal["device", "host"]
 QuantizingDtype = Literal["float32", "bfloat16", "float16"]
 # What an adapter that does not record it is taken to be trained on: what a GPU and `finetune quantize` quantize from.
@@ -78,15 +79,24 @@ class BaseSpec:
         """Reads what `save` wrote.
 
         Raises:
-            AdapterError: the file is missing or damaged, or a value is none that it can have.
+            AdapterError: the file is missing, damaged or of a newer format, or a value is none that it can have.
         """
+        content, where = read_json(folder / BASE_FILE, kind=AdapterError), str(folder / BASE_FILE)
+        if (written := content.pop("format", _FORMAT)) != _FORMAT:
+            raise AdapterError(
+                f"{BASE_FILE} is of format {written!r}, which this release of moe-qlora does not know",
+                where=where,
+                allowed=f"format {_FORMAT}",
+                fix="update moe-qlora to the release that wrote the adapter",
+            )
         return check_object(
-            read_json(folder / BASE_FILE, kind=AdapterError),
+            content,
             cls,
             kind=AdapterError,
             name=BASE_FILE,
-            where=str(folder / BASE_FILE),
-            fix="use the adapter folder as `finetune train` wrote it; keys of a newer release need that release",
+            where=where,
+            fix="use the adapter folder as `finetune train` wrote it; "
+            "keys of a newer release need that release: update moe-qlora",
         )
 
 

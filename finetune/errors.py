@@ -7,6 +7,8 @@ Our own mistakes are `assert`s and stay tracebacks.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class FinetuneError(ValueError):
     """A mistake in what the user gave us.
@@ -72,3 +74,12 @@ class EngineError(FinetuneError):
 
 class HubError(FinetuneError):
     """A repository on the hub that cannot be reached, read or written."""
+
+
+def require_packages(*packages: str, where: str, extra: str) -> None:
+    """Raises a FinetuneError if a package is not installed that an extra of ours brings."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise FinetuneError(
+            f"not installed: {', '.join(missing)}", where=where, fix=f"pip install 'moe-qlora[{extra}]'"
+        )

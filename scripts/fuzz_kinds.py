@@ -33,13 +33,13 @@ from finetune.data.chat import apply_template
 from finetune.data.prepare import prepare_data
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.memory.needs import preflight
 from finetune.moe.load import BaseSpec, check_base, load_base, load_tokenizer
 from finetune.recipe.load import load_recipe, resolved_yaml
+from finetune.serve.admission import Admission
 from finetune.serve.app import make_app
-from finetune.serve.desk import Desk
-from finetune.serve.gate import read_hosts
+from finetune.serve.auth import read_hosts
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.train.run import training_arguments
@@ -363,10 +363,10 @@ class Http(Kind):
     def __init__(self, material: Material, scratch: Path, load_every: int = 1):
         super().__init__(material, scratch, load_every)
         self.engine = Engine.load(str(material.base), device="cpu", settings=EngineSettings(max_batch=4))
-        desk = Desk(self.engine, Metrics(self.engine.stats), max_waiting=64)
+        admission = Admission(self.engine, Metrics(self.engine.stats), max_waiting=64)
         bound, ready = bind("127.0.0.1", 0), threading.Event()
-        app = make_app(desk, max_body_bytes=2**20, key=None, hosts=read_hosts((), bound, None), origins=())
-        self.server = Server(app, desk, ready=ready.set)
+        app = make_app(admission, max_body_bytes=2**20, key=None, hosts=read_hosts((), bound, None), origins=())
+        self.server = Server(app, admission, ready=ready.set)
         threading.Thread(target=self.server.run, kwargs={"sockets": [bound]}, daemon=True).start()
         assert ready.wait(30)
         self.port = bound.getsockname()[1]

@@ -17,7 +17,7 @@ _PAGE_BATCH = 8  # answers at once: four tabs with two models
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatOptions:
     """What both faces are given.
 
     Attributes:
@@ -47,21 +47,21 @@ class Asked:
         )
 
 
-def talk(asked: Asked, report: Report) -> None:
+def talk(options: ChatOptions, report: Report) -> None:
     """Talks in the terminal until the user leaves.
 
     Raises:
         FinetuneError: an adapter or model that cannot be used, or a template that takes no system message.
         EngineError: the engine failed for good.
     """
-    with asked.load(max_batch=1) as engine:
-        session = Session(engine, asked.sampling, engine.names[0])
-        if asked.system:
-            session.tell_system(asked.system)
+    with options.load(max_batch=1) as engine:
+        session = Session(engine, options.sampling, engine.names[0])
+        if options.system:
+            session.tell_system(options.system)
         chat_in_terminal(session, Screen(sys.stdin, report.stdout, sys.stderr))
 
 
-def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
+def talk_on_page(options: ChatOptions, report: Report, *, host: str, port: int) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
@@ -79,8 +79,8 @@ def talk_on_page(asked: Asked, report: Report, *, host: str, port: int) -> None:
     with contextlib.closing(bind(host, port)) as bound:
         if not is_local(bound):
             report.line(f"warning: whoever reaches {host} can use this page")
-        with asked.load(max_batch=_PAGE_BATCH) as engine:
-            page = Page(engine, asked.sampling, asked.system)
+        with options.load(max_batch=_PAGE_BATCH) as engine:
+            page = Page(engine, options.sampling, options.system)
             server = PageServer(page.build(), bound, stop=page.stop_all)
             listen(bound)
             report.line(f"chat with {', '.join(engine.names)} on {server.url} (Ctrl-C ends)")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from finetune.chat.conversation import Conversation, load_conversation, save_conversation
 from finetune.chat.screen import Screen
-from finetune.chat.session import Session
-from finetune.chat.settings import shown, with_settings
+from finetune.chat.session import Session, shown, with_settings
 from finetune.errors import DataError
 from finetune.infer import Request
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat.answering import Answering
 from finetune.chat.parts import chat_text, coloured_text, head, legend, refusal
 from finetune.chat.routes import Routed, routed
-from finetune.chat.settings import NAMES
+from finetune.chat.session import NAMES
 from finetune.chat.sides import Side, Turn, answered, history, requests_for, summary
 from finetune.errors import DataError, FinetuneError
 from finetune.infer import Sampling

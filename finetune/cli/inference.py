@@ -9,6 +9,7 @@ import typer
 
 from finetune.cli.options import Base, Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile, sane_size
 from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.errors import require_packages
 
 
 def generate(
@@ -96,13 +97,12 @@ def chat(
     """Talk with a model in the terminal, or on a page with --ui."""
     with reporting(False, debug) as report:
         quiet_libraries(debug)
-        from finetune.chat import require_gradio
         from finetune.infer import Sampling
 
         if ui:
-            require_gradio()
+            require_packages("gradio", "httptools", where="finetune chat --ui", extra="ui")
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        from finetune.chat import Asked, talk, talk_on_page
+        from finetune.chat import ChatOptions, talk, talk_on_page
         from finetune.infer import EngineSettings
 
         settings = EngineSettings(
@@ -111,11 +111,11 @@ def chat(
             device_gib=device_gib,
             routing=routing,
         )
-        asked = Asked(model, adapter or (), base, device, sampling, system, settings)
+        options = ChatOptions(model, adapter or (), base, device, sampling, system, settings)
         if ui:
-            talk_on_page(asked, report, host=host, port=port)
+            talk_on_page(options, report, host=host, port=port)
         else:
-            talk(asked, report)
+            talk(options, report)
 
 
 def serve(
@@ -157,9 +157,8 @@ def serve(
     """Serve a model over HTTP in OpenAI's form, until Ctrl+C or SIGTERM."""
     with reporting(False, debug) as report:
         quiet_libraries(debug)
-        from finetune.serve import require_packages
-
-        require_packages()
+        packages = ("fastapi", "uvicorn", "httptools", "prometheus_client")
+        require_packages(*packages, where="finetune serve", extra="serve")
         from finetune.infer import EngineSettings
         from finetune.serve import serve as run
 

@@ -14,6 +14,6 @@ from .request import FinishedEvent as FinishedEvent
 from .request import Request as Request
 from .request import Sampling as Sampling
 from .request import TokenEvent as TokenEvent
-from .settings import EngineSettings as EngineSettings
+from .residency import EngineSettings as EngineSettings
 from .step import DecodeStep as DecodeStep
 from .weights import Layer as Layer

@@ -31,13 +31,12 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError, EngineError
 from finetune.infer.batch import Batch, Counters, Row
-from finetune.infer.encode import encode_messages, encode_text
 from finetune.infer.loading import ServedModels, chooses_offload, load_models
 from finetune.infer.request import Event, FinishedEvent, Request
+from finetune.infer.residency import EngineSettings
 from finetune.infer.runner import Runner
 from finetune.infer.sampler import RowSampling
-from finetune.infer.settings import EngineSettings
-from finetune.infer.text import AnswerText, PromptEnd
+from finetune.infer.text import AnswerText, PromptEnd, encode_messages, encode_text
 from finetune.moe import ExpertsOn, LoadedModel
 
 T = TypeVar("T")

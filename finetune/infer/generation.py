@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.errors import DataError
-from finetune.infer.encode import encode_messages, encode_text
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling
+from finetune.infer.text import encode_messages, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

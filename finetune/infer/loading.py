@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
 from finetune.errors import AdapterError, FinetuneError
-from finetune.infer.residency import needs_offload, require_residency
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings, needs_offload, require_residency
 from finetune.moe import (
     NF4_BYTES_PER_WEIGHT,
     BaseSpec,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from finetune.errors import DataError, FinetuneError
-from finetune.infer.text import PromptEnd
+
+if TYPE_CHECKING:
+    from finetune.infer.text import PromptEnd
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_LOGPROBS = 20

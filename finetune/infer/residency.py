@@ -1,4 +1,5 @@
-"""Where the experts live while a model answers: all on the device, or in the host's memory with slots on the device.
+"""The limits that an engine is started with, and where the experts live while a model answers: all on the device, or in
+the host's memory with slots on the device.
 
 `auto` takes the device where everything fits: weights, keys and values for one request, and room for a prompt's
 forward pass. Under `offload` what those leave goes to slots (`offloaded.py`).
@@ -23,6 +24,8 @@ from finetune.memory import expert_bytes
 from finetune.moe import MoeArch
 
 Residency = Literal["auto", "resident", "offload"]
+# Longer only when asked for: the pool and the rotary tables grow with it.
+DEFAULT_MAX_LENGTH = 32768
 # A forward pass of so many prompt tokens keeps an H100's GEMMs full; more would only hold up the running rows longer.
 PREFILL_TOKENS = 4096
 # What a request needs at least before `auto` calls a model resident.
@@ -35,6 +38,32 @@ _MARGIN_BYTES = {"resident": 2**30, "offload": 2**28}
 _KV_SHARE = 1 / 32
 _CPU_BYTES = 2**32
 _CPU_KV_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Limits of an engine.
+
+    Attributes:
+        max_batch: requests that decode at once.
+        max_length: tokens of a prompt and its answer; None: the model's positions, at most 32,768.
+        kv_gib: memory for keys and values; None: what all rows at full length need, or what is free (offloaded: 1/32 of
+            the device).
+        residency: where the experts live; see above.
+        device_gib: how much of the device may be used in all; None: what is free.
+        routing: file with the load of the experts (`RUN/router/base.json`); offloaded, the hottest keep their slots.
+    """
+
+    max_batch: int = 16
+    max_length: int | None = None
+    kv_gib: float | None = None
+    residency: Residency = "auto"
+    device_gib: float | None = None
+    routing: Path | None = None
+
+    def longest(self, positions: int) -> int:
+        """Tokens of the longest request, for a model of so many positions."""
+        return min(self.max_length or DEFAULT_MAX_LENGTH, positions)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import expert_bytes, least_slots, offload_experts, plan_slots
 from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
 from finetune.infer.prefill import prefill
-from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, read_load, split_memory
+from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, EngineSettings, read_load, split_memory
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.sampler import Chosen, RowSampling, choose
-from finetune.infer.settings import EngineSettings
 from finetune.infer.step import DecodeStep
 from finetune.moe import MoeArch, experts_path
 

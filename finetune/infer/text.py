@@ -1,4 +1,5 @@
-"""Text of an answer while it is generated: whole characters only, and never a part of a stop text.
+"""Prompts as token ids, in which a control token that somebody spelled out is ordinary text; and the text of an answer
+while it is generated: whole characters only, and never a part of a stop text.
 
 The pieces together are the tokenizer's own decoding of all tokens, whatever these are. Tokens are decoded in the
 company of those before them, since what a token says depends on them: a first word loses its space, and bytes that
@@ -11,14 +12,64 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from finetune.data import Refused, encoder_of
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Enough of a prompt to know whether a word begins: a character takes at most four tokens.
 _CONTEXT = 8
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text to go on from, with the beginning-of-sequence token where the tokenizer has one.
+
+    Raises:
+        DataError: the tokenizer makes control tokens of it.
+    """
+    begin: Any = tokenizer.bos_token_id
+    try:
+        return [*([] if begin is None else [int(begin)]), *encoder_of(tokenizer).encode_text(text)]
+    except Refused as refusal:
+        raise refusal.error("prompt") from None
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    where: str = "messages",
+    continues: bool = False,
+) -> list[int]:
+    """Ids of a conversation of role and content, up to where the answer begins.
+
+    Args:
+        continues: the answer goes on in the last message, which is the assistant's.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or it refuses the conversation.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the model's tokenizer has no chat template",
+            where=tokenizer.name_or_path,
+            fix="use --raw (or /v1/completions of a server) to continue a text as it stands",
+        )
+    plain = [dict(message) for message in messages]
+    try:
+        if continues:
+            return encoder_of(tokenizer).encode_unfinished(plain)
+        [encoded] = encoder_of(tokenizer).encode([plain], add_generation_prompt=True)
+    except Refused as refusal:
+        raise refusal.error(where) from None
+    return [int(token) for token in encoded.ids]
 
 
 @dataclass(frozen=True)

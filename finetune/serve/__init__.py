@@ -1,9 +1,9 @@
 """OpenAI's HTTP interface over the engine, in the engine's process.
 
 Why: what speaks to OpenAI's servers should speak to what was trained here without a change, and get exactly what the
-engine answers. How: `asked.py` and `prompts.py` make engine requests of a body, `answers.py` brings the engine's events
-to the event loop, `chat_form.py` and `completion_form.py` are the two shapes of an answer, `replies.py` sends it,
-`desk.py` counts and refuses, `gate.py` stands before every path, `app.py` has the paths, `server.py` starts and stops.
+engine answers. How: `request_body.py` and `prompts.py` make engine requests of a body, `answers.py` brings the engine's
+events to the event loop, `choices.py` has the two shapes of an answer, `replies.py` sends it, `admission.py` counts and
+refuses, `auth.py` stands before every path, `app.py` has the paths, `server.py` starts and stops.
 
 Leaves out: tools, constrained formats, images, penalties by count; they are refused by name, not ignored.
 """

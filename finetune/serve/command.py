@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from finetune.console import Report
 from finetune.errors import FinetuneError
 from finetune.infer import Engine, EngineSettings, parse_adapters
+from finetune.serve.admission import Admission
 from finetune.serve.app import make_app
-from finetune.serve.desk import Desk
-from finetune.serve.gate import read_hosts, read_origins
+from finetune.serve.auth import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.web import allow_connections, bind, is_local, url_of
@@ -52,7 +52,7 @@ def serve(
         max_waiting: answers that may wait beyond those that decode at once.
         max_connections: clients that are connected at once.
         key_file: holds the key that clients must show.
-        allowed_hosts, cors_origins: see `gate.py`.
+        allowed_hosts, cors_origins: see `auth.py`.
 
     Raises:
         FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used.
@@ -69,13 +69,13 @@ def serve(
         for model in engine.names:
             engine.encode_text("warm", model)  # makes the encoder, which takes half a second
         gc.freeze()  # what is loaded stays; looking through it for garbage would hold up every answer
-        desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
-        app = make_app(desk, max_body_bytes=int(max_body_mib * 2**20), key=key, hosts=hosts, origins=origins)
+        admission = Admission(engine, Metrics(engine.stats), max_waiting=max_waiting)
+        app = make_app(admission, max_body_bytes=int(max_body_mib * 2**20), key=key, hosts=hosts, origins=origins)
 
         def ready() -> None:
             report.line(f"serving {', '.join(engine.names)} on {url_of(bound)}/v1 (Ctrl+C stops)")
 
-        server = Server(app, desk, max_connections=allow_connections(max_connections), ready=ready)
+        server = Server(app, admission, max_connections=allow_connections(max_connections), ready=ready)
         try:
             server.run(sockets=[bound])
         finally:

@@ -1,9 +1,9 @@
 """Every field that clients are known to send, and what becomes of it.
 
-A field is honoured (the models in `asked.py`), harmless (it cannot change the answer, and nobody reads it), or refused
-by name. One that is refused may have values that ask for nothing, mostly another server's default: those are accepted,
-and null is always one of them. A name that stands nowhere is refused too, since a `max_token` that does nothing would
-be found out late.
+A field is honoured (the models in `request_body.py`), harmless (it cannot change the answer, and nobody reads it), or
+refused by name. One that is refused may have values that ask for nothing, mostly another server's default: those are
+accepted, and null is always one of them. A name that stands nowhere is refused too, since a `max_token` that does
+nothing would be found out late.
 
 From the request fields of OpenAI's chat and text completions, and of what clients of vLLM, SGLang, llama.cpp, Text
 Generation Inference, Ollama, LM Studio and OpenRouter send to the same paths.
@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from finetune.serve.refusal import Refusal
+from finetune.serve.api_error import APIError
 
 Neutral = Mapping[str, tuple[Any, ...]]
 
@@ -235,7 +235,7 @@ def refuse_extras(
         where: what stands before a field's name, such as `messages.3.`.
 
     Raises:
-        Refusal: a field that asks for what cannot be done, or that is not known.
+        APIError: a field that asks for what cannot be done, or that is not known.
     """
     for name, value in extras.items():
         shown = f"{where}{name:.100}"
@@ -244,11 +244,11 @@ def refuse_extras(
                 others = ", ".join(["leaving it out", *(repr(neutral) for neutral in refused[name])])
                 fix = "; tool_choice: 'none' has the model answer without them" if name == "tools" else ""
                 message = f"{shown} is not supported; allowed: {others}{fix}"
-                raise Refusal(400, message, param=shown, code="unsupported_value")
+                raise APIError(400, message, param=shown, code="unsupported_value")
         elif name not in harmless:
             near = difflib.get_close_matches(name, [*honoured, *refused, *harmless], n=1, cutoff=0.8)
             fix = f"did you mean {near[0]}?" if near else "leave it out"
-            raise Refusal(400, f"there is no {shown}; {fix}", param=shown, code="unknown_parameter")
+            raise APIError(400, f"there is no {shown}; {fix}", param=shown, code="unknown_parameter")
 
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -1,4 +1,9 @@
-"""From a body's messages or prompt to token ids, in the forms that OpenAI's clients send.
+"""From the body of a request to what the engine is asked, off the event loop: messages or prompts as token ids, in the
+forms that OpenAI's clients send.
+
+Encoding is the one costly thing that a client can ask for before anything else limits it. Long bodies are encoded one
+after the other on a thread of their own, so that short ones never wait for them. Not in processes: the tokenizer works
+without the interpreter's lock, and the rest of the longest body that passes the bounds takes tenths of a second.
 
 Text stays text: a control token that somebody typed is not one (the engine's encoders see to that). Only a prompt of
 token ids can hold control tokens.
@@ -9,17 +14,65 @@ longest one of the vocabulary.
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from finetune.data import ROLES, ContentFault, text_of
 from finetune.errors import DataError
+from finetune.infer import Request
+from finetune.serve.api_error import APIError
 from finetune.serve.fields import MESSAGE_HARMLESS, MESSAGE_REFUSED, PART_HARMLESS, refuse_extras
-from finetune.serve.refusal import Refusal
+from finetune.serve.request_body import ChatCompletionRequest, CompletionRequest, GenerationRequest, read_request
 
 if TYPE_CHECKING:
     from finetune.infer import Engine
+    from finetune.serve.admission import Admission
 
+    RequestKind = type[ChatCompletionRequest] | type[CompletionRequest]
+
+SHORT_BYTES = 64 * 2**10  # takes some 20 ms
+CONTAINERS = 20_000
 _FORMS = "allowed: a text, a list of texts, a list of token ids, a list of such lists"
+
+
+class Encoding:
+    """Turns bodies into requests, the short ones beside the long ones."""
+
+    def __init__(self, admission: Admission):
+        self._admission = admission
+        self._prompts = {name: Prompts(admission.engine, name) for name in admission.engine.names}
+        self._short, self._long = ThreadPoolExecutor(1, "encoding"), ThreadPoolExecutor(1, "encoding-long")
+
+    async def understand(self, body: bytes, kind: RequestKind) -> tuple[GenerationRequest, list[Request]]:
+        """What a body asks of the engine, prompt by prompt, `n` requests for each.
+
+        Raises:
+            APIError: a body that cannot be understood, an unknown model, a prompt that is too long.
+        """
+        lane = self._short if len(body) <= SHORT_BYTES else self._long
+        return await asyncio.get_running_loop().run_in_executor(lane, self._understand, body, kind)
+
+    def _understand(self, body: bytes, kind: RequestKind) -> tuple[GenerationRequest, list[Request]]:
+        parsed = read_request(body, kind, containers=max(CONTAINERS, 2 * self._admission.engine.max_length))
+        model = self._admission.require_model(parsed.model)
+        made = self._prompts[model]
+        if isinstance(parsed, ChatCompletionRequest):
+            self._admission.require_capacity(parsed.n or 1)
+            ids, continues = made.of_messages(parsed.messages, continues=parsed.continues())
+            prompts = [ids]
+        else:
+            assert isinstance(parsed, CompletionRequest)
+            continues = True
+            texts = made.forms(parsed.prompt)
+            self._admission.require_capacity(len(texts) * (parsed.n or 1))
+            prompts = [made.of_completion(one) for one in texts]
+        samplings = parsed.samplings()
+        requests = []
+        for ids in prompts:
+            after = self._admission.engine.prompt_end(ids, model) if continues else None  # once for all its answers
+            requests += [Request(ids, sampling, model, after) for sampling in samplings]
+        return parsed, requests
 
 
 class Prompts:
@@ -33,7 +86,7 @@ class Prompts:
         """Ids of a conversation that the assistant is to answer; and whether it goes on in a text of its own.
 
         Raises:
-            Refusal: a message of another form, content other than text, an order that the template does not take, too
+            APIError: a message of another form, content other than text, an order that the template does not take, too
                 many tokens.
         """
         plain = [_message(message, f"messages.{number}") for number, message in enumerate(messages)]
@@ -44,7 +97,7 @@ class Prompts:
         try:
             ids = self._engine.encode_chat(plain, self._model, continues=continues)
         except DataError as error:
-            raise Refusal.of(error, "messages") from None
+            raise APIError.of(error, "messages") from None
         return self._fitting(ids, "messages"), continues
 
     @staticmethod
@@ -52,37 +105,39 @@ class Prompts:
         """The prompts of: a text, several, token ids, several lists of them.
 
         Raises:
-            Refusal: another form.
+            APIError: another form.
         """
         if isinstance(prompt, str):
             return [prompt]
         if not isinstance(prompt, list) or not prompt:
-            raise Refusal(400, f"prompt is {_shown(prompt)}; {_FORMS}", param="prompt")
+            raise APIError(400, f"prompt is {_shown(prompt)}; {_FORMS}", param="prompt")
         if all(isinstance(one, str) for one in prompt):
             return prompt
         if all(type(one) is int for one in prompt):
             return [prompt]
         if all(isinstance(one, list) and one and all(type(token) is int for token in one) for one in prompt):
             return prompt
-        raise Refusal(400, f"prompt is a mixed list; {_FORMS}", param="prompt")
+        raise APIError(400, f"prompt is a mixed list; {_FORMS}", param="prompt")
 
     def of_completion(self, prompt: str | list[int]) -> tuple[int, ...]:
         """Ids of one prompt.
 
         Raises:
-            Refusal: too many tokens, or ids that the tokenizer does not have.
+            APIError: too many tokens, or ids that the tokenizer does not have.
         """
         if isinstance(prompt, str):
             self._require_fewer_characters(len(prompt), "prompt")
             try:
                 return self._fitting(self._engine.encode_text(prompt, self._model), "prompt")
             except DataError as error:
-                raise Refusal.of(error, "prompt") from None
+                raise APIError.of(error, "prompt") from None
         ids = self._fitting(tuple(prompt), "prompt")
         size = len(self._engine.tokenizer_of(self._model))
         for token in (min(ids), max(ids)):
             if not 0 <= token < size:
-                raise Refusal(400, f"prompt holds the token id {token!s:.20}; allowed: 0 to {size - 1}", param="prompt")
+                raise APIError(
+                    400, f"prompt holds the token id {token!s:.20}; allowed: 0 to {size - 1}", param="prompt"
+                )
         return ids
 
     def _require_fewer_characters(self, characters: int, where: str) -> None:
@@ -94,20 +149,20 @@ class Prompts:
             raise self._too_long(f"{len(ids)} tokens", where)
         return ids
 
-    def _too_long(self, has: str, where: str) -> Refusal:
+    def _too_long(self, has: str, where: str) -> APIError:
         """In the words by which clients know that they have to shorten a conversation."""
         message = f"This model's maximum context length is {self._engine.max_length} tokens. However, your {where} "
         message += f"resulted in {has}. Please reduce the length of the {where}."
-        return Refusal(400, message, param=where, code="context_length_exceeded")
+        return APIError(400, message, param=where, code="context_length_exceeded")
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise Refusal(400, f"{where} is not an object with role and content", param=where)
+        raise APIError(400, f"{where} is not an object with role and content", param=where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         allowed = ", ".join(ROLES)
-        raise Refusal(400, f"{where}.role is {role!r:.80}; allowed: {allowed}", param=f"{where}.role")
+        raise APIError(400, f"{where}.role is {role!r:.80}; allowed: {allowed}", param=f"{where}.role")
     extras = {name: value for name, value in message.items() if name not in ("role", "content")}
     refuse_extras(extras, MESSAGE_REFUSED, MESSAGE_HARMLESS, ("role", "content"), where=f"{where}.")
     return {"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
@@ -121,7 +176,7 @@ def _content(content: Any, where: str) -> str:
         at = ".".join(str(step) for step in (where, fault.part, fault.key) if step is not None)
         message = f"{at}: {fault}; allowed: a string, or a list of parts of type text"
         code = "unsupported_value" if fault.key == "type" else None
-        raise Refusal(400, message, param=at, code=code) from None
+        raise APIError(400, message, param=at, code=code) from None
     for number, part in enumerate(content if isinstance(content, list) else ()):
         extras = {name: value for name, value in part.items() if name not in ("type", "text")}
         refuse_extras(extras, {}, PART_HARMLESS, ("type", "text"), where=f"{where}.{number}.")

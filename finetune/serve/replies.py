@@ -16,13 +16,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from finetune.infer import FinishedEvent, TokenEvent
+from finetune.serve.admission import Admission
 from finetune.serve.answers import Answers
-from finetune.serve.chat_form import ChatForm
-from finetune.serve.completion_form import CompletionForm
-from finetune.serve.desk import Desk
-from finetune.serve.refusal import Refusal
+from finetune.serve.api_error import APIError
+from finetune.serve.choices import ChatChoices, CompletionChoices
 
-Form = ChatForm | CompletionForm
+Form = ChatChoices | CompletionChoices
 
 
 class Reply(Response):
@@ -33,10 +32,13 @@ class Reply(Response):
         choices: answers to each prompt; the answers come prompt by prompt.
     """
 
-    def __init__(self, desk: Desk, answers: Answers, form: Form, *, model: str, choices: int, told: bool):
+    def __init__(
+        self, admission: Admission, answers: Answers, form: Form, *, model: str, choices: int, with_logprobs: bool
+    ):
         super().__init__()
         self._gone = False
-        self._desk, self._answers, self._form, self._choices, self._told = desk, answers, form, choices, told
+        self._admission, self._answers, self._form = admission, answers, form
+        self._choices, self._with_logprobs = choices, with_logprobs
         self._document = {
             "id": form.id_prefix + uuid.uuid4().hex,
             "object": form.piece_object if answers.live else form.whole_object,
@@ -68,17 +70,17 @@ class Reply(Response):
         completion = sum(end.completion_tokens for end in ends if end is not None)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _broken_off(self) -> Refusal | None:
+    def _broken_off(self) -> APIError | None:
         """Why an answer was not finished, where its client is not the reason; None if all were."""
         ends = [answer.finished for answer in self._answers.all]
         broken = [end for end in ends if end is not None and end.reason in ("cancelled", "error")]
         if not broken:
             return None
-        if self._desk.engine.failure is not None:
-            return Refusal(503, "the engine failed while it answered", code="engine_failed")
+        if self._admission.engine.failure is not None:
+            return APIError(503, "the engine failed while it answered", code="engine_failed")
         if broken[0].error is not None:
-            return Refusal(500, broken[0].error.what, code="engine_error")
-        return Refusal(503, "the server stopped while it answered", code="stopping")
+            return APIError(500, broken[0].error.what, code="engine_error")
+        return APIError(503, "the server stopped while it answered", code="stopping")
 
 
 class WholeReply(Reply):
@@ -90,12 +92,12 @@ class WholeReply(Reply):
         while batch := await self._answers.batch():
             for number, event in batch:
                 texts[number].append(event.text)
-                if self._told and isinstance(event, TokenEvent):
+                if self._with_logprobs and isinstance(event, TokenEvent):
                     tokens[number].append(event)
         if self._gone:
             return
-        if (refusal := self._broken_off()) is not None:
-            response = Response(refusal.body(), refusal.status, refusal.headers(), "application/json")
+        if (error := self._broken_off()) is not None:
+            response = Response(error.body(), error.status, error.headers(), "application/json")
             await response(scope, receive, send)
             return
         choices = []
@@ -145,23 +147,23 @@ class StreamedReply(Reply):
             texts[number] = texts.get(number, "") + event.text
             if isinstance(event, FinishedEvent):
                 ends[number] = event
-            elif self._told:
+            elif self._with_logprobs:
                 tokens.setdefault(number, []).append(event)
         pieces = []
         for number, text in texts.items():
-            told, end = tokens.get(number, ()), ends.get(number)
+            of_text, end = tokens.get(number, ()), ends.get(number)
             if end is not None and end.reason in ("cancelled", "error"):
                 continue
-            if text or told or end is not None:
-                pieces.append(self._piece(self._form.piece(number, text, told, None if end is None else end.reason)))
+            if text or of_text or end is not None:
+                pieces.append(self._piece(self._form.piece(number, text, of_text, None if end is None else end.reason)))
         return b"".join(pieces)
 
     def _piece(self, choice: dict[str, Any]) -> bytes:
         return self._head + json.dumps(choice).encode("ascii") + self._tail
 
     def _end(self) -> bytes:
-        if (refusal := self._broken_off()) is not None:
-            return b"data: " + refusal.body() + b"\n\n"
+        if (error := self._broken_off()) is not None:
+            return b"data: " + error.body() + b"\n\n"
         usage = b""
         if self._with_usage:
             document = {**self._document, "choices": [], "usage": self._usage()}

@@ -19,8 +19,8 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from finetune.serve.desk import Desk
-from finetune.serve.refusal import Refusal
+from finetune.serve.admission import Admission
+from finetune.serve.api_error import APIError
 from finetune.web import BACKLOG, LimitedProtocol, listen
 
 # How long clients may take, once the answers have ended, to read what was sent, and to hear 503.
@@ -37,7 +37,7 @@ class ServeProtocol(LimitedProtocol):
     """Refuses in OpenAI's form."""
 
     def refusal(self, status: int, message: str, code: str) -> tuple[str, bytes]:
-        return "application/json", Refusal(status, message, code=code).body()
+        return "application/json", APIError(status, message, code=code).body()
 
 
 class Server(uvicorn.Server):
@@ -52,7 +52,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: ASGIApp, desk: Desk, *, max_connections: int = 1000, ready: Callable[[], None] = lambda: None
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        *,
+        max_connections: int = 1000,
+        ready: Callable[[], None] = lambda: None,
     ):
         config = uvicorn.Config(
             app,
@@ -69,7 +74,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.stopped_at_once = False
-        self._desk, self._ready = desk, ready
+        self._admission, self._ready = admission, ready
         self._asked_at = -math.inf
         self._idle_ticks = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,11 +82,11 @@ class Server(uvicorn.Server):
 
     def begin_stop(self, *, at_once: bool = False) -> None:
         """From any thread. The event loop looks ten times a second."""
-        self._desk.stopping = True
+        self._admission.stopping = True
         if at_once:
             self.stopped_at_once = True
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._desk.cancel_all)
+                self._loop.call_soon_threadsafe(self._admission.cancel_all)
             self.config.timeout_graceful_shutdown = 1
             # If the answers have ended and their clients are still reading, it does not wait for those either.
             self.force_exit = self.should_exit
@@ -91,11 +96,11 @@ class Server(uvicorn.Server):
         now = monotonic()
         if now >= self._asked_at + RELAYED_SECONDS:
             self._asked_at = now
-            self.begin_stop(at_once=self._desk.stopping)
+            self.begin_stop(at_once=self._admission.stopping)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._desk.connect(self._loop)
+        self._admission.connect(self._loop)
         for bound in sockets or ():
             listen(bound)
         await super().startup(sockets)
@@ -103,9 +108,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         now = asyncio.get_running_loop().time()
-        if self._desk.engine.failure is not None and self._ends is None:
+        if self._admission.engine.failure is not None and self._ends is None:
             self._ends = now + FAILED_SECONDS
-        idle = self._desk.stopping and not (self._desk.open or self._desk.entered)
+        idle = self._admission.stopping and not (self._admission.open or self._admission.entered)
         self._idle_ticks = self._idle_ticks + 1 if idle else 0
         if self._idle_ticks >= IDLE_TICKS or (self._ends is not None and now >= self._ends):
             self.should_exit = True
@@ -113,4 +118,4 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        self._desk.disconnect()
+        self._admission.disconnect()

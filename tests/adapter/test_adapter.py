@@ -25,7 +25,7 @@ from finetune.evaluation.models import open_compared
 from finetune.infer.engine import Engine
 from finetune.infer.generation import generate
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.moe.load import load_tokenizer
 from tests.export.tunings import tuned
 from tests.running import refused, run_finetune

@@ -23,7 +23,7 @@ from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, Request, Sampling
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.moe.load import BaseSpec, load_base
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune

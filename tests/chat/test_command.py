@@ -79,8 +79,8 @@ def test_a_mistake_on_the_command_line(
 
 
 def test_the_page_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.chat.requirements.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.errors.find_spec", lambda name: None)
     ran = chat(monkeypatch, "", "no/such/model", "--ui")
     assert ran.status == 2
-    assert "gradio is not installed" in ran.stderr
+    assert "not installed: gradio, httptools" in ran.stderr
     assert "pip install 'moe-qlora[ui]'" in ran.stderr

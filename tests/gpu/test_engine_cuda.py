@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from finetune.adapter.adapter import Adapter, load
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.moe.load import LoadedModel
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"

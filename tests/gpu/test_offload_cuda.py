@@ -13,7 +13,7 @@ from finetune.infer.engine import Engine
 from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import undo_offload
 from finetune.infer.request import Request, Sampling, TokenEvent
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from tests.infer.test_residency import ARCH, settings_with
 from tests.kernels.interpreted.expert_cache_cases import *  # noqa: F403
 

@@ -17,8 +17,8 @@ from finetune.errors import EngineError
 from finetune.infer.engine import RESTARTS, Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
+from finetune.infer.residency import EngineSettings
 from finetune.infer.sampler import RowSampling
-from finetune.infer.settings import EngineSettings
 from finetune.infer.text import AnswerText
 from finetune.moe.arch import MoeArch
 from finetune.moe.load import read_config

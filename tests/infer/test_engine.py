@@ -18,7 +18,7 @@ from finetune.errors import AdapterError, DataError, DeviceError
 from finetune.infer.engine import Engine
 from finetune.infer.loading import default_name
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 

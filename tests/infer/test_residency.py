@@ -27,8 +27,7 @@ from finetune.infer.offloaded import (
 )
 from finetune.infer.pages import page_bytes, pages_for
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.residency import needs_offload, read_load, split_memory
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings, needs_offload, read_load, split_memory
 from finetune.kernels.expert_cache import PINNED
 from finetune.kernels.stacks import ExpertStorage
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path

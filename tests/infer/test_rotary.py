@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.request import Request, Sampling
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.moe.arch import MoeArch
 from finetune.moe.load import read_config
 from tests.conftest import TOKENIZER_FILES

@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError, ModelError
 from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
 from finetune.infer.request import Request, Sampling, TokenEvent
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.kernels.stacks import quantize_experts
 from finetune.memory.static import expert_bytes
 from finetune.moe.census import require_quantized_experts, take_census

@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling
-from finetune.serve.desk import Desk
+from finetune.serve.admission import Admission
 from finetune.serve.metrics import Metrics
 from tests.serve.serving import serving
 
@@ -97,17 +97,17 @@ def random_engine(shape: str, settings: Any) -> Any:
 
 
 def measure_submit() -> None:
-    """Prints how long `Desk.submit` takes, which runs on the event loop, and `prompt_end`, which does not."""
+    """Prints how long `Admission.submit` takes, which runs on the event loop, and `prompt_end`, which does not."""
     import tempfile
     from pathlib import Path
 
     from finetune.infer.engine import Engine
-    from finetune.infer.settings import EngineSettings
+    from finetune.infer.residency import EngineSettings
     from tests.serve.fake import MODEL
 
     async def measure(engine: Engine) -> None:
-        desk = Desk(engine, Metrics(engine.stats), max_waiting=512)
-        desk.connect(asyncio.get_running_loop())
+        admission = Admission(engine, Metrics(engine.stats), max_waiting=512)
+        admission.connect(asyncio.get_running_loop())
         for kind, ids in (
             ("text", (1, *(1000 + place * 97 % 20_000 for place in range(30_999)))),
             ("bytes", (1, *(3 + byte for byte in "ཀ".encode() * 10_333))),
@@ -117,11 +117,11 @@ def measure_submit() -> None:
                 after = engine.prompt_end(ids)
                 read = time.perf_counter()
                 requests = [Request(ids, Sampling(seed=seed), after=after) for seed in range(count)]
-                answers = desk.submit(requests, live=False, began=began)
+                answers = admission.submit(requests, live=False, began=began)
                 end_ms, submit_ms = 1e3 * (read - began), 1e3 * (time.perf_counter() - read)
                 answers.cancel()
                 print(f"31,000 tokens of {kind}, n {count}: prompt_end {end_ms:.2f} ms, submit {submit_ms:.2f} ms")
-        desk.disconnect()
+        admission.disconnect()
 
     with tempfile.TemporaryDirectory() as scratch:
         for file in MODEL.iterdir():
@@ -155,7 +155,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(stream_all(asked.client, asked.clients, asked.tokens))))
         return
     from finetune.infer.engine import Engine
-    from finetune.infer.settings import EngineSettings
+    from finetune.infer.residency import EngineSettings
 
     if asked.submit:
         measure_submit()

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.serve.admission import Admission
 from finetune.serve.app import make_app
-from finetune.serve.desk import Desk
-from finetune.serve.gate import read_hosts, read_origins
+from finetune.serve.auth import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.web.addresses import bind, url_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Serving:
     url: str
-    desk: Desk
+    admission: Admission
     server: Server
     thread: threading.Thread
 
@@ -52,17 +52,17 @@ def serving(
     origins: Sequence[str] = (),
     max_connections: int = 1000,
 ) -> Iterator[Serving]:
-    desk = Desk(engine, Metrics(engine.stats), max_waiting=max_waiting)
+    admission = Admission(engine, Metrics(engine.stats), max_waiting=max_waiting)
     bound, ready = bind("127.0.0.1", 0), threading.Event()
     gate: Any = {"key": key, "hosts": read_hosts(hosts, bound, key), "origins": read_origins(origins)}
-    app = make_app(desk, max_body_bytes=body_bytes, **gate)
-    server = Server(app, desk, max_connections=max_connections, ready=ready.set)
+    app = make_app(admission, max_body_bytes=body_bytes, **gate)
+    server = Server(app, admission, max_connections=max_connections, ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     url = url_of(bound) + "/v1"
     thread.start()
     assert ready.wait(20)
     try:
-        yield Serving(url, desk, server, thread)
+        yield Serving(url, admission, server, thread)
     finally:
         if thread.is_alive():
             server.begin_stop(at_once=True)

@@ -21,5 +21,5 @@ def test_mutated_requests_are_answered(caplog: pytest.LogCaptureFixture) -> None
         assert {b"HTTP/1.1 200 OK", b"HTTP/1.1 400 Bad Request"} <= set(lines)
         response = httpx.post(served.url + "/completions", json={"prompt": "Hi", "max_tokens": 2})
         assert response.json()["choices"][0]["text"] == "0 1 "
-        assert served.desk.open == served.desk.entered == 0
+        assert served.admission.open == served.admission.entered == 0
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

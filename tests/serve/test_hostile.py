@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from finetune.infer.encode import encode_messages
+from finetune.infer.text import encode_messages
 from finetune.web import protocol
 from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, eventually, serving
@@ -158,7 +158,7 @@ def test_a_body_that_never_comes_whole(served: Serving, monkeypatch: pytest.Monk
         began = time.monotonic()
         assert code_of(rest(connection)) == (408, "request_timeout")  # and then it is cut off
         assert time.monotonic() - began < 5
-    assert eventually(lambda: served.desk.entered == 0)
+    assert eventually(lambda: served.admission.entered == 0)
 
 
 def test_the_key_is_looked_at_before_the_body(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +193,8 @@ def test_a_stream_that_nobody_reads_ends(engine: FakeEngine, served: Serving, mo
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", served.port))
         connection.sendall(ASK + b"content-length: %d\r\n\r\n%s" % (len(body), body))
-        assert eventually(lambda: served.desk.open > 0)
-        assert eventually(lambda: served.desk.open == 0 and not served.server.server_state.tasks)
+        assert eventually(lambda: served.admission.open > 0)
+        assert eventually(lambda: served.admission.open == 0 and not served.server.server_state.tasks)
 
 
 def test_one_client_too_many(engine: FakeEngine) -> None:

@@ -15,8 +15,8 @@ import httpx
 import openai
 import pytest
 
+from finetune.serve.admission import Admission
 from finetune.serve.app import make_app
-from finetune.serve.desk import Desk
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.web.addresses import bind
@@ -44,7 +44,7 @@ def test_one_too_many_waiting(engine: FakeEngine, served: Serving) -> None:
     engine.hold(True)
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(ask, served, max_tokens=3) for _ in range(3)]
-        assert eventually(lambda: served.desk.open == 3)
+        assert eventually(lambda: served.admission.open == 3)
         with pytest.raises(openai.RateLimitError) as caught:
             ask(served)
         assert caught.value.code == "rate_limit_exceeded"
@@ -54,7 +54,7 @@ def test_one_too_many_waiting(engine: FakeEngine, served: Serving) -> None:
         assert "finetune_waiting 1.0" in text
         engine.hold(False)
         assert [done.result(20).choices[0].text for done in running] == ["0 1 2 "] * 3
-    assert served.desk.open == 0
+    assert served.admission.open == 0
     ask(served)
 
 
@@ -67,7 +67,7 @@ def test_a_client_that_leaves_frees_its_place(engine: FakeEngine, served: Servin
     assert eventually(lambda: engine.stats().running == 2)
     connection.close()
     assert eventually(lambda: engine.stats().running == 0)
-    assert eventually(lambda: served.desk.open == 0)
+    assert eventually(lambda: served.admission.open == 0)
     sample = f'finetune_requests_total{{endpoint="/v1/completions",status="{200 if stream else 499}"}} 1.0'
     assert eventually(lambda: sample in httpx.get(served.root + "/metrics").text)
 
@@ -89,7 +89,7 @@ def test_a_dead_engine(engine: FakeEngine, served: Serving, monkeypatch: pytest.
     listening.start()
     with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(ask, served)
-        assert eventually(lambda: served.desk.open == 2)
+        assert eventually(lambda: served.admission.open == 2)
         engine.fail()
         listening.join(20)
         with pytest.raises(openai.InternalServerError) as caught:
@@ -108,7 +108,7 @@ def test_stopping_lets_answers_finish_and_takes_no_more(engine: FakeEngine, serv
     engine.hold(True)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, served, max_tokens=3)
-        assert eventually(lambda: served.desk.open == 1)
+        assert eventually(lambda: served.admission.open == 1)
         served.server.begin_stop()
         with pytest.raises(openai.InternalServerError) as caught:
             ask(served)
@@ -143,7 +143,7 @@ def test_what_was_let_in_before_a_stop_is_answered(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, served, max_tokens=3)
         assert encodes.wait(20)
-        assert eventually(lambda: served.desk.entered == 2)
+        assert eventually(lambda: served.admission.entered == 2)
         served.server.begin_stop()
         time.sleep(0.3)
         assert served.thread.is_alive()
@@ -157,7 +157,7 @@ def test_what_was_let_in_before_a_stop_is_answered(
 
 def test_clients_in_the_queue_of_the_port_hear_503(engine: FakeEngine) -> None:
     """They connected before the server's loop ran, and the stop came as soon."""
-    desk = Desk(engine, Metrics(engine.stats), max_waiting=1)  # type: ignore[arg-type]
+    admission = Admission(engine, Metrics(engine.stats), max_waiting=1)  # type: ignore[arg-type]
     with contextlib.closing(bind("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
         connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=20) for _ in range(20)]
@@ -169,7 +169,7 @@ def test_clients_in_the_queue_of_the_port_hear_503(engine: FakeEngine) -> None:
             asked.set()
 
         asked = threading.Event()
-        server = Server(make_app(desk, max_body_bytes=100, key=None), desk, ready=ready)
+        server = Server(make_app(admission, max_body_bytes=100, key=None), admission, ready=ready)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         assert asked.wait(20)
@@ -181,11 +181,11 @@ def test_clients_in_the_queue_of_the_port_hear_503(engine: FakeEngine) -> None:
 def test_a_signal_that_is_passed_on_is_one_signal(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("finetune.serve.server.monotonic", lambda: now)
-    server = Server(served.server.config.app, served.desk)
+    server = Server(served.server.config.app, served.admission)
     server.handle_exit(signal.SIGTERM, None)
     now += 0.5
     server.handle_exit(signal.SIGTERM, None)
-    assert served.desk.stopping
+    assert served.admission.stopping
     assert not server.stopped_at_once
     now += 1.0
     server.handle_exit(signal.SIGTERM, None)
@@ -196,7 +196,7 @@ def test_stopping_at_once_tells_the_clients(engine: FakeEngine, served: Serving)
     engine.hold(True)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, served)
-        assert eventually(lambda: served.desk.open == 1)
+        assert eventually(lambda: served.admission.open == 1)
         served.server.begin_stop(at_once=True)
         with pytest.raises(openai.InternalServerError) as caught:
             running.result(20)

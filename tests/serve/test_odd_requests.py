@@ -17,7 +17,7 @@ from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.moe.arch import MoeArch
 from finetune.moe.load import BaseSpec, load_base, read_config
 from tests.conftest import REPOSITORY

@@ -22,7 +22,7 @@ from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
-from finetune.infer.settings import EngineSettings
+from finetune.infer.residency import EngineSettings
 from finetune.infer.text import PromptEnd
 from finetune.moe.load import BaseSpec, load_base
 from tests.serve.serving import Serving, eventually, serving
@@ -311,4 +311,4 @@ def test_clients_that_vanish_in_the_middle(engine: Engine, served: Serving) -> N
     assert eventually(lambda: engine.stats().running == 0 and engine.stats().waiting == 0)
     assert engine.stats().cancelled - cancelled == 4
     assert engine.stats().kv_pages_used == 0
-    assert eventually(lambda: served.desk.open == 0)
+    assert eventually(lambda: served.admission.open == 0)

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetune.data.chat import apply_template
 from finetune.data.encoding import encoder_of
 from finetune.data.forms import find_form, to_conversation
-from finetune.infer.encode import encode_messages
+from finetune.infer.text import encode_messages
+from finetune.serve.api_error import APIError
 from finetune.serve.prompts import Prompts
-from finetune.serve.refusal import Refusal
 from tests.conftest import REPOSITORY
 
 ZEPHYR = (
@@ -98,13 +98,13 @@ def test_a_final_assistant_message_goes_on_as_it_was_trained(tokenizer: Any) -> 
 def test_a_template_that_does_not_write_the_last_message_is_refused() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(REPOSITORY / "recipes" / "tiny-mixtral" / "model")
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(Refusal, match="does not write the last message once, so it cannot go on") as caught:
+    with pytest.raises(APIError, match="does not write the last message once, so it cannot go on") as caught:
         chat_ids(tokenizer, said(("user", "Hi"), ("assistant", "A")), continues=True)
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 def test_half_a_character_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         chat_ids(tokenizer, said(("user", "a"), ("user", [{"type": "text", "text": "\ud83d"}])))
     assert caught.value.param == "messages.1.content"
     assert "lone surrogate" in caught.value.message

@@ -16,9 +16,9 @@ import httpx
 import openai
 import pytest
 
-from finetune.serve.asked import ChatAsked, CompletionAsked
+from finetune.serve.api_error import APIError
 from finetune.serve.fields import HARMLESS, REFUSED, refuse_extras
-from finetune.serve.refusal import Refusal
+from finetune.serve.request_body import ChatCompletionRequest, CompletionRequest
 from tests.conftest import REPOSITORY
 from tests.serve.fake import FakeEngine
 from tests.serve.serving import Serving, serving
@@ -240,7 +240,7 @@ def test_every_field_of_openais_own_client_has_its_place() -> None:
     from openai.types.chat import completion_create_params as chat
 
     assert set(options.ChatCompletionStreamOptionsParam.__annotations__) == {"include_usage", "include_obfuscation"}
-    for asked, theirs in ((ChatAsked, chat), (CompletionAsked, text)):
+    for asked, theirs in ((ChatCompletionRequest, chat), (CompletionRequest, text)):
         fields = set(theirs.CompletionCreateParamsBase.__annotations__)
         known = set(asked.model_fields) | set(asked.refused) | HARMLESS
         assert fields <= known
@@ -251,7 +251,7 @@ def test_every_field_of_openais_own_client_has_its_place() -> None:
 def test_a_true_is_not_a_one() -> None:
     refuse_extras({"best_of": 1, "echo": False, "typical_p": 1.0}, REFUSED, HARMLESS, ())
     for extras in ({"best_of": True}, {"echo": 0}):
-        with pytest.raises(Refusal, match="is not supported"):
+        with pytest.raises(APIError, match="is not supported"):
             refuse_extras(extras, REFUSED, HARMLESS, ())
 
 

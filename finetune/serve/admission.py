@@ -1,9 +1,9 @@
 """Where requests are counted, refused and handed to the engine.
 
-A waiting request costs little, but a client rather hears at once that it is one too many than after its own timeout.
-So requests are counted here: those beyond what decodes at once are waiting, whichever of the engine's limits they
-wait for. A request counts as one of them once its body is there, while it is encoded. A stop waits for all that was let
-in, also for those whose body is still on its way.
+A waiting request costs little, but a client would rather hear at once that it is one too many than after its own
+timeout. So requests are counted here: those beyond what decodes at once are waiting, whichever of the engine's limits
+they wait for. A request counts as one of them once its body is there, while it is encoded. A stop waits for all that
+was let in, also for those whose body is still on its way.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from finetune.errors import DataError, EngineError
 from finetune.infer import Request
 from finetune.serve.answers import Answer, Answers, Bridge
+from finetune.serve.api_error import APIError
 from finetune.serve.metrics import Metrics
-from finetune.serve.refusal import Refusal
 
 if TYPE_CHECKING:
     from finetune.infer import Engine
 
 
-class Desk:
+class Admission:
     """The server's view of the engine; its methods belong to the event loop.
 
     Args:
@@ -55,53 +55,53 @@ class Desk:
             self._bridge.close()
 
     def require_service(self) -> None:
-        """Raises Refusal while stopping, and after the engine died."""
+        """Raises APIError while stopping, and after the engine died."""
         self._require_engine()
         if self.stopping:
-            raise Refusal(503, "the server is stopping; ask another one or later", code="stopping")
+            raise APIError(503, "the server is stopping; ask another one or later", code="stopping")
 
     def _require_engine(self) -> None:
         if self.engine.failure is not None:
-            raise Refusal(503, "the engine has failed; the server is about to stop", code="engine_failed")
+            raise APIError(503, "the engine has failed; the server is about to stop", code="engine_failed")
 
     def health(self) -> dict[str, object]:
         """That the engine answers, and how often a fault of its own ended all that ran, if one did.
 
         Raises:
-            Refusal: as `require_service`.
+            APIError: as `require_service`.
         """
         self.require_service()
         restarts = self.engine.restarts
         return {"status": "ok", **({"engine_restarts": restarts} if restarts else {})}
 
     def require_model(self, name: str | None) -> str:
-        """The name of a model, the first one's for None; raises Refusal if there is none of that name."""
+        """The name of a model, the first one's for None; raises APIError if there is none of that name."""
         names = self.engine.names
         if name is None:
             return names[0]
         if name not in names:
             message = f"the model {name!r:.200} does not exist; there are: {', '.join(names)}"
-            raise Refusal(404, message, param="model", code="model_not_found")
+            raise APIError(404, message, param="model", code="model_not_found")
         return name
 
     def require_capacity(self, count: int) -> None:
-        """Raises Refusal for more answers than there can ever be room for."""
+        """Raises APIError for more answers than there can ever be room for."""
         if count > self.capacity:
             message = f"n times prompts asks for {count} answers; allowed: up to {self.capacity}"
-            raise Refusal(400, message, param="n")
+            raise APIError(400, message, param="n")
 
     def require_room(self, count: int = 1) -> None:
-        """Raises Refusal unless so many answers more may run or wait."""
+        """Raises APIError unless so many answers more may run or wait."""
         if self.open + count > self.capacity:
             message = f"{self.open} answers run or wait, of {self.capacity} at most; try again later"
-            raise Refusal(429, message, code="rate_limit_exceeded")
+            raise APIError(429, message, code="rate_limit_exceeded")
 
     @contextmanager
     def entering(self) -> Iterator[None]:
         """A request until it is handed to the engine.
 
         Raises:
-            Refusal: the server is stopping, full, or its engine has failed.
+            APIError: the server is stopping, full, or its engine has failed.
         """
         self.require_service()
         self.require_room()
@@ -113,7 +113,7 @@ class Desk:
 
     @contextmanager
     def holding_a_place(self) -> Iterator[None]:
-        """While a request is encoded; raises Refusal where there is no place left."""
+        """While a request is encoded; raises APIError where there is no place left."""
         self.require_room()
         self.open += 1
         try:
@@ -129,7 +129,7 @@ class Desk:
             began: when the client asked, by the monotonic clock.
 
         Raises:
-            Refusal: the engine is full, has failed, or refuses one of them; none runs then.
+            APIError: the engine is full, has failed, or refuses one of them; none runs then.
         """
         assert self._bridge is not None, "connect comes first"
         self._require_engine()
@@ -148,7 +148,7 @@ class Desk:
                 submitted += 1
         except (DataError, EngineError) as error:
             self._require_engine()  # it may have failed since
-            raise Refusal.of(error, None) from None
+            raise APIError.of(error, None) from None
         finally:
             if submitted < len(requests):
                 # Those that never reached the engine never end.

@@ -14,6 +14,7 @@ from pydantic_core import from_json
 
 from finetune.errors import DataError
 from finetune.infer import Sampling
+from finetune.serve.api_error import APIError
 from finetune.serve.fields import (
     CHAT_REFUSED,
     COMPLETION_REFUSED,
@@ -23,7 +24,6 @@ from finetune.serve.fields import (
     Neutral,
     refuse_extras,
 )
-from finetune.serve.refusal import Refusal
 
 MAX_MESSAGES = 2048  # as OpenAI's
 MAX_CHOICES = 128
@@ -47,7 +47,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Asked(BaseModel):
+class GenerationRequest(BaseModel):
     """Fields of both endpoints; null is the same as silence."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -68,15 +68,15 @@ class Asked(BaseModel):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
 
-    def length(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         """Tokens of the answer at most; None: as many as there is room for."""
         return self.max_tokens
 
-    def told(self) -> int | None:
+    def logprobs_count(self) -> int | None:
         """`Sampling.logprobs`."""
         raise NotImplementedError
 
-    def called(self, name: str) -> str:
+    def field_name(self, name: str) -> str:
         """What a field of Sampling is called here."""
         return "max_tokens" if name == "max_new_tokens" else name
 
@@ -84,10 +84,10 @@ class Asked(BaseModel):
         """How to choose tokens for each of `n` answers; the first has the request's seed.
 
         Raises:
-            Refusal: a value outside its range.
+            APIError: a value outside its range.
         """
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        length = self.length()
+        length = self.max_new_tokens()
         try:
             return [
                 Sampling(
@@ -100,19 +100,19 @@ class Asked(BaseModel):
                     repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
                     seed=(seed + choice * SEED_STEP) % SEEDS,
                     stop=tuple(self.stop or ()),
-                    logprobs=self.told(),
+                    logprobs=self.logprobs_count(),
                     ignore_eos=bool(self.ignore_eos),
                 )
                 for choice in range(self.n or 1)
             ]
         except DataError as error:
             name = str(error.where)
-            called = self.called(name)
+            called = self.field_name(name)
             renamed = DataError(error.what.replace(name, called), allowed=error.allowed)
-            raise Refusal.of(renamed, called) from None
+            raise APIError.of(renamed, called) from None
 
 
-class ChatAsked(Asked):
+class ChatCompletionRequest(GenerationRequest):
     refused = CHAT_REFUSED
 
     messages: Annotated[list[Any], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -126,7 +126,7 @@ class ChatAsked(Asked):
         """Whether the last message is the assistant's, so that the answer goes on in it.
 
         Raises:
-            Refusal: the request says otherwise.
+            APIError: the request says otherwise.
         """
         last = self.messages[-1]
         by_assistant = isinstance(last, dict) and last.get("role") == "assistant"
@@ -136,78 +136,78 @@ class ChatAsked(Asked):
         ):
             if by_assistant and value is False:
                 message = f"the last message is the assistant's, so the answer goes on in it; {name} says otherwise"
-                raise Refusal(400, f"{message}: leave it out, or end with a user's message", param=name)
+                raise APIError(400, f"{message}: leave it out, or end with a user's message", param=name)
             if not by_assistant and value is True:
                 message = f"{name} wants an answer that goes on in the last message, which is not the assistant's"
-                raise Refusal(400, f"{message}: leave it out, or end with a message of the assistant", param=name)
+                raise APIError(400, f"{message}: leave it out, or end with a message of the assistant", param=name)
         return by_assistant
 
-    def length(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def told(self) -> int | None:
+    def logprobs_count(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
-            raise Refusal(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+            raise APIError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def called(self, name: str) -> str:
+    def field_name(self, name: str) -> str:
         if name == "max_new_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"
-        return "top_logprobs" if name == "logprobs" else super().called(name)
+        return "top_logprobs" if name == "logprobs" else super().field_name(name)
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(GenerationRequest):
     refused = COMPLETION_REFUSED
 
     prompt: Any
     logprobs: Whole | None = None
 
-    def length(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
-    def told(self) -> int | None:
+    def logprobs_count(self) -> int | None:
         return self.logprobs
 
 
-AskedT = TypeVar("AskedT", bound=Asked)
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
-def read_asked(body: bytes, kind: type[AskedT], *, containers: int) -> AskedT:
+def read_request(body: bytes, kind: type[RequestT], *, containers: int) -> RequestT:
     """The body's fields.
 
     Args:
         containers: lists and objects that it may have; two million of them take two seconds to read, for all.
 
     Raises:
-        Refusal: too many of them, not JSON, a field of the wrong type or outside its range, one that cannot be
+        APIError: too many of them, not JSON, a field of the wrong type or outside its range, one that cannot be
             honoured or is not known.
     """
     if body.count(b"[") + body.count(b"{") > containers:
-        raise Refusal(400, f"the body has too many lists and objects; allowed: {containers}")
+        raise APIError(400, f"the body has too many lists and objects; allowed: {containers}")
     try:
-        asked = kind.model_validate(_read_json(body))
+        parsed = kind.model_validate(_read_json(body))
     except ValidationError as error:
         [fault, *_] = error.errors(include_url=False, include_input=False)
         param = ".".join(str(part)[:100] for part in fault["loc"]) or None
         if fault["type"] == "missing":
-            raise Refusal(400, f"{param} is missing", param=param) from None
+            raise APIError(400, f"{param} is missing", param=param) from None
         said = fault["msg"][0].lower() + fault["msg"][1:]
-        raise Refusal(400, f"{param or 'the body'}: {said}", param=param) from None
-    refuse_extras(asked.model_extra or {}, kind.refused, HARMLESS, kind.model_fields)
-    options = asked.stream_options
+        raise APIError(400, f"{param or 'the body'}: {said}", param=param) from None
+    refuse_extras(parsed.model_extra or {}, kind.refused, HARMLESS, kind.model_fields)
+    options = parsed.stream_options
     if options is not None:
         known = (STREAM_OPTIONS_REFUSED, STREAM_OPTIONS_HARMLESS, StreamOptions.model_fields)
         refuse_extras(options.model_extra or {}, *known, where="stream_options.")
-        if not asked.stream:
-            raise Refusal(400, "stream_options needs stream=true", param="stream_options")
-    return asked
+        if not parsed.stream:
+            raise APIError(400, "stream_options needs stream=true", param="stream_options")
+    return parsed
 
 
 def _read_json(body: bytes) -> dict[str, Any]:
     """The object that a body is.
 
     Raises:
-        Refusal: another encoding than UTF-8, with or without its mark, or not an object of JSON.
+        APIError: another encoding than UTF-8, with or without its mark, or not an object of JSON.
     """
     for mark, name, fix in (
         (b"\x1f\x8b", "gzip", "send it uncompressed"),
@@ -215,15 +215,15 @@ def _read_json(body: bytes) -> dict[str, Any]:
         (codecs.BOM_UTF16_BE, "UTF-16", "send it as UTF-8"),
     ):
         if body.startswith(mark):
-            raise Refusal(400, f"the body is {name}; allowed: JSON in UTF-8; {fix}")
+            raise APIError(400, f"the body is {name}; allowed: JSON in UTF-8; {fix}")
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         document = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         said = "not UTF-8" if not _is_utf8(body) else str(error)
-        raise Refusal(400, f"the body: invalid JSON: {said}") from None
+        raise APIError(400, f"the body: invalid JSON: {said}") from None
     if not isinstance(document, dict):
-        raise Refusal(400, "the body: is not an object with fields")
+        raise APIError(400, "the body: is not an object with fields")
     return document
 
 

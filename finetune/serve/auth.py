@@ -16,12 +16,11 @@ from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.errors import FinetuneError
-from finetune.serve.desk import Desk
-from finetune.serve.refusal import Refusal
+from finetune.serve.admission import Admission
+from finetune.serve.api_error import APIError, error_response
 from finetune.web import host_name, is_local, is_local_name
 
 ENDPOINTS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
@@ -30,7 +29,7 @@ _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", re.IGNORECASE)
 _PREFLIGHT_SECONDS = 600  # how long a browser may remember an answer
 
 
-class Gate:
+class AuthMiddleware:
     """Stands around an application.
 
     Args:
@@ -42,13 +41,13 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        desk: Desk,
+        admission: Admission,
         *,
         key: bytes | None,
         hosts: Collection[str] | None = None,
         origins: Collection[str] = (),
     ):
-        self._app, self._desk, self._key, self._hosts, self._origins = app, desk, key, hosts, origins
+        self._app, self._admission, self._key, self._hosts, self._origins = app, admission, key, hosts, origins
         self._inner: ASGIApp = self._with_key
         if origins:
             self._inner = CORSMiddleware(
@@ -71,12 +70,12 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            await (self._inner if refusal is None else refused(refusal))(scope, receive, watched)
+            error = self._error(scope)
+            await (self._inner if error is None else error_response(error))(scope, receive, watched)
         finally:
-            self._desk.metrics.count(_endpoint(scope["path"]), status)
+            self._admission.metrics.count(_endpoint(scope["path"]), status)
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
+    def _error(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)
         if self._hosts is not None:
             given = headers.getlist("host")
@@ -85,20 +84,20 @@ class Gate:
                 shown = ", ".join(given) or "missing"
                 message = f"the Host header is {shown!r:.200}; allowed: localhost, 127.0.0.1, [::1]"
                 message += "".join(f", {host}" for host in sorted(self._hosts)) + "; --allowed-host adds a name"
-                return Refusal(403, message, code="host_not_allowed")
+                return APIError(403, message, code="host_not_allowed")
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             origin = headers.get("origin", "")
             if "*" not in self._origins and origin not in self._origins:
                 message = f"pages of {origin!r:.200} may not ask this server; --cors-origin allows an origin"
-                return Refusal(403, message, code="origin_not_allowed")
+                return APIError(403, message, code="origin_not_allowed")
         return None
 
     async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._key is None or scope["path"] == "/health" or self._shows_key(scope):
             await self._app(scope, receive, send)
         else:
-            refusal = Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
-            await refused(refusal)(scope, receive, send)
+            error = APIError(401, "the API key is missing or wrong", code="invalid_api_key")
+            await error_response(error)(scope, receive, send)
 
     def _shows_key(self, scope: Scope) -> bool:
         assert self._key is not None
@@ -107,13 +106,8 @@ class Gate:
         return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(), self._key)
 
 
-def refused(refusal: Refusal) -> Response:
-    """The response to what is refused."""
-    return Response(refusal.body(), refusal.status, refusal.headers(), "application/json")
-
-
 def read_hosts(given: Collection[str], bound: socket.socket, key: bytes | None) -> frozenset[str] | None:
-    """`Gate.hosts` for `--allowed-host`.
+    """`AuthMiddleware.hosts` for `--allowed-host`.
 
     Raises:
         FinetuneError: one that is no host name.
@@ -135,7 +129,7 @@ def read_hosts(given: Collection[str], bound: socket.socket, key: bytes | None) 
 
 
 def read_origins(given: Collection[str]) -> tuple[str, ...]:
-    """`Gate.origins` for `--cors-origin`.
+    """`AuthMiddleware.origins` for `--cors-origin`.
 
     Raises:
         FinetuneError: one that is no origin.

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from starlette.responses import Response
+
 from finetune.errors import FinetuneError
 
 RETRY_SECONDS = 2
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """An HTTP status with OpenAI's error body.
 
     Args:
@@ -26,7 +28,7 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     @classmethod
-    def of(cls, error: FinetuneError, param: str | None) -> Refusal:
+    def of(cls, error: FinetuneError, param: str | None) -> APIError:
         """The same for a client: status 400, in one line."""
         parts = [error.what]
         if error.allowed is not None:
@@ -50,3 +52,8 @@ class Refusal(Exception):
             return {"retry-after": str(RETRY_SECONDS)}
         named = {401: {"www-authenticate": "Bearer"}, 415: {"accept-encoding": "identity"}}
         return named.get(self.status, {})
+
+
+def error_response(error: APIError) -> Response:
+    """The response to what is refused."""
+    return Response(error.body(), error.status, error.headers(), "application/json")

@@ -1,0 +1,119 @@
+"""The `choices` of answers to /v1/chat/completions and /v1/completions, whole and in pieces.
+
+https://platform.openai.com/docs/api-reference/chat
+https://platform.openai.com/docs/api-reference/completions
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.infer import TokenEvent
+from finetune.serve.token_texts import TextOffset, TokenTexts, finite
+
+
+class ChatChoices:
+    """Of /v1/chat/completions.
+
+    Args:
+        with_logprobs: whether log-probabilities were asked for.
+    """
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    piece_object = "chat.completion.chunk"
+
+    def __init__(self, texts: TokenTexts, *, with_logprobs: bool):
+        self._texts = texts
+        self._with_logprobs = with_logprobs
+
+    def opening(self, number: int) -> dict[str, Any] | None:
+        """A piece before the first token."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def piece(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str | None) -> dict[str, Any]:
+        return {
+            "index": number,
+            "delta": {"content": text} if text or reason is None else {},
+            "logprobs": self._logprobs(tokens) if tokens else None,
+            "finish_reason": reason,
+        }
+
+    def whole(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
+        return {
+            "index": number,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        content = [
+            {
+                **self._token(event.token, event.logprob),
+                "top_logprobs": [self._token(token, logprob) for token, logprob in event.top],
+            }
+            for event in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": self._texts.shown(token),
+            "logprob": finite(logprob),
+            "bytes": list(self._texts.spelled(token)),
+        }
+
+
+class CompletionChoices:
+    """Of /v1/completions.
+
+    Args:
+        with_logprobs: whether log-probabilities were asked for.
+    """
+
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    piece_object = "text_completion"
+
+    def __init__(self, texts: TokenTexts, *, with_logprobs: bool):
+        self._texts = texts
+        self._with_logprobs = with_logprobs
+        self._offsets: defaultdict[int, TextOffset] = defaultdict(TextOffset)
+
+    def opening(self, number: int) -> dict[str, Any] | None:
+        """Nothing comes before the first token."""
+        return None
+
+    def piece(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str | None) -> dict[str, Any]:
+        logprobs = self._logprobs(number, tokens) if tokens else None
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def whole(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
+        return {
+            "index": number,
+            "text": text,
+            "logprobs": self._logprobs(number, tokens),
+            "finish_reason": reason,
+        }
+
+    def _logprobs(self, number: int, tokens: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        offset = self._offsets[number]
+        top = []
+        for event in tokens:
+            # Texts are the keys, so of two tokens that look the same the likelier one is told.
+            likely = {self._texts.shown(token): finite(logprob) for token, logprob in reversed(event.top)}
+            top.append({**dict(reversed(likely.items())), self._texts.shown(event.token): finite(event.logprob)})
+        return {
+            "tokens": [self._texts.shown(event.token) for event in tokens],
+            "token_logprobs": [finite(event.logprob) for event in tokens],
+            "top_logprobs": top,
+            "text_offset": [offset.before(self._texts.spelled(event.token)) for event in tokens],
+        }

@@ -1,7 +1,7 @@
 """Errors a user can cause, each with the way out.
 
 A user's mistake is a `FinetuneError`: it says what is wrong, where, which values are allowed and how to
-mend it. The command line prints that message and exits with status 2; a traceback needs `--debug`.
+fix it. The command line prints that message and exits with status 2; a traceback needs `--debug`.
 Our own mistakes are `assert`s and stay tracebacks.
 """
 

@@ -73,7 +73,7 @@ def request_for(engine: Engine, messages: Messages, sampling: Sampling, model: s
             f"the conversation no longer fits: with this question it has {len(ids):,} tokens",
             where="the conversation",
             allowed=f"fewer than {engine.max_length:,}, the length of a conversation with its answer",
-            fix="begin a new conversation (/reset), or ask something shorter",
+            fix="start a new conversation (/reset), or ask something shorter",
         )
     return Request(ids, sampling, model)
 

@@ -15,15 +15,15 @@ from finetune.infer import Request
 HELP = (
     ("/help", "these lines"),
     ("/reset", "forget the conversation; the system message stays"),
-    ("/system TEXT", "tell the model this before the conversation; without TEXT nothing"),
-    ("/model NAME", "go on with another model; without NAME say which there are"),
+    ("/system TEXT", "set the system message; without TEXT, remove it"),
+    ("/model NAME", "switch to another model; without NAME, list them"),
     (
         "/set NAME=VALUE ...",
-        "change how answers are drawn, as in /set temperature=0.7 top_p=0.9; alone: say how",
+        "change how tokens are sampled, as in /set temperature=0.7 top_p=0.9; alone, show the settings",
     ),
-    ("/retry", "ask the last question again; above temperature 0 the answer is another one"),
+    ("/retry", "ask the last question again; above temperature 0 the answer will differ"),
     ("/save FILE", "write the conversation as a line of training data; /save! FILE replaces a file"),
-    ("/load FILE", "go on with the first conversation of a file"),
+    ("/load FILE", "continue the first conversation of a file"),
     ("/exit", "leave, as Ctrl-D does"),
     ("//text", "a question that begins with a slash"),
     ('"""text', 'a question of several lines, up to """'),
@@ -86,7 +86,7 @@ class Commands:
     def _model(self, name: str) -> None:
         if name:
             self._session.choose(name)
-        self._screen.say(f"model: {self._session.model} (there are: {', '.join(self._session.engine.names)})")
+        self._screen.say(f"model: {self._session.model} (available: {', '.join(self._session.engine.names)})")
 
     def _set(self, text: str) -> None:
         self._session.sampling = with_settings(self._session.sampling, text.split())
@@ -119,5 +119,5 @@ class Commands:
 
 def _file(name: str, command: str) -> Path:
     if not name:
-        raise DataError("no file is named", where=command, fix=f"write {command} FILE")
+        raise DataError("no file name was given", where=command, fix=f"write {command} FILE")
     return Path(name).expanduser()

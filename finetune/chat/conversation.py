@@ -92,10 +92,10 @@ def _conversation_of(messages: Sequence[Message], *, where: str) -> Conversation
     roles = [message["role"] for message in said]
     if not said or roles != ["user", "assistant"] * (len(said) // 2):
         raise DataError(
-            f"the conversation cannot be gone on with: its roles are {', '.join(roles) or 'none'}",
+            f"this conversation cannot be continued: its roles are {', '.join(roles) or 'none'}",
             where=where,
             allowed="user and assistant in turn, the assistant last, after an optional system message",
-            fix="correct the file, or begin anew with /reset",
+            fix="correct the file, or start over with /reset",
         )
     texts = [message["content"] for message in said]
     return Conversation(system, list(zip(texts[::2], texts[1::2], strict=True)))

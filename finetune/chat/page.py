@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NOBODY = ""  # no model has this name
 _SIDE = 320  # pixels; two such beside each other where the window has them, else below each other
 _CHAT: dict[str, Any] = {"container": True, "padding": True, "max_height": 460, "autoscroll": True}
-_EMPTY = chat_text([], "Nothing was said yet.", label="no conversation")
+_EMPTY = chat_text([], "Nothing has been said yet.", label="no conversation")
 
 
 class Page:
@@ -65,7 +65,7 @@ class Page:
                     right_chat = gr.HTML(_EMPTY, elem_id="right", **_CHAT)
             refused = gr.HTML(elem_id="refused", visible=False)
             box = gr.Textbox(
-                label="Question", placeholder="Enter sends, Shift+Enter begins a line", lines=1, max_lines=8
+                label="Question", placeholder="Enter sends, Shift+Enter starts a new line", lines=1, max_lines=8
             )
             with gr.Row():
                 send = gr.Button("Send", variant="primary", min_width=100)
@@ -129,7 +129,7 @@ class Page:
             with gr.Row():
                 top_k = gr.Number(start.top_k, precision=0, label="Top k (0: all)")
                 seed = gr.Number(start.seed, precision=0, label="Seed")
-                most = gr.Number(start.max_new_tokens, precision=0, label="Most new tokens")
+                most = gr.Number(start.max_new_tokens, precision=0, label="Max new tokens")
         return [system, most, temperature, top_p, top_k, min_p, penalty, seed]
 
     def _answer(
@@ -171,7 +171,7 @@ class Page:
         finally:
             answering.cancel()
             self._running.pop(session, None)
-        kept, left_over, note = turns, question, "nothing was said, so the question is not kept"
+        kept, left_over, note = turns, question, "the model said nothing, so the question is not kept"
         if any(side.text for side in sides):
             kept, left_over, note = [*turns, Turn(question, tuple(side.text.strip() for side in sides))], "", ""
         looked = [(side.model, side.seen) for side in sides]

@@ -100,7 +100,7 @@ def summary(engine: Engine, side: Side) -> str:
     elif side.end.reason == "cancelled":
         said.append("stopped")
     elif is_full(engine, side.end):
-        said.append(f"the model's length of {engine.max_length:,} tokens is full")
+        said.append(f"the model's maximum of {engine.max_length:,} tokens is reached")
     elif side.end.reason == "length":
-        said.append("cut at the most new tokens")
+        said.append("cut at max new tokens")
     return ", ".join(said)

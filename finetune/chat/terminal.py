@@ -25,7 +25,7 @@ def chat_in_terminal(session: Session, screen: Screen) -> None:
         EngineError: the engine had failed for good.
     """
     commands = Commands(session, screen)
-    screen.say(f"{session.model} of {session.engine.model_path}; /help says what can be typed, Ctrl-C stops an answer")
+    screen.say(f"{session.model} of {session.engine.model_path}; /help lists the commands, Ctrl-C stops an answer")
     while not commands.leaving:
         try:
             line = screen.ask().strip()
@@ -79,9 +79,9 @@ def _summary(session: Session, end: FinishedEvent, times: list[float], *, is_kep
     if end.reason == "cancelled":
         said.append("stopped")
     elif is_full(session.engine, end):
-        said.append(f"the model's length of {session.engine.max_length:,} tokens is full: /reset begins anew")
+        said.append(f"the model's maximum of {session.engine.max_length:,} tokens is reached: /reset starts over")
     elif end.reason == "length":
         said.append(f"cut at max_new_tokens={session.sampling.max_new_tokens}")
     if not is_kept:
-        said.append("nothing was said, so the question is not kept")
+        said.append("the model said nothing, so the question is not kept")
     return ", ".join(said)

@@ -71,7 +71,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
+        typer.Option(metavar="NAME=PATH", help="Another model, from an adapter; may be given several times."),
     ] = None,
     base: Base = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
@@ -124,13 +124,13 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="A further model, by an adapter; may be given several times."),
+        typer.Option(metavar="NAME=PATH", help="Another model, from an adapter; may be given several times."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its folder's")] = None,
     base: Base = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that decode at once.")] = 16,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more hear 429.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more get 429.")] = 256,
     max_body_mib: Annotated[float, typer.Option(min=0.001, callback=sane_size, help="Size of a request.")] = 8.0,
     max_connections: Annotated[int, typer.Option(min=1, help="Clients that are connected at once.")] = 1000,
     kv_gib: Annotated[
@@ -149,7 +149,7 @@ def serve(
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web pages that may ask, as https://app.example.org; * for any."),
+        typer.Option(metavar="ORIGIN", help="Origins of web pages that may ask (https://app.example.org); * for any."),
     ] = None,
     device: Device = "auto",
     debug: Debug = False,

@@ -325,7 +325,7 @@ class Engine:
         Raises:
             Exception: the model does not answer a probe, or nobody has been told a token since the last restarts.
         """
-        log.error("a fault of the engine ends all answers that run", exc_info=error)
+        log.error("an error of the engine ends all running answers", exc_info=error)
         told = self._counters.completion_tokens
         self._told_at_restarts.append(told)
         if list(self._told_at_restarts) == [told] * RESTARTS:

@@ -58,7 +58,7 @@ class Admission:
         """Raises APIError while stopping, and after the engine died."""
         self._require_engine()
         if self.stopping:
-            raise APIError(503, "the server is stopping; ask another one or later", code="stopping")
+            raise APIError(503, "the server is stopping; try another one, or try later", code="stopping")
 
     def _require_engine(self) -> None:
         if self.engine.failure is not None:
@@ -80,14 +80,14 @@ class Admission:
         if name is None:
             return names[0]
         if name not in names:
-            message = f"the model {name!r:.200} does not exist; there are: {', '.join(names)}"
+            message = f"the model {name!r:.200} does not exist; available: {', '.join(names)}"
             raise APIError(404, message, param="model", code="model_not_found")
         return name
 
     def require_capacity(self, count: int) -> None:
         """Raises APIError for more answers than there can ever be room for."""
         if count > self.capacity:
-            message = f"n times prompts asks for {count} answers; allowed: up to {self.capacity}"
+            message = f"n times the number of prompts is {count} answers; allowed: up to {self.capacity}"
             raise APIError(400, message, param="n")
 
     def require_room(self, count: int = 1) -> None:

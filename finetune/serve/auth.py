@@ -110,14 +110,14 @@ def read_hosts(given: Collection[str], bound: socket.socket, key: bytes | None) 
     """`AuthMiddleware.hosts` for `--allowed-host`.
 
     Raises:
-        FinetuneError: one that is no host name.
+        FinetuneError: one that is not a host name.
     """
     names = set()
     for text in given:
         name = "*" if text == "*" else host_name(text)
         if name is None:
             raise FinetuneError(
-                f"{text!r} is no host name",
+                f"{text!r} is not a host name",
                 where="--allowed-host",
                 allowed="a name such as models.example.org, without http:// and without a path; * for any",
                 fix="give the name that clients write between http:// and the next slash",
@@ -132,12 +132,12 @@ def read_origins(given: Collection[str]) -> tuple[str, ...]:
     """`AuthMiddleware.origins` for `--cors-origin`.
 
     Raises:
-        FinetuneError: one that is no origin.
+        FinetuneError: one that is not an origin.
     """
     for text in given:
         if _ORIGIN.fullmatch(text) is None:
             raise FinetuneError(
-                f"{text!r} is no origin",
+                f"{text!r} is not an origin",
                 where="--cors-origin",
                 allowed="https://app.example.org, http://localhost:3000 and the like, without a path; * for any",
                 fix="give scheme, host and port as the browser's address line shows them",

@@ -135,10 +135,10 @@ class ChatCompletionRequest(GenerationRequest):
             ("add_generation_prompt", None if self.add_generation_prompt is None else not self.add_generation_prompt),
         ):
             if by_assistant and value is False:
-                message = f"the last message is the assistant's, so the answer goes on in it; {name} says otherwise"
+                message = f"the last message is the assistant's, so the answer continues it; {name} says otherwise"
                 raise APIError(400, f"{message}: leave it out, or end with a user's message", param=name)
             if not by_assistant and value is True:
-                message = f"{name} wants an answer that goes on in the last message, which is not the assistant's"
+                message = f"{name} asks for an answer that continues the last message, which is not the assistant's"
                 raise APIError(400, f"{message}: leave it out, or end with a message of the assistant", param=name)
         return by_assistant
 
@@ -223,7 +223,7 @@ def _read_json(body: bytes) -> dict[str, Any]:
         said = "not UTF-8" if not _is_utf8(body) else str(error)
         raise APIError(400, f"the body: invalid JSON: {said}") from None
     if not isinstance(document, dict):
-        raise APIError(400, "the body: is not an object with fields")
+        raise APIError(400, "the body is not an object with fields")
     return document
 
 

@@ -203,7 +203,7 @@ def test_both_models_stream_their_own_answers_to_one_conversation(opened: Opened
     assert opened.last_answers() == [answers[1] for answers in expected]
     assert opened.page.locator("#left .user").all_inner_texts() == [QUESTION, "And now?"]
     note = opened.page.locator("#right .note").inner_text()
-    assert re.match(rf"{names[1]}, \d+ \+ 24 tokens, [\d.]+ tokens/s, cut at the most new tokens$", note)
+    assert re.match(rf"{names[1]}, \d+ \+ 24 tokens, [\d.]+ tokens/s, cut at max new tokens$", note)
 
 
 def test_every_token_that_a_model_saw_has_its_experts_colour(opened: Opened, site: Site) -> None:
@@ -291,10 +291,10 @@ def test_a_refusal_is_said_and_the_question_stays(opened: Opened, site: Site) ->
     assert "fewer than 400" in alert.inner_text()
     assert opened.page.get_by_label("Question").input_value() == question
     opened.page.get_by_role("button", name="Settings").click()
-    opened.page.get_by_label("Most new tokens").fill("0")
+    opened.page.get_by_label("Max new tokens").fill("0")
     opened.send("Hi")
     opened.page.get_by_text("max_new_tokens is 0").wait_for()
-    opened.page.get_by_label("Most new tokens").fill("3")
+    opened.page.get_by_label("Max new tokens").fill("3")
     opened.page.get_by_label("Beside it").click()
     opened.page.get_by_role("option", name="nobody").click()
     opened.send("Hi")
@@ -388,10 +388,10 @@ def test_an_engine_that_failed_is_told(
     alert = opened.page.get_by_role("alert")
     alert.wait_for()
     told = re.compile(rf"{re.escape(why)}\n.*\n +fix: start it again; the traceback is in the log")
-    assert re.match(told.pattern + "\nnothing was said, so the question is not kept$", alert.inner_text())
+    assert re.match(told.pattern + "\nthe model said nothing, so the question is not kept$", alert.inner_text())
     opened.until_done()
     opened.send("And now?")
-    opened.page.wait_for_function("!document.querySelector('[role=alert]').innerText.includes('nothing was said')")
+    opened.page.wait_for_function("!document.querySelector('[role=alert]').innerText.includes('said nothing')")
     assert told.fullmatch(alert.inner_text())
     assert opened.page.get_by_label("Question").input_value() == "And now?"
     assert opened.page.locator("#left-text .t").count() == 0

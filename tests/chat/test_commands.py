@@ -27,9 +27,9 @@ from tests.chat.conftest import Talk
         ("/set temperature=nan", ("temperature is nan", "0 to 100")),
         ("/set top_p=2", ("top_p is 2.0", "above 0, at most 1")),
         ("/retry", ("nothing has been asked yet", "ask something first")),
-        ("/save", ("no file is named", "/save FILE")),
+        ("/save", ("no file name was given", "/save FILE")),
         ("/save /tmp", ("nothing has been said yet", "ask something first")),
-        ("/load", ("no file is named", "/load FILE")),
+        ("/load", ("no file name was given", "/load FILE")),
         ("/load /nowhere.jsonl", ("there is no such file", "/nowhere.jsonl", "/save wrote")),
     ],
 )
@@ -107,14 +107,14 @@ def test_an_answer_that_is_cut_says_why(talk: Talk) -> None:
     _, err = talk.say("/set max_new_tokens=2", "one two three", "/reset", "/set max_new_tokens=20", "one two three")
     assert "2 tokens" in err
     assert "cut at max_new_tokens=2" in err
-    assert "the model's length of 7 tokens is full: /reset begins anew" in err
+    assert "the model's maximum of 7 tokens is reached: /reset starts over" in err
 
 
 def test_an_empty_answer_is_not_kept(talk: Talk) -> None:
     talk.engine.silent = True
     out, err = talk.say("one")
     assert out == ""
-    assert err.startswith("0 tokens, nothing was said, so the question is not kept")
+    assert err.startswith("0 tokens, the model said nothing, so the question is not kept")
     assert talk.session.conversation.turns == []
     talk.engine.silent = False
     out, _ = talk.say("/retry")

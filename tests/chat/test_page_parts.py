@@ -60,7 +60,7 @@ def test_a_side_has_seen_the_prompt_and_each_token_of_its_answer() -> None:
     *_, [side] = answered(Answering(engine, asked), asked)
     assert side.seen == [*asked[0].ids, 1, 2]
     assert summary(engine, side).startswith("tuned, 3 + 2 tokens")
-    assert summary(engine, side).endswith("cut at the most new tokens")
+    assert summary(engine, side).endswith("cut at max new tokens")
 
 
 def test_stopping_ends_both_and_keeps_what_came() -> None:

@@ -201,9 +201,9 @@ def test_a_signal_as_soon_as_the_port_is_open(talkative: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--allowed-host", "http://models.example.org/", ("is no host name", "without http:// and without a path")),
-        ("--cors-origin", "app.example.org", ("is no origin", "https://app.example.org")),
-        ("--cors-origin", "https://app.example.org/path", ("is no origin", "without a path")),
+        ("--allowed-host", "http://models.example.org/", ("is not a host name", "without http:// and without a path")),
+        ("--cors-origin", "app.example.org", ("is not an origin", "https://app.example.org")),
+        ("--cors-origin", "https://app.example.org/path", ("is not an origin", "without a path")),
     ],
 )
 def test_a_name_or_an_origin_that_is_none(tmp_path: Path, option: str, value: str, says: tuple[str, ...]) -> None:

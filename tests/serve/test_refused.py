@@ -307,7 +307,7 @@ def test_an_unknown_model(served: Serving) -> None:
         lambda: client.completions.create(model="gpt-4o", prompt="Hi"),
         lambda: client.models.retrieve("gpt-4o"),
     ):
-        with pytest.raises(openai.NotFoundError, match="does not exist; there are: fake, other") as caught:
+        with pytest.raises(openai.NotFoundError, match="does not exist; available: fake, other") as caught:
             ask()
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 

@@ -1,9 +1,8 @@
 """Questions to the engine, one or several at once, and their answers as they come.
 
-The engine tells each token on its own thread; here the tokens of all answers stand in one queue, which the terminal
-reads for one model and the page for two. Cancelling is asked of the engine, which then ends the answer with its last
-event, so nobody has to guess what was still on the way. An engine that fails ends each answer the same way, with its
-error.
+The engine reports each token on its own thread. Here the tokens of all answers go into one queue, which the terminal
+reads for one model and the page for two. To cancel, the engine is asked to stop; it ends the answer with a last event,
+so no token gets lost on the way. An engine that fails ends each answer the same way, with its error.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Answering:
-    """Requests that are answered at once.
+    """Several requests that are answered at the same time.
 
-    Iterating gives the number of a request and its next event, up to the last event of the last one; leaving the
-    iteration before its end cancels what still runs.
+    Iterating yields the number of a request and its next event, until all have ended. Leaving the iteration early
+    cancels what still runs.
 
     Raises:
         FinetuneError: the engine refuses one of the requests, or has failed for good; none runs then.
@@ -43,7 +42,7 @@ class Answering:
             raise
 
     def cancel(self) -> None:
-        """Ends every answer where it is; from any thread, and as often as one likes."""
+        """Stops every answer where it is. May be called from any thread, and more than once."""
         for handle in self._handles:
             handle.cancel()
 
@@ -79,5 +78,5 @@ def request_for(engine: Engine, messages: Messages, sampling: Sampling, model: s
 
 
 def is_full(engine: Engine, end: FinishedEvent) -> bool:
-    """Whether an answer ended because the model's length did."""
+    """Whether an answer ended because it reached the model's maximum length."""
     return end.reason == "length" and end.prompt_tokens + end.completion_tokens >= engine.max_length

@@ -31,7 +31,7 @@ HELP = (
 
 
 class Commands:
-    """Runs them on a session.
+    """Runs commands on a session.
 
     Attributes:
         leaving: whether the user asked to leave.
@@ -54,10 +54,13 @@ class Commands:
         }
 
     def run(self, line: str) -> Request | None:
-        """Does what a line says; what is to be answered now, if anything.
+        """Runs one command line.
+
+        Returns:
+            The request to answer next, if the command asks for one.
 
         Raises:
-            FinetuneError: there is no such command, or it cannot be done; everything is as before.
+            FinetuneError: there is no such command, or it cannot be done; nothing has changed.
         """
         if line.startswith("//"):
             return self._session.ask(line[1:])

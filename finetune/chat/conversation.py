@@ -1,7 +1,7 @@
-"""A conversation: what was said, and the file that it is kept in.
+"""A conversation, and the file that it is saved in.
 
-The file is one JSON line in the `messages` form, so what was saved can be trained on; it is read back by the data room,
-so whatever form training takes can be gone on with.
+The file is one JSON line in the `messages` form, so a saved conversation can be trained on. It is read back by the data
+room, so any form that training takes can be loaded and continued.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Messages = list[dict[str, str]]
 
 @dataclass
 class Conversation:
-    """Questions with their answers, and what the model was told before.
+    """Questions with their answers, after an optional system message.
 
     Attributes:
         system: the system message; None for none.
@@ -31,7 +31,7 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def messages(self, question: str | None = None) -> Messages:
-        """As the chat template takes it, with a question that waits for its answer."""
+        """The messages for the chat template, with a question that is still to be answered at the end."""
         said: Messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, answer in self.turns:
             said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -42,7 +42,7 @@ def save_conversation(conversation: Conversation, path: Path, *, replace: bool =
     """Writes the conversation as one JSON line.
 
     Args:
-        replace: an earlier file gives way.
+        replace: whether an existing file is overwritten.
 
     Raises:
         OutputError: there is nothing to save, the file exists already, or it cannot be written.

@@ -1,10 +1,10 @@
 """The page: one or two of the engine's models answer beside each other, and each token shows its expert.
 
-Gradio draws the controls and carries what streams; the texts are parts of our own, so that text is only ever shown as
-text (`parts.py`). Nothing is fetched from elsewhere: no analytics, no fonts, no share link (`page_server.py` also
-forbids it to the browser).
+Gradio draws the controls and does the streaming. The texts are HTML of our own, so that text is only ever shown as text
+(`parts.py`). Nothing is fetched from elsewhere: no analytics, no fonts, no share link (`page_server.py` makes the
+browser enforce it).
 
-What runs is kept by browser session, so that Stop reaches it and a closed tab ends it.
+Running answers are kept by browser session, so that Stop reaches them and closing the tab ends them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Page:
     """Builds the page of an engine.
 
     Args:
-        sampling: what the controls begin with.
-        system: what the model is told before a conversation, at first.
+        sampling: initial values of the controls.
+        system: the system message at first; None for none.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, system: str | None):
@@ -49,7 +49,7 @@ class Page:
         self._running: dict[str, Answering] = {}
 
     def build(self) -> gr.Blocks:
-        """The page, not yet served."""
+        """Builds the page; `PageServer` serves it."""
         names = list(self._engine.names)
         with gr.Blocks(title="finetune chat", analytics_enabled=False) as page:
             turns, seen, texts = gr.State([]), gr.State([]), gr.State([])
@@ -112,12 +112,12 @@ class Page:
         return page
 
     def stop_all(self) -> None:
-        """Ends every answer that is being given."""
+        """Stops every running answer."""
         for running in list(self._running.values()):
             running.cancel()
 
     def _settings(self) -> list[gr.components.Component]:
-        """Controls in the order that `_answer` takes them."""
+        """The controls, in the order in which `_answer` takes them."""
         start = self._sampling
         with gr.Accordion("Settings", open=False):
             system = gr.Textbox(self._system or "", label="System message", lines=1, max_lines=4)
@@ -148,7 +148,7 @@ class Page:
         seed: float | None,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
-        """Streams the answers; each state is that of the whole page."""
+        """Streams the answers; each yield updates the whole page."""
         idle = (gr.skip(), gr.skip(), gr.skip())
         models = [left] if right == NOBODY else [left, right]
         question, system_or_none = question.strip(), system.strip() or None
@@ -196,7 +196,7 @@ class Page:
         return [(model, routed(self._engine, ids, model)) for model, ids in seen]
 
     def _chats(self, turns: Sequence[Turn], question: str | None, sides: Sequence[Side]) -> tuple[Any, Any]:
-        """The two chats; the second one stays as it is where only one model answers."""
+        """The two chats; the second is left unchanged when only one model answers."""
         made: list[Any] = []
         for number, side in enumerate(sides):
             messages = history(turns, number, None).messages(question)
@@ -220,7 +220,7 @@ def _sampling(*values: float | None) -> Sampling:
 
 
 def _colour(texts: list[tuple[str, Routed]], layer: int) -> tuple[str, str, str]:
-    """The legend and the coloured texts at a layer."""
+    """The legend and the coloured texts for one layer."""
     if not texts:
         return "", "", ""
     shown = [coloured_text(text, layer, model=model) for model, text in texts]

@@ -1,8 +1,8 @@
-"""Serves the page: on this machine only unless told otherwise, and nothing else than what comes from it.
+"""Serves the page, by default only to this machine.
 
-The browser is told to fetch nothing from elsewhere (its content security policy), and a request that names another host
-is refused, so that a page of the web cannot reach in by a name that it points here. What a connection may cost is
-bounded as for the HTTP server (`web/protocol.py`).
+A content security policy tells the browser to fetch nothing from elsewhere. A request that names another host is
+refused, so that a web page cannot reach in through a name that it points here (DNS rebinding). What a connection may
+cost is bounded as for the HTTP server (`web/protocol.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PageServer(uvicorn.Server):
     """Serves a page on a socket.
 
     Args:
-        stop: called by Ctrl-C, before the server waits for what it is doing: ends what runs.
+        stop: called on Ctrl-C, before the server waits for running requests; stops the answers.
 
     Attributes:
         url: where the page is.
@@ -68,7 +68,7 @@ class PageServer(uvicorn.Server):
         super().__init__(config)
 
     def serve_page(self) -> None:
-        """Until Ctrl-C, or until `should_exit` is set from another thread."""
+        """Serves until Ctrl-C, or until `should_exit` is set from another thread."""
         self.run(sockets=[self._bound])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -79,10 +79,10 @@ class PageServer(uvicorn.Server):
 
 
 class Restricted:
-    """Lets only requests of the page itself through, and tells the browser to ask nobody else.
+    """Lets only requests of the page itself through, and forbids the browser to contact anybody else.
 
     Args:
-        is_local: requests come from this machine, or through a tunnel, whose port may be another.
+        is_local: whether requests come from this machine or through a tunnel, whose port may differ.
     """
 
     def __init__(self, app: ASGIApp, *, is_local: bool):

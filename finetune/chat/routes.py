@@ -1,7 +1,7 @@
-"""Which expert takes each token of a conversation first, layer by layer: one forward pass over what a model saw.
+"""The first expert of each token of a conversation, layer by layer, from one forward pass over what a model saw.
 
-The engine runs the pass between two of its own steps, with the model's adapter active, so it waits for no answer to
-end. All layers are kept, as numbers, so that looking at another layer asks nothing of the model.
+The engine runs the pass between two of its own steps, with the model's adapter active, so it need not wait for answers
+to end. All layers are kept, so that looking at another layer needs no further pass.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def routed(engine: Engine, ids: Sequence[int], model: str) -> Routed:
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """`token_pieces` of a long row, in a time that grows with its length."""
+    """`token_pieces` of a long row, in time linear in its length."""
     pieces: list[str] = []
     for start in range(0, len(ids), _STRETCH):
         common = min(start, _COMMON)

@@ -23,7 +23,7 @@ _BLOCK = '"""'
 
 
 class Screen:
-    """Lines in, text out.
+    """Reads lines and writes text.
 
     Args:
         stdin, stdout, stderr: where; a prompt is shown, and lines can be edited, only where the first two are a
@@ -43,7 +43,7 @@ class Screen:
                 import readline  # noqa: F401
 
     def ask(self) -> str:
-        """The next thing that the user says; a block between triple quotes counts as one.
+        """Reads what the user says next; a block between triple quotes is one message.
 
         Raises:
             EOFError: there is no more.
@@ -58,12 +58,12 @@ class Screen:
         return block.removesuffix(_BLOCK)
 
     def write(self, text: str) -> None:
-        """A piece of an answer."""
+        """Writes a piece of an answer."""
         self._stdout.write(visible(text))
         self._stdout.flush()
 
     def say(self, text: str) -> None:
-        """A line about the conversation."""
+        """Writes a line about the conversation."""
         self._console.print(Text(visible(text)), style="dim", soft_wrap=True)
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
@@ -73,7 +73,7 @@ class Screen:
         self._console.print(table)
 
     def refuse(self, error: FinetuneError) -> None:
-        """A mistake, after which the conversation goes on."""
+        """Reports a mistake; the conversation continues."""
         self._console.print(Text(visible(f"error: {error}"), style="red"), soft_wrap=True)
 
     def _line(self, prompt: str) -> str:
@@ -92,7 +92,7 @@ class Screen:
 
 @contextlib.contextmanager
 def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, Ctrl-C calls `stop`; a second one is a KeyboardInterrupt, should the first be of no avail."""
+    """Makes Ctrl-C call `stop` inside the block; a second one raises KeyboardInterrupt, should the first do nothing."""
 
     def interrupted(_signal: int, _frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

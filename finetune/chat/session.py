@@ -1,4 +1,4 @@
-"""Where a conversation in the terminal stands: with which model, how it samples, what was said and asked last."""
+"""The state of a conversation in the terminal: its model, sampling settings, turns and last question."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Session:
 
     Attributes:
         model: one of the engine's names.
-        asked: the last question, whether its answer was kept or not.
-        attempts: how often that one was asked again; each draws by another seed.
+        asked: the last question, whether or not its answer was kept.
+        attempts: how often it was asked again; each attempt samples with another seed.
     """
 
     engine: Engine
@@ -61,7 +61,7 @@ class Session:
         return request
 
     def keep(self, answer: str) -> None:
-        """Takes the answer to what was asked last into the conversation, in place of an earlier one to it."""
+        """Adds the answer to the last question to the conversation, in place of an earlier answer to it."""
         assert self.asked is not None, "an answer without a question"
         if self._kept:
             self.conversation.turns.pop()
@@ -69,13 +69,13 @@ class Session:
         self._kept = True
 
     def replace(self, conversation: Conversation) -> None:
-        """Goes on with another conversation; its last question can be asked again."""
+        """Switches to another conversation; its last question can be asked again."""
         self.conversation, self.attempts = conversation, 0
         self._kept = bool(conversation.turns)
         self.asked = conversation.turns[-1][0] if conversation.turns else None
 
     def tell_system(self, text: str | None) -> None:
-        """Changes what the model is told before the conversation.
+        """Changes the system message.
 
         Raises:
             DataError: the chat template takes no such message.
@@ -85,10 +85,10 @@ class Session:
         self.conversation = told
 
     def choose(self, model: str) -> None:
-        """Goes on with another of the engine's models.
+        """Switches to another of the engine's models.
 
         Raises:
-            DataError: it has none of this name.
+            DataError: there is none of this name.
         """
         if model not in self.engine.names:
             raise DataError(
@@ -110,7 +110,7 @@ NAMES = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition
 
 
 def with_settings(sampling: Sampling, given: Sequence[str]) -> Sampling:
-    """The sampling with some of its fields set, all of them or none.
+    """Sets some fields of a sampling, all of those given or none.
 
     Args:
         given: `name=value`, each.

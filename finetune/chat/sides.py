@@ -1,7 +1,7 @@
-"""The page's conversation: one or two models answer the same questions, each going on from its own answers.
+"""The page's conversation: one or two models answer the same questions, each continuing from its own answers.
 
-Plain data and generators, without a word of the page, so that it can be tested without a browser. A side that joins
-later goes on from what the first side had said.
+Plain data and generators that know nothing of the page, so they can be tested without a browser. A side that joins
+later continues from the first side's answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Turn:
 
 @dataclass
 class Side:
-    """One model's answer as far as it has come.
+    """One model's answer so far.
 
     Attributes:
         model: of the engine's names.
@@ -50,7 +50,7 @@ class Side:
 
 
 def history(turns: Sequence[Turn], side: int, system: str | None) -> Conversation:
-    """What a side's model takes for the conversation so far."""
+    """The conversation so far, as a side's model sees it."""
     return Conversation(system, [(turn.question, turn.answers[min(side, len(turn.answers) - 1)]) for turn in turns])
 
 
@@ -69,7 +69,7 @@ def requests_for(
 
 
 def answered(answering: Answering, requests: Sequence[Request]) -> Iterator[list[Side]]:
-    """The sides as their answers come, at most so often as a page is drawn; the last time all have ended."""
+    """Yields the sides while their answers arrive, no more often than a page is drawn; at the last, all have ended."""
     sides = [Side(str(request.model), list(request.ids), len(request.ids), "", []) for request in requests]
     drawn = 0.0
     # Closed here: on Python 3.12 the iterator of a loop outlives the generator around it when that is closed.
@@ -89,7 +89,7 @@ def answered(answering: Answering, requests: Sequence[Request]) -> Iterator[list
 
 
 def summary(engine: Engine, side: Side) -> str:
-    """How long a side's answer is, how fast it comes, and why it ended where it did not end by itself."""
+    """The length of a side's answer, its speed, and why it ended if it did not end by itself."""
     said = [side.model, f"{side.prompt_tokens:,} + {len(side.seen) - side.prompt_tokens:,} tokens"]
     if len(side.times) > 1 and side.times[-1] > side.times[0]:
         said.append(f"{(len(side.times) - 1) / (side.times[-1] - side.times[0]):.1f} tokens/s")

@@ -1,9 +1,9 @@
 """`finetune chat` in the terminal: the loop over questions and commands.
 
 A line that begins with a slash is a command (`commands.py`), any other a question. Ctrl-C ends the answer that is being
-given and keeps what was said; at the prompt it leaves, as Ctrl-D does. What cannot be answered is said and not kept, so
-that the next question finds a conversation that works. After the engine has failed for good the conversation can still
-be saved; leaving then tells the failure, and so does the exit status.
+given and keeps what was said; at the prompt it leaves, as Ctrl-D does. A question that cannot be answered is reported
+and not kept, so that the next question finds a conversation that works. After the engine has failed for good the
+conversation can still be saved; on leaving, the error is reported and sets the exit status.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def chat_in_terminal(session: Session, screen: Screen) -> None:
 
 
 def _answer(session: Session, screen: Screen, request: Request) -> None:
-    """Streams an answer and keeps it, and says how fast it came.
+    """Streams an answer, keeps it, and reports its speed.
 
     Raises:
         EngineError: the answer could not be finished; what was said of it is not kept.
@@ -70,7 +70,7 @@ def _answer(session: Session, screen: Screen, request: Request) -> None:
 
 
 def _summary(session: Session, end: FinishedEvent, times: list[float], *, is_kept: bool) -> str:
-    """Tokens, tokens a second after the first, and why the answer ended where it did not end by itself."""
+    """Tokens, tokens per second after the first, and why the answer ended if it did not end by itself."""
     made = end.completion_tokens
     said = [f"{made:,} token{'s' * (made != 1)}"]
     tokens = times[:-1]  # the last event is the end

@@ -2,8 +2,8 @@
 
 A waiting request costs little, but a client would rather hear at once that it is one too many than after its own
 timeout. So requests are counted here: those beyond what decodes at once are waiting, whichever of the engine's limits
-they wait for. A request counts as one of them once its body is there, while it is encoded. A stop waits for all that
-was let in, also for those whose body is still on its way.
+they wait for. A request counts from the moment its body has arrived, also while it is encoded. A stop waits for every
+request that was admitted, also for those whose body is still arriving.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class Admission:
-    """The server's view of the engine; its methods belong to the event loop.
+    """Counts, admits and refuses requests, and hands them to the engine. Call its methods on the event loop only.
 
     Args:
         max_waiting: answers that may wait beyond those that decode at once.
 
     Attributes:
         open: answers that wait or run, and requests that are being encoded.
-        entered: requests that were let in and are not yet handed to the engine.
-        stopping: no new work is let in.
+        entered: requests that were admitted but not yet handed to the engine.
+        stopping: whether new requests are refused.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, *, max_waiting: int):
@@ -46,11 +46,11 @@ class Admission:
         self._unfinished: set[Answers] = set()
 
     def connect(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Before the first request."""
+        """Call before the first request."""
         self._bridge = Bridge(loop)
 
     def disconnect(self) -> None:
-        """Before the loop is closed."""
+        """Call before the loop is closed."""
         if self._bridge is not None:
             self._bridge.close()
 
@@ -65,7 +65,7 @@ class Admission:
             raise APIError(503, "the engine has failed; the server is about to stop", code="engine_failed")
 
     def health(self) -> dict[str, object]:
-        """That the engine answers, and how often a fault of its own ended all that ran, if one did.
+        """The body of /health: the engine works, and how often an error of its own ended all running answers.
 
         Raises:
             APIError: as `require_service`.
@@ -85,20 +85,20 @@ class Admission:
         return name
 
     def require_capacity(self, count: int) -> None:
-        """Raises APIError for more answers than there can ever be room for."""
+        """Raises APIError if a request asks for more answers than the server can ever hold."""
         if count > self.capacity:
             message = f"n times the number of prompts is {count} answers; allowed: up to {self.capacity}"
             raise APIError(400, message, param="n")
 
     def require_room(self, count: int = 1) -> None:
-        """Raises APIError unless so many answers more may run or wait."""
+        """Raises APIError unless there is room for so many more answers."""
         if self.open + count > self.capacity:
             message = f"{self.open} answers run or wait, of {self.capacity} at most; try again later"
             raise APIError(429, message, code="rate_limit_exceeded")
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """A request until it is handed to the engine.
+        """Counts a request as entered until it is handed to the engine.
 
         Raises:
             APIError: the server is stopping, full, or its engine has failed.
@@ -113,7 +113,7 @@ class Admission:
 
     @contextmanager
     def holding_a_place(self) -> Iterator[None]:
-        """While a request is encoded; raises APIError where there is no place left."""
+        """Holds a place while a request is encoded; raises APIError if none is left."""
         self.require_room()
         self.open += 1
         try:
@@ -122,7 +122,7 @@ class Admission:
             self.open -= 1
 
     def submit(self, requests: Sequence[Request], *, live: bool, began: float) -> Answers:
-        """Hands requests to the engine; what was let in before a stop is still taken.
+        """Hands requests to the engine. Those that were admitted before a stop are still taken.
 
         Args:
             live: whether their tokens are read as they come.
@@ -158,7 +158,7 @@ class Admission:
         return answers
 
     def cancel_all(self) -> None:
-        """Ends every answer where it is."""
+        """Cancels every running answer."""
         self._stopped_at_once = True
         for answers in self._unfinished:
             answers.cancel()

@@ -1,12 +1,11 @@
 """From the engine's thread to the event loop: the answers of one HTTP request.
 
-The engine tells every token on its own thread and must not wait, and what the loop does with a token holds the lock of
-the interpreter that the engine needs as well. So a token costs the engine one append, and the loop takes together what
-came meanwhile: the tokens of one step of the whole batch, or of several steps shorter than `TURN_SECONDS`.
-An answer that is not streamed keeps its tokens to itself until its end.
+The engine reports every token on its own thread and must not wait; and while the loop handles a token it holds the
+interpreter's lock, which the engine needs too. So a token costs the engine one append, and the loop handles what has
+arrived meanwhile together: the tokens of one step of the whole batch, or of several steps shorter than `TURN_SECONDS`.
+An answer that is not streamed keeps its tokens until its end.
 
-The engine ends every answer with a FinishedEvent, also one that is cancelled or that the engine dies of; reading
-counts on it.
+The engine ends every answer with a FinishedEvent, even if it is cancelled or the engine dies; readers rely on it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # Telling one client takes about 45 microseconds, mostly the system call, so 16 clients take at most 4% of the time.
-# Nobody sees that letters come 50 times a second.
+# Nobody notices that text arrives 50 times a second.
 TURN_SECONDS = 0.020
 
 
@@ -42,7 +41,7 @@ class Bridge:
         self._lock = Lock()
 
     def put(self, answer: Answer, event: Event) -> None:
-        """From any thread; forgets the event after `close`."""
+        """Adds an event, from any thread; after `close` it is dropped."""
         self._events.append((answer, event))
         # The loop clears the flag before it empties the queue, so an event behind a set flag is still taken along.
         ends = isinstance(event, FinishedEvent)
@@ -51,11 +50,11 @@ class Bridge:
         self._woken = True
         with self._lock:
             if not self._closed:
-                # A client may have its next request ready, so an end is told at once.
+                # A client may have its next request ready, so an end is delivered at once.
                 self._loop.call_soon_threadsafe(self._deliver if ends else self._wake)
 
     def close(self) -> None:
-        """Before the loop is closed: later events have no reader."""
+        """Call before the loop is closed; later events are dropped."""
         with self._lock:
             self._closed = True
 
@@ -81,9 +80,9 @@ class Answer:
     """One sequence of tokens that the engine generates.
 
     Attributes:
-        number: its place among the answers of the request.
-        first, last: when its first and its latest token came, by the monotonic clock; None before.
-        tokens: how many came.
+        number: its index among the answers of the request.
+        first, last: monotonic time of its first and latest token, seconds; `first` is None before any.
+        tokens: how many have arrived.
     """
 
     def __init__(self, number: int, answers: Answers, bridge: Bridge):
@@ -98,7 +97,7 @@ class Answer:
         self._kept: list[TokenEvent] = []
 
     def listen(self, event: Event) -> None:
-        """On the engine's thread."""
+        """Receives an event on the engine's thread."""
         if isinstance(event, TokenEvent):
             self.last = monotonic()
             self.tokens += 1
@@ -110,7 +109,7 @@ class Answer:
         self._bridge.put(self, event)
 
     def take(self, event: Event) -> None:
-        """On the loop."""
+        """Receives an event on the loop."""
         if isinstance(event, FinishedEvent):
             self.finished = event
             events: list[Event] = [*self._kept, event]
@@ -125,7 +124,7 @@ class Answers:
 
     Args:
         count: how many there will be.
-        live: whether tokens are read as they come, or each answer as a whole at its end.
+        live: whether tokens are read as they arrive, or each answer as a whole at its end.
         done: called on the loop for each answer that ended.
     """
 
@@ -146,7 +145,7 @@ class Answers:
             self._waiting.set_result(None)
 
     async def batch(self) -> list[tuple[int, Event]]:
-        """What came since the last call, at least one event; empty after all answers ended."""
+        """Waits for events and returns all since the last call; an empty list once all answers have ended."""
         if not self._batch and self.open:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
@@ -154,7 +153,7 @@ class Answers:
         return batch
 
     def cancel(self) -> None:
-        """Ends what still runs; as often as one likes."""
+        """Cancels the answers that still run; may be called more than once."""
         if self.open:
             for answer in self.all:
                 if answer.handle is not None and answer.finished is None:

@@ -1,6 +1,6 @@
-"""What is refused over HTTP, in the form of OpenAI's errors.
+"""Errors over HTTP, in the form of OpenAI's API.
 
-The kinds and codes are those that OpenAI's clients look at; the words are ours: what, allowed, fix.
+Types and codes are those that OpenAI's clients check; the messages are ours: what, allowed, fix.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class APIError(Exception):
     """An HTTP status with OpenAI's error body.
 
     Args:
-        param: the request's field that is at fault.
-        code: a name for programs, such as `model_not_found`.
+        param: the faulty field of the request.
+        code: a machine-readable name, such as `model_not_found`.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
@@ -29,7 +29,7 @@ class APIError(Exception):
 
     @classmethod
     def of(cls, error: FinetuneError, param: str | None) -> APIError:
-        """The same for a client: status 400, in one line."""
+        """An error of ours as status 400, its message on one line."""
         parts = [error.what]
         if error.allowed is not None:
             parts.append(f"allowed: {error.allowed}")
@@ -47,7 +47,7 @@ class APIError(Exception):
         return json.dumps(self.document()).encode("ascii")
 
     def headers(self) -> dict[str, str]:
-        """Besides the type: when to try again, how to authenticate."""
+        """Headers that say when to try again or how to authenticate."""
         if self.status in (429, 503):
             return {"retry-after": str(RETRY_SECONDS)}
         named = {401: {"www-authenticate": "Bearer"}, 415: {"accept-encoding": "identity"}}
@@ -55,5 +55,5 @@ class APIError(Exception):
 
 
 def error_response(error: APIError) -> Response:
-    """The response to what is refused."""
+    """The HTTP response that carries an error."""
     return Response(error.body(), error.status, error.headers(), "application/json")

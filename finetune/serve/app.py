@@ -1,7 +1,7 @@
-"""The paths: models, the two completions, health and metrics.
+"""The endpoints: models, the two completions, health and metrics.
 
-A body is read here piece by piece, so that one that is too large is refused before it is in memory. `prompts.py` makes
-of it what the engine is asked.
+A body is read piece by piece, so that one that is too large is refused before it is in memory. `prompts.py` turns it
+into requests to the engine.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def make_app(
     hosts: Collection[str] | None = None,
     origins: Collection[str] = (),
 ) -> ASGIApp:
-    """The application.
+    """Builds the ASGI application.
 
     Args:
-        max_body_bytes: of one request.
+        max_body_bytes: the largest body of a request.
         key, hosts, origins: see `AuthMiddleware`.
     """
     engine, created = admission.engine, int(time.time())
@@ -120,10 +120,10 @@ def make_app(
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The request's body.
+    """Reads the body of a request.
 
     Raises:
-        APIError: it is not JSON by its headers, larger than `limit` bytes, or takes longer than `BODY_SECONDS`.
+        APIError: its headers say it is not JSON, it is larger than `limit` bytes, or takes longer than `BODY_SECONDS`.
         ClientDisconnect: the client left.
     """
     kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")

@@ -1,10 +1,10 @@
-"""What every request passes: the host's name, the page it comes from, the key, and the count by status.
+"""What every request passes through: the checks of host name, origin and API key, and the count by status.
 
-Without a key, on an address that only this machine reaches, a page of the web must not reach in: the Host header has to
-name this machine (see `web/addresses.py`). With a key, or on an address that others reach, any name will do unless
-`--allowed-host` lists them: no page knows the key, and nobody here knows what others call this machine.
+Without a key, on an address that only this machine can reach, web pages must be kept out (DNS rebinding): the Host
+header has to name this machine (see `web/addresses.py`). With a key, or on an address that others can reach, any name
+is accepted unless `--allowed-host` lists them: no page knows the key, and only others know what they call this machine.
 
-A page of another origin is allowed by `--cors-origin`; without it no CORS header is sent, and a preflight is refused.
+`--cors-origin` allows pages of another origin; without it no CORS header is sent, and a preflight is refused.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PREFLIGHT_SECONDS = 600  # how long a browser may remember an answer
 
 
 class AuthMiddleware:
-    """Stands around an application.
+    """Wraps an application.
 
     Args:
-        key: what a client has to show, except to /health; None: nothing.
-        hosts: names besides this machine's own that a Host header may have; None: any.
-        origins: pages of these may ask, `*` for all.
+        key: the API key that clients must send, except to /health; None: no key is needed.
+        hosts: names allowed in a Host header besides this machine's own; None: any.
+        origins: origins whose pages may send requests; `*` for all.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class AuthMiddleware:
 
 
 def read_hosts(given: Collection[str], bound: socket.socket, key: bytes | None) -> frozenset[str] | None:
-    """`AuthMiddleware.hosts` for `--allowed-host`.
+    """Reads `--allowed-host`, for the argument `hosts` of AuthMiddleware.
 
     Raises:
-        FinetuneError: one that is not a host name.
+        FinetuneError: a value is not a host name.
     """
     names = set()
     for text in given:
@@ -129,10 +129,10 @@ def read_hosts(given: Collection[str], bound: socket.socket, key: bytes | None) 
 
 
 def read_origins(given: Collection[str]) -> tuple[str, ...]:
-    """`AuthMiddleware.origins` for `--cors-origin`.
+    """Reads `--cors-origin`, for the argument `origins` of AuthMiddleware.
 
     Raises:
-        FinetuneError: one that is not an origin.
+        FinetuneError: a value is not an origin.
     """
     for text in given:
         if _ORIGIN.fullmatch(text) is None:
@@ -146,7 +146,7 @@ def read_origins(given: Collection[str]) -> tuple[str, ...]:
 
 
 def _endpoint(path: str) -> str:
-    """A label of few values, whatever is asked for."""
+    """The path as a metrics label with few values, whatever clients request."""
     if path.startswith("/v1/models/"):
         return "/v1/models"
     return path if path in ENDPOINTS else "other"

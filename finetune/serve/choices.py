@@ -15,7 +15,7 @@ from finetune.serve.token_texts import TextOffset, TokenTexts, finite
 
 
 class ChatChoices:
-    """Of /v1/chat/completions.
+    """Builds the choices of /v1/chat/completions.
 
     Args:
         with_logprobs: whether log-probabilities were asked for.
@@ -30,7 +30,7 @@ class ChatChoices:
         self._with_logprobs = with_logprobs
 
     def opening(self, number: int) -> dict[str, Any] | None:
-        """A piece before the first token."""
+        """The chunk before the first token."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -71,7 +71,7 @@ class ChatChoices:
 
 
 class CompletionChoices:
-    """Of /v1/completions.
+    """Builds the choices of /v1/completions.
 
     Args:
         with_logprobs: whether log-probabilities were asked for.
@@ -87,7 +87,7 @@ class CompletionChoices:
         self._offsets: defaultdict[int, TextOffset] = defaultdict(TextOffset)
 
     def opening(self, number: int) -> dict[str, Any] | None:
-        """Nothing comes before the first token."""
+        """There is no chunk before the first token."""
         return None
 
     def piece(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str | None) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class CompletionChoices:
         offset = self._offsets[number]
         top = []
         for event in tokens:
-            # Texts are the keys, so of two tokens that look the same the likelier one is told.
+            # Texts are the keys, so of two tokens that look the same the likelier one is reported.
             likely = {self._texts.shown(token): finite(logprob) for token, logprob in reversed(event.top)}
             top.append({**dict(reversed(likely.items())), self._texts.shown(event.token): finite(event.logprob)})
         return {

@@ -1,7 +1,7 @@
 """What Prometheus reads at /metrics.
 
-The engine's counters are read when they are asked for, so a token costs nothing here; the times of an answer are
-observed once, at its end. Names and units follow Prometheus' conventions.
+The engine's counters are read on request, so a token costs nothing here; the times of an answer are observed once, at
+its end. Names and units follow Prometheus' conventions.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
 
     def observe(self, answer: Answer, began: float) -> None:
-        """Takes the times of an answer that ended; `began` is when it was asked for."""
+        """Records the times of an answer that has ended; `began` is when its request arrived (monotonic seconds)."""
         if answer.first is not None:
             self._first_token.observe(answer.first - began)
             if answer.tokens > 1:
                 self._token.observe((answer.last - answer.first) / (answer.tokens - 1))
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

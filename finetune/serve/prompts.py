@@ -1,15 +1,15 @@
-"""From the body of a request to what the engine is asked, off the event loop: messages or prompts as token ids, in the
-forms that OpenAI's clients send.
+"""From the body of an HTTP request to requests to the engine, off the event loop: messages or prompts, in the forms
+that OpenAI's clients send, become token ids.
 
 Encoding is the one costly thing that a client can ask for before anything else limits it. Long bodies are encoded one
 after the other on a thread of their own, so that short ones never wait for them. Not in processes: the tokenizer works
 without the interpreter's lock, and the rest of the longest body that passes the bounds takes tenths of a second.
 
-Text stays text: a control token that somebody typed is not one (the engine's encoders see to that). Only a prompt of
-token ids can hold control tokens.
+Text stays text: a control token that somebody typed is ordinary text (the engine's encoders make sure of it). Only a
+prompt of token ids can hold control tokens.
 
-What cannot fit is refused before it is encoded, where its length alone says so: no token has more characters than the
-longest one of the vocabulary.
+A text that is certainly too long is refused before it is encoded: no token has more characters than the longest one of
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FORMS = "allowed: a text, a list of texts, a list of token ids, a list of such 
 
 
 class Encoding:
-    """Turns bodies into requests, the short ones beside the long ones."""
+    """Turns bodies into requests; short bodies do not wait for long ones."""
 
     def __init__(self, admission: Admission):
         self._admission = admission
@@ -45,7 +45,7 @@ class Encoding:
         self._short, self._long = ThreadPoolExecutor(1, "encoding"), ThreadPoolExecutor(1, "encoding-long")
 
     async def understand(self, body: bytes, kind: RequestKind) -> tuple[GenerationRequest, list[Request]]:
-        """What a body asks of the engine, prompt by prompt, `n` requests for each.
+        """The requests that a body asks for, prompt by prompt, `n` for each.
 
         Raises:
             APIError: a body that cannot be understood, an unknown model, a prompt that is too long.
@@ -76,17 +76,17 @@ class Encoding:
 
 
 class Prompts:
-    """Makes the prompts of requests to one of an engine's models, each of which has its tokenizer and template."""
+    """Encodes prompts for one of an engine's models, with its own tokenizer and template."""
 
     def __init__(self, engine: Engine, model: str | None):
         self._engine, self._model = engine, model
         self._longest_token = max(map(len, engine.tokenizer_of(model).get_vocab()))
 
     def of_messages(self, messages: list[Any], *, continues: bool) -> tuple[tuple[int, ...], bool]:
-        """Ids of a conversation that the assistant is to answer; and whether it goes on in a text of its own.
+        """Ids of a conversation up to the answer, and whether the answer continues the last message.
 
         Raises:
-            APIError: a message of another form, content other than text, an order that the template does not take, too
+            APIError: a malformed message, content other than text, an order of roles that the template refuses, or too
                 many tokens.
         """
         plain = [_message(message, f"messages.{number}") for number, message in enumerate(messages)]
@@ -102,10 +102,10 @@ class Prompts:
 
     @staticmethod
     def forms(prompt: Any) -> list[str] | list[list[int]]:
-        """The prompts of: a text, several, token ids, several lists of them.
+        """A list of prompts from one text, a list of texts, one list of token ids, or a list of such lists.
 
         Raises:
-            APIError: another form.
+            APIError: anything else.
         """
         if isinstance(prompt, str):
             return [prompt]
@@ -150,7 +150,7 @@ class Prompts:
         return ids
 
     def _too_long(self, has: str, where: str) -> APIError:
-        """In the words by which clients know that they have to shorten a conversation."""
+        """Worded as OpenAI does, because clients recognize these words and shorten the conversation."""
         message = f"This model's maximum context length is {self._engine.max_length} tokens. However, your {where} "
         message += f"resulted in {has}. Please reduce the length of the {where}."
         return APIError(400, message, param=where, code="context_length_exceeded")
@@ -169,7 +169,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
 
 
 def _content(content: Any, where: str) -> str:
-    """The text, as training reads it."""
+    """The text of a message's content, read as training reads it."""
     try:
         text = text_of(content)
     except ContentFault as fault:

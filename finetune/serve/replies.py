@@ -1,7 +1,7 @@
 """Sends answers: as one document, or piece by piece as server-sent events.
 
-Plain ASGI, because a client that leaves must be noticed while its answer is generated. A piece is written with one
-`json.dumps` of a small dict between bytes that are made once.
+Plain ASGI, because a client that disconnects must be noticed while its answer is generated. A chunk costs one
+`json.dumps` of a small dict; the bytes around it are made once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Reply(Response):
     """The response to a request whose answers are being generated.
 
     Args:
-        model: the name that the response tells.
-        choices: answers to each prompt; the answers come prompt by prompt.
+        model: the model name in the response.
+        choices: the number of answers to each prompt; `answers` holds them prompt by prompt.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Reply(Response):
         self._answers.cancel()
 
     def _usage(self) -> dict[str, int]:
-        """Tokens of each prompt once, and of all answers."""
+        """The `usage` object: each prompt counts once, and all answers."""
         ends = [answer.finished for answer in self._answers.all]
         prompt = sum(end.prompt_tokens for end in ends[:: self._choices] if end is not None)
         completion = sum(end.completion_tokens for end in ends if end is not None)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _broken_off(self) -> APIError | None:
-        """Why an answer was not finished, where its client is not the reason; None if all were."""
+        """Why an answer was not finished, unless its client left; None if all were finished."""
         ends = [answer.finished for answer in self._answers.all]
         broken = [end for end in ends if end is not None and end.reason in ("cancelled", "error")]
         if not broken:
@@ -111,10 +111,10 @@ class WholeReply(Reply):
 
 
 class StreamedReply(Reply):
-    """Pieces as server-sent events, then `[DONE]`.
+    """Chunks as server-sent events, then `[DONE]`.
 
     Args:
-        usage: whether the usage follows in a last piece.
+        usage: whether a last chunk tells the usage.
     """
 
     def __init__(self, *args: Any, usage: bool, **kwargs: Any):
@@ -139,7 +139,7 @@ class StreamedReply(Reply):
         await send({"type": "http.response.body", "body": self._end(), "more_body": False})
 
     def _pieces(self, batch: list[tuple[int, TokenEvent | FinishedEvent]]) -> bytes:
-        """The events as pieces; the tokens of one answer that came together make one piece."""
+        """The events as chunks; tokens of one answer that arrived together make one chunk."""
         texts: dict[int, str] = {}
         tokens: dict[int, list[TokenEvent]] = {}
         ends: dict[int, FinishedEvent] = {}

@@ -1,6 +1,6 @@
-"""The body of a request, checked: OpenAI's fields that mean something here, and ours beside them.
+"""The body of a request, checked: those of OpenAI's fields that are supported, and a few of our own.
 
-What becomes of all other fields says `fields.py`.
+`fields.py` lists all other fields and what happens to them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """Fields of both endpoints; null is the same as silence."""
+    """The fields of both endpoints; null means the same as leaving a field out."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     refused: ClassVar[Neutral]
@@ -62,26 +62,26 @@ class GenerationRequest(BaseModel):
     top_p: float | None = None
     seed: Whole | None = None
     stop: Annotated[Annotated[list[str], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_one_as_list)] = None
-    # Ours, named as elsewhere.
+    # Our own, named as in other servers.
     top_k: Whole | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
 
     def max_new_tokens(self) -> int | None:
-        """Tokens of the answer at most; None: as many as there is room for."""
+        """The most tokens of an answer; None: as many as fit."""
         return self.max_tokens
 
     def logprobs_count(self) -> int | None:
-        """`Sampling.logprobs`."""
+        """How many alternatives to report for each token (`Sampling.logprobs`); None for no log-probabilities."""
         raise NotImplementedError
 
     def field_name(self, name: str) -> str:
-        """What a field of Sampling is called here."""
+        """The request's name for a field of Sampling."""
         return "max_tokens" if name == "max_new_tokens" else name
 
     def samplings(self) -> list[Sampling]:
-        """How to choose tokens for each of `n` answers; the first has the request's seed.
+        """The sampling of each of the `n` answers; the first uses the request's seed.
 
         Raises:
             APIError: a value outside its range.
@@ -123,7 +123,7 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
 
     def continues(self) -> bool:
-        """Whether the last message is the assistant's, so that the answer goes on in it.
+        """Whether the last message is the assistant's, so that the answer continues it.
 
         Raises:
             APIError: the request says otherwise.
@@ -173,14 +173,14 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
 def read_request(body: bytes, kind: type[RequestT], *, containers: int) -> RequestT:
-    """The body's fields.
+    """Reads and checks a body.
 
     Args:
-        containers: lists and objects that it may have; two million of them take two seconds to read, for all.
+        containers: how many lists and objects it may have; two million take two seconds to read and hold up everybody.
 
     Raises:
-        APIError: too many of them, not JSON, a field of the wrong type or outside its range, one that cannot be
-            honoured or is not known.
+        APIError: too many of them, not JSON, or a field that is unknown, unsupported, of the wrong type or out of
+            range.
     """
     if body.count(b"[") + body.count(b"{") > containers:
         raise APIError(400, f"the body has too many lists and objects; allowed: {containers}")
@@ -204,10 +204,10 @@ def read_request(body: bytes, kind: type[RequestT], *, containers: int) -> Reque
 
 
 def _read_json(body: bytes) -> dict[str, Any]:
-    """The object that a body is.
+    """Parses the body as a JSON object.
 
     Raises:
-        APIError: another encoding than UTF-8, with or without its mark, or not an object of JSON.
+        APIError: not UTF-8 (a byte order mark is accepted), or not a JSON object.
     """
     for mark, name, fix in (
         (b"\x1f\x8b", "gzip", "send it uncompressed"),

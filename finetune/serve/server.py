@@ -1,10 +1,9 @@
 """Starts and stops the HTTP server.
 
-The first SIGTERM or SIGINT lets every request that was let in finish while new ones hear 503; the second ends them
-where they are. Sockets are bound before the model is loaded, so that a port in use is found out at once. They listen
-after it, and only once signals are handled: no client is ever connected to a process that a signal would end on the
-spot. That the engine has failed for good is told to clients for some seconds; then the server ends, so that whoever
-supervises the process starts another.
+The first SIGTERM or SIGINT lets every admitted request finish while new ones get 503; the second cancels them. Sockets
+are bound before the model is loaded, so that a port in use is found at once. They listen after it, and only once
+signals are handled: no client is ever connected to a process that a signal would kill on the spot. When the engine has
+failed for good, clients get 503 for some seconds; then the server exits, so that a supervisor starts another.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from finetune.web import BACKLOG, LimitedProtocol, listen
 
 # How long clients may take, once the answers have ended, to read what was sent, and to hear 503.
 FLUSH_SECONDS = 10
-# How long clients hear 503 of an engine that has failed.
+# How long clients get 503 after the engine has failed.
 FAILED_SECONDS = 5.0
 # Tenths of a second without work before a stop closes the port: whoever had just connected still hears 503.
 IDLE_TICKS = 3
@@ -34,7 +33,7 @@ RELAYED_SECONDS = 1.0
 
 
 class ServeProtocol(LimitedProtocol):
-    """Refuses in OpenAI's form."""
+    """Sends errors in OpenAI's form."""
 
     def refusal(self, status: int, message: str, code: str) -> tuple[str, bytes]:
         return "application/json", APIError(status, message, code=code).body()
@@ -45,10 +44,10 @@ class Server(uvicorn.Server):
 
     Args:
         max_connections: clients that are connected at once.
-        ready: called once when requests are taken.
+        ready: called once, when requests are accepted.
 
     Attributes:
-        stopped_at_once: whether answers were ended before they were done.
+        stopped_at_once: whether running answers were cancelled.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Server(uvicorn.Server):
         self._ends: float | None = None
 
     def begin_stop(self, *, at_once: bool = False) -> None:
-        """From any thread. The event loop looks ten times a second."""
+        """Begins to stop; may be called from any thread. The event loop checks ten times a second."""
         self._admission.stopping = True
         if at_once:
             self.stopped_at_once = True

@@ -1,7 +1,7 @@
-"""What a single token says, for log-probabilities: its bytes, and its text where the bytes are one.
+"""Bytes and text of single tokens, for log-probabilities.
 
-`tokenizer.decode` of one token will not do: it drops the space that a word of Mistral's begins with, and shows every
-part of a character as the same replacement mark.
+`tokenizer.decode` of one token will not do: it drops the space at the beginning of a SentencePiece word, and shows
+every part of a character as the same replacement character.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _LEAST = -9999.0  # OpenAI's for a token that cannot come
 
 
 def finite(logprob: float | None) -> float | None:
-    """The log-probability as JSON can hold it."""
+    """A log-probability that JSON can hold."""
     return logprob if logprob is None or math.isfinite(logprob) else _LEAST
 
 
 class TokenTexts:
-    """Bytes and texts of a tokenizer's tokens, for vocabularies of sentencepiece's kind and of GPT-2's."""
+    """Bytes and texts of a tokenizer's tokens, for SentencePiece and GPT-2 vocabularies."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer: Any = tokenizer
@@ -37,7 +37,7 @@ class TokenTexts:
         self._byte_of = {character: byte for byte, character in _gpt2_letters().items()} if byte_level else None
 
     def spelled(self, token: int) -> bytes:
-        """The bytes of a token; none for a row of the embeddings that is no token."""
+        """The bytes of a token; empty for an embedding row that is not a token."""
         if token not in self._known:
             self._known[token] = self._find_bytes(token)
         return self._known[token]
@@ -58,7 +58,7 @@ class TokenTexts:
         return name.replace("▁", " ").encode()
 
     def shown(self, token: int) -> str:
-        r"""Its text, or `bytes:\xe2\x80` where it is a part of a character, as OpenAI writes it."""
+        r"""The text of a token, or `bytes:\xe2\x80` where it is a part of a character, as OpenAI writes it."""
         data = self.spelled(token)
         try:
             return data.decode()
@@ -81,7 +81,7 @@ class TextOffset:
 
 
 def _gpt2_letters() -> dict[int, str]:
-    """The letter that stands for a byte in a byte-level vocabulary: its own if that is seen, else one from 256 on."""
+    """The letter for each byte in a byte-level vocabulary: the byte itself if it is visible, else one from 256 on."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in seen]
     return {**{byte: chr(byte) for byte in seen}, **{byte: chr(256 + place) for place, byte in enumerate(hidden)}}

@@ -1,16 +1,16 @@
-"""The rows that decode together: who waits, who runs, who makes room, and whose fault it is.
+"""The rows that decode together: which wait, which run, which is pre-empted, and which one an error belongs to.
 
-Waiting rows are admitted first come first served while places and pages last, a page is added when a row's next token
-needs one, and where none is left the row that came last makes room: its pages go to those before it, and it waits,
-first in line, until its prompt and what it has said can be computed anew. Its answer is the same as if it had never
-waited, but for the rounding of a prompt's pass beside that of steps: no random number is drawn twice. A row is admitted
-only while a page is left for every fourth that runs, which lasts them some 16 steps, so that rows do not come and go.
+Waiting rows are admitted first come first served while places and pages last. A row gets a page when its next token
+needs one. If none is left, the row that came last is pre-empted: its pages go to the rows before it, and it waits,
+first in line, until its prompt and what it has generated can be recomputed. Its answer is the same as if it had never
+waited, except that a prompt's pass rounds otherwise than steps do: no random number is drawn twice. A row is admitted
+only while a page is left for every four running rows, enough for about 16 steps, so that rows do not come and go.
 
-What goes wrong with one row ends that row. A pass of several rows that fails is run again row by row, and a row that
-fails alone is ended with the error; a probe of the model then tells whether anything still works. If not, the exception
-goes on to the engine.
+An error in one row ends that row. If a pass over several rows fails, it is run again row by row, and a row that fails
+alone ends with the error; a probe of the model then shows whether anything still works. If not, the exception is raised
+to the engine.
 
-Leaves out: swapping pages to the host; a long answer that is computed anew costs one prompt of its length.
+Leaves out: swapping pages to the host; recomputing a long answer costs one prompt of its length.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Counters:
-    """Since the start: prompt tokens of admitted requests, tokens told, requests, and those that ended badly."""
+    """Counts since the start; `prompt_tokens` of admitted requests, `completion_tokens` reported to listeners."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -47,16 +47,16 @@ class Counters:
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way.
+    """A request that waits or runs.
 
     Attributes:
-        model: the name that it goes by.
+        model: the name of the model that answers.
         end_ids: tokens that end the answer.
-        limit: tokens of the answer at most.
-        cancelled: set from any thread.
-        tokens: what the listener was told.
-        newest: its last token, on the device.
-        launched: tokens asked of the device.
+        limit: the most tokens of the answer.
+        cancelled: whether it is to end; set from any thread.
+        tokens: tokens reported to the listener.
+        newest: the device tensor with its last token, and the index in it.
+        launched: how many tokens the device was asked for.
     """
 
     request: Request
@@ -76,25 +76,25 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of what was said."""
+        """Tokens of the prompt and of the answer so far."""
         return len(self.request.ids) + len(self.tokens)
 
     @property
     def position(self) -> int:
-        """Where the newest launched token will be written."""
+        """Position at which the newest launched token will be written."""
         return len(self.request.ids) + self.launched - 1
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """Tokens on their way from the device, of these rows."""
+    """Tokens of these rows that are still on their way from the device."""
 
     rows: list[Row]
     ready: Callable[[], Chosen]
 
 
 class Batch:
-    """The rows of one runner; used by the engine's thread alone, but for reading how many there are."""
+    """The rows of one runner. Only the engine's thread may use it; others may read how many rows there are."""
 
     def __init__(self, runner: Runner, max_batch: int, counters: Counters):
         self.waiting: deque[Row] = deque()
@@ -107,7 +107,7 @@ class Batch:
         return bool(self.waiting or self.running or self._pending)
 
     def turn(self) -> None:
-        """One step of all rows, after those that join and leave.
+        """Lets rows join and leave, then runs one step of all rows.
 
         Raises:
             Exception: nothing works any more.
@@ -117,12 +117,12 @@ class Batch:
         rows = self._with_pages([row for row in self.running if row.launched < row.limit and not row.finished])
         if rows:
             self._pending += self._attempt(rows, self._step)
-        # The newest step runs on the device while those before it are told.
+        # The newest step runs on the device while the tokens before it are reported.
         while len(self._pending) > (1 if rows else 0):
             self._tell(self._pending.popleft())
 
     def end(self, error: FinetuneError | None) -> None:
-        """Ends all rows where they are, by the error if there is one, and gives their pages back."""
+        """Ends all rows where they are, with the error if there is one, and frees their pages."""
         for row in [*self.running, *self.waiting]:
             if not row.finished:
                 with self._boundary(row):
@@ -138,7 +138,7 @@ class Batch:
                 with self._boundary(row):
                     self._finish(row, "cancelled")
             if row.finished:
-                # What the device still writes there comes before what the next owner writes.
+                # The device finishes writing there before the next owner writes.
                 self._runner.pool.free(row.pages)
         self.running = [row for row in self.running if not row.finished]
         self.waiting = deque(row for row in self.waiting if not row.finished)
@@ -158,16 +158,16 @@ class Batch:
             self._pending += self._attempt(rows, self._prefill)
 
     def _with_pages(self, rows: list[Row]) -> list[Row]:
-        """Those of the rows, in the order in which they came, that have a page for their newest token."""
+        """The rows, oldest first, that have a page for their newest token; pre-empts others where pages run out."""
         number = 0
         while number < len(rows):
             if self._runner.pool.allocate(rows[number].pages, rows[number].position + 1):
                 number += 1
             else:
-                self._make_wait(rows.pop())
+                self._preempt(rows.pop())
         return rows
 
-    def _make_wait(self, row: Row) -> None:
+    def _preempt(self, row: Row) -> None:
         self._runner.pool.free(row.pages)
         self.running.remove(row)
         self.waiting.appendleft(row)
@@ -214,7 +214,7 @@ class Batch:
             row.launched, row.newest = row.launched + 1, (tokens, number)
         return _Pending(rows, ready)
 
-    # ---- telling ---------------------------------------------------------------------------------------------------
+    # ---- reporting -------------------------------------------------------------------------------------------------
 
     def _tell(self, pending: _Pending) -> None:
         try:
@@ -252,7 +252,7 @@ class Batch:
 
     @contextlib.contextmanager
     def _boundary(self, row: Row) -> Iterator[None]:
-        """What goes wrong inside ends this row."""
+        """An error inside the block ends this row."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 # the boundary of one request; see the file

@@ -6,11 +6,11 @@ model's own forward, and then steps all running rows together, a token each; row
 are read one step later, so that the host's work (text, stop texts, listeners) happens while the device computes the
 next step.
 
-A fault of one request ends that request. One that is nobody's ends all that run, and the thread goes on with an empty
-batch as long as a probe of the model works; else `failure` says why the engine is of no use any more.
+An error in one request ends that request. An error of the engine itself ends all running requests; the thread then
+continues with an empty batch as long as a probe of the model works, else `failure` says why the engine is dead.
 
-transformers' own continuous batching was looked at first: it runs the model's modules, some 45 launches a layer for
-one token (`step.py`), one adapter a server, and its scheduler does not hand its steps to another forward.
+transformers' own continuous batching was considered first: it runs the model's modules, some 45 launches per layer for
+one token (`step.py`), it serves one adapter, and its scheduler cannot use another forward.
 
 Leaves out: prefix sharing, splitting long prompts into chunks (a prompt of 4096 tokens holds the others up for a
 quarter of a second on an H100), speculative decoding, several GPUs.
@@ -42,13 +42,13 @@ from finetune.moe import ExpertsOn, LoadedModel
 T = TypeVar("T")
 Listener = Callable[[Event], None]
 log = logging.getLogger(__name__)
-# So many restarts without a token between them are no way to go on.
+# After so many restarts without a token between them the engine gives up.
 RESTARTS = 3
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot; the counters run since the start. `expert_*` are None where all experts are resident."""
+    """A snapshot; counters count from the start. `expert_*` are None where all experts are resident."""
 
     running: int
     waiting: int
@@ -67,23 +67,23 @@ class EngineStats:
 
 
 class RequestHandle:
-    """A submitted request."""
+    """A submitted request, to cancel it by."""
 
     def __init__(self, engine: Engine, row: Row):
         self._engine, self._row = engine, row
 
     def cancel(self) -> None:
-        """From any thread; a FinishedEvent "cancelled" follows, unless the request had ended."""
+        """May be called from any thread; a FinishedEvent "cancelled" follows unless the request has already ended."""
         self._row.cancelled = True
         self._engine._wake()
 
 
 class Engine:
-    """Serves one loaded model and its adapters; a context manager that closes itself. See the file.
+    """Serves one loaded model and its adapters; a context manager that closes it on exit.
 
     Attributes:
-        failure: what ended the engine for good, if something did; its cause is the exception.
-        restarts: how often a fault that was no request's ended all that ran.
+        failure: the error that ended the engine for good, if any; its `__cause__` is the exception.
+        restarts: how often an error of the engine itself ended all running requests.
     """
 
     def __init__(self, served: ServedModels, path: str, settings: EngineSettings):
@@ -93,7 +93,7 @@ class Engine:
         self.failure: EngineError | None = None
         self.restarts = 0
         self._selectors = dict(served.selectors)
-        # An adapter speaks as it was trained: its tokenizer, template and end of turn, not its base's.
+        # An adapter uses the tokenizer, template and end of turn that it was trained with, not its base's.
         self._tokenizers = {name: served.tokenizers.get(name, self.loaded.tokenizer) for name in self.names}
         self._runner = Runner(served, settings)
         self.max_length = self._runner.max_length
@@ -141,8 +141,8 @@ class Engine:
     # ---- asked from any thread -------------------------------------------------------------------------------
 
     def submit(self, request: Request, listen: Listener) -> RequestHandle:
-        """Queues a request; does not wait. `listen` runs on the engine's thread and must be quick; one that raises
-        ends its own request.
+        """Queues a request and returns at once. `listen` runs on the engine's thread and must be quick; if it raises,
+        its request ends.
 
         Raises:
             DataError: an unknown model, an empty prompt, or one that leaves no room for a token.
@@ -184,7 +184,7 @@ class Engine:
         """Ids of a conversation of role and content, up to where the answer begins, as this model was trained.
 
         Args:
-            continues: the answer goes on in the last message, which is the assistant's.
+            continues: whether the answer continues the last message, which must be the assistant's.
 
         Raises:
             DataError: an unknown model, no chat template, or one that refuses the conversation.
@@ -196,7 +196,7 @@ class Engine:
         return tuple(encode_text(self.tokenizer_of(model), text))
 
     def prompt_end(self, ids: Sequence[int], model: str | None = None) -> PromptEnd:
-        """What `Request.after` needs for answers that go on in the text of a prompt.
+        """The value of `Request.after` for answers that continue the text of a prompt.
 
         Raises:
             DataError: an unknown model.
@@ -204,7 +204,7 @@ class Engine:
         return PromptEnd.of(self.tokenizer_of(model), ids)
 
     def run(self, function: Callable[[LoadedModel], T], model: str | None = None) -> T:
-        """Runs a function of a model between two steps, with its adapter active and its tokenizer; waits for it.
+        """Runs a function on a model between two steps, with its adapter and its tokenizer; waits for the result.
 
         Raises:
             DataError: an unknown model.
@@ -247,7 +247,7 @@ class Engine:
             )
 
     def close(self, *, drain: bool = True) -> None:
-        """Ends the engine's thread. `drain` finishes what runs and waits first; else all of it is cancelled."""
+        """Ends the engine's thread. With `drain` running and waiting requests finish first; else they are cancelled."""
         with self._lock:
             self._closing, self._draining = True, drain
             self._lock.notify()
@@ -320,10 +320,10 @@ class Engine:
                 job()
 
     def _restart(self, error: Exception) -> None:
-        """Ends all that runs and waits, and leaves an empty batch.
+        """Ends all running and waiting requests, which leaves an empty batch.
 
         Raises:
-            Exception: the model does not answer a probe, or nobody has been told a token since the last restarts.
+            Exception: the probe fails, or no token was generated between the last restarts.
         """
         log.error("an error of the engine ends all running answers", exc_info=error)
         told = self._counters.completion_tokens

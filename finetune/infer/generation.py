@@ -1,4 +1,4 @@
-"""Answers to prompts one by one, streamed: what `finetune generate` does with the engine."""
+"""Streams answers to prompts one at a time, for `finetune generate`."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def generate(
     raw: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Answers one prompt by the engine's first model.
+    """Answers one prompt with the engine's first model.
 
     Args:
         prompt: a user's turn, put into the model's chat template.
-        raw: continue the text as it stands instead (for base models).
+        raw: whether to continue the text as it stands instead (for base models).
         write: receives the text piece by piece while it is generated.
 
     Raises:
         DataError: an empty prompt, one longer than the model's positions, or no chat template.
-        EngineError: the answer could not be finished, of logits that are NaN for example.
+        EngineError: the answer could not be finished, for example because logits are NaN.
     """
     ids = encode_prompt(engine.tokenizer_of(None), prompt, raw=raw)
     if len(ids) >= engine.max_length:

@@ -1,7 +1,7 @@
-"""What an engine serves: one loaded base and the names of what may be asked of it.
+"""What an engine serves: one loaded base, and the names of its models.
 
-An adapter folder gives two models, itself and its base; further adapters of the same base come by name. A non-MoE
-tuning has changed the base's own weights, so it stands alone.
+An adapter folder gives two models, itself and its base; further adapters of the same base are named. Non-MoE training
+has changed the base's own weights, so its result is served alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ BASE_NAME = "base"
 
 @dataclass(frozen=True)
 class ServedModels:
-    """A loaded model and, by name, which of its adapters a request goes by: 0 the base, n adapter n - 1.
+    """A loaded model and, by name, the adapter that a request uses: 0 for the base, n for adapter n - 1.
 
     Attributes:
-        adapters: the adapters' names in PEFT, which are the names asked for.
-        tokenizers: of the names that were trained with their own; the others have the loaded model's.
-        experts_on: where the experts were left; "host" asks for slots on the device.
+        adapters: names of the adapters in PEFT, which are those that requests use.
+        tokenizers: by name, where an adapter was trained with its own; the others use the loaded model's.
+        experts_on: where the experts are; with "host" they need slots on the device.
     """
 
     loaded: LoadedModel
@@ -56,7 +56,7 @@ def load_models(
     device: str,
     experts_on: ExpertsOn = "device",
 ) -> ServedModels:
-    """Loads `path`, whatever it is, and the named adapters beside it.
+    """Loads a model or adapter folder or hub id, and further adapters by name.
 
     Raises:
         FinetuneError: as `adapter.load`; `AdapterError` for adapters of another base, or names that are taken.
@@ -136,10 +136,10 @@ def chooses_offload(path: str, base: str | None, device: str, settings: EngineSe
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
-    """Names and folders of `NAME=PATH` texts.
+    """Splits `NAME=PATH` texts into names and folders.
 
     Raises:
-        FinetuneError: another form, or a name given twice.
+        FinetuneError: a text of another form, or a name given twice.
     """
     named: dict[str, str] = {}
     for text in texts:
@@ -160,14 +160,14 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
 
 
 def default_name(path: str) -> str:
-    """The folder's name; of an `adapter` folder in a run, the run's."""
+    """The folder's name; for an `adapter` folder in a run, the run's name."""
     folder = Path(path)
     resolved = folder.resolve() if folder.exists() else folder
     return (resolved.parent if resolved.name in ("adapter", "model") else resolved).name.replace(".", "_") or "model"
 
 
 def _open_lora(name: str, folder: str) -> Adapter:
-    """An adapter that is to go onto a base beside others."""
+    """Opens an adapter that is to share a base with others."""
     if not is_adapter(folder) or (adapter := Adapter.open(Path(folder))).kind != "lora":
         raise AdapterError(
             "there is no LoRA adapter in the folder",

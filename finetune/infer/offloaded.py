@@ -1,10 +1,10 @@
-"""Experts that stay in the host's memory and come to the device when a router asks for them.
+"""Experts that stay in host memory and are fetched to the device when a router chooses them.
 
 The device keeps S slots, each as large as one expert: some for every layer, in which its experts stay by last use
 (LRU) or for good (the hot ones, where routing statistics name them). A prompt that needs more experts of a layer than
-it has slots borrows those of the layers before it. A layer's call finds out on the device which experts are missing and
-fetches them there (`kernels/expert_cache.py`); then the same kernels run on the slots as run on resident experts, by
-slot number, so the answers are the same bits.
+it has slots uses overflow slots: those of the layers before it. A layer's call determines on the device which experts
+are missing and fetches them (`kernels/expert_cache.py`); then the same kernels run on the slots as on resident experts,
+by slot number, so the answers are equal bit for bit.
 
 No prefetch: while a step waits for the link, the link is what everything waits for. On an H100 a layer leaves it idle
 for 0.13 ms and an expert takes 1.9 ms, so a guess of the next layer's experts gains 0.13 ms when it is right and loses
@@ -32,7 +32,7 @@ PIECE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """How the slots are dealt out.
+    """How many slots each layer gets.
 
     Attributes:
         counts: of each layer; at least one.
@@ -48,12 +48,12 @@ class SlotPlan:
 
 
 def least_slots(arch: MoeArch) -> int:
-    """One for every layer, and a prompt may need all experts of one layer at once."""
+    """The fewest slots: one per layer, and all experts of one layer, which a prompt may need at once."""
     return max(arch.layers, arch.experts)
 
 
 def plan_slots(arch: MoeArch, slots: int, load_LE: Sequence[Sequence[float]] | None = None) -> SlotPlan | None:
-    """Deals out so many slots, as evenly as they go; None if they are too few.
+    """Distributes slots over the layers as evenly as possible; None if they are too few.
 
     Half of a layer's slots keep its hottest experts where their load is known.
 
@@ -73,7 +73,7 @@ def plan_slots(arch: MoeArch, slots: int, load_LE: Sequence[Sequence[float]] | N
 
 
 class OffloadedExperts(nn.Module):
-    """Stands where an experts module stood; inference only.
+    """Takes the place of an experts module; for inference only.
 
     Args:
         experts: the module with all its weights in host memory.
@@ -115,7 +115,7 @@ class OffloadedExperts(nn.Module):
         self.fetch(torch.tensor([first_ones], device=device))
 
     def fetch(self, index_TK: Tensor) -> Tensor:
-        """The slots, int64 [T, K], in which the chosen experts lie from now until a layer's next call."""
+        """Fetches the chosen experts; returns their slots, int64 [T, K], valid until the next call of any layer."""
         slot_E, fetch_E = assign_slots(
             index_TK, self._owner_S, self._used_S, self.counts, self._hot_E, first=self.first, count=self.count
         )
@@ -146,7 +146,7 @@ class OffloadedExperts(nn.Module):
 
 
 def expert_bytes(experts: QuantizedExperts) -> int:
-    """Of one expert, all its tensors: what a slot takes."""
+    """Bytes of all tensors of one expert, which is the size of a slot."""
     stacks = [experts.stack(projection) for projection in EXPERT_PROJECTIONS]
     return sum(tensor.nbytes for stack in stacks for tensor in stack) // experts.num_experts
 
@@ -185,7 +185,7 @@ def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.dev
 
 
 def undo_offload(model: Any, arch: MoeArch) -> None:
-    """Undoes `offload_experts`: the modules, with their weights in host memory, are in their places again."""
+    """Undoes `offload_experts`: puts the original modules back, with their weights in host memory."""
     for layer in range(arch.layers):
         offloaded = model.get_submodule(experts_path(layer))
         assert isinstance(offloaded, OffloadedExperts)

@@ -1,7 +1,7 @@
 """The pool of keys and values, in pages of 64 tokens, and who owns which page.
 
-A row gets a page when a token is about to need it; who makes room where none is left is `batch.py`'s business. Page 0
-belongs to nobody: rows that pad a batch to its bucket write there, and so does a probe.
+A row gets a page just before a token needs it; `batch.py` decides which row is pre-empted when none is left. Page 0
+belongs to no row: rows that pad a batch to its bucket write there, and so does a probe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts through the model's own forward, several packed into one row, their keys and values into pages.
+"""Runs prompts through the model's own forward, several packed into one row, and writes keys and values to pages.
 
 The experts run through the training backends and attention as one packed sequence per prompt, exactly as in training;
 a cache object stands where transformers expects one and writes what each layer makes to the pool.

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers: plain data, no torch, so that a server can check it early."""
+"""Requests to the engine and its events: plain data without torch, so that a server can check requests early."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Sampling:
 
     Attributes:
         stop: texts that end an answer; they are not part of it.
-        logprobs: how many of the most likely tokens to tell for each token, 0 for only its own log-probability, None
+        logprobs: how many of the most likely tokens to report for each token; 0 for only its own log-probability, None
             for none. They are of the model's distribution, before the filters.
-        ignore_eos: goes on after an end-of-sequence token, up to `max_new_tokens` (for benches).
+        ignore_eos: continues after an end-of-sequence token, up to `max_new_tokens` (for benches).
     """
 
     max_new_tokens: int = 128
@@ -63,11 +63,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to go on from (with the beginning-of-sequence token), and by which of the engine's models.
+    """Token ids to continue, with the beginning-of-sequence token, and the model that continues them.
 
     Attributes:
-        after: where the answer's text goes on in the prompt's (`Engine.prompt_end`), so that a space that it begins
-            with is shown; None for an answer of its own.
+        after: the prompt's end (`Engine.prompt_end`) if the answer continues the prompt's text, so that a leading space
+            is shown; None for an answer that stands alone.
     """
 
     ids: tuple[int, ...]
@@ -81,8 +81,8 @@ class TokenEvent:
     """One generated token.
 
     Attributes:
-        text: what can be shown by now; "" while a character is incomplete or a stop text may have begun.
-        logprob: of this token, where asked for.
+        text: text that can be shown now; "" while a character is incomplete or a stop text may have begun.
+        logprob: the log-probability of this token, where requested.
         top: the most likely tokens, best first.
     """
 
@@ -97,10 +97,10 @@ class FinishedEvent:
     """The last event of a request.
 
     Attributes:
-        text: what had been held back and belongs to the answer.
+        text: text of the answer that had been held back.
         reason: stop (end of sequence, or a stop text), length (max_new_tokens, or no room left), cancelled, error.
         stop: the stop text that was met, if one was.
-        error: why the answer could not go on; what was told before it stands.
+        error: why the answer could not be finished; earlier events stay valid.
     """
 
     reason: FinishReason

@@ -62,7 +62,7 @@ class EngineSettings:
     routing: Path | None = None
 
     def longest(self, positions: int) -> int:
-        """Tokens of the longest request, for a model of so many positions."""
+        """Tokens of the longest request, for a model with this many positions."""
         return min(self.max_length or DEFAULT_MAX_LENGTH, positions)
 
 
@@ -75,7 +75,7 @@ class MemorySplit:
 
 
 def require_residency(residency: str) -> None:
-    """Raises a DeviceError for a word that is none."""
+    """Raises a DeviceError for an unknown residency."""
     if residency not in get_args(Residency):
         raise DeviceError(
             f"there is no residency {residency!r}",
@@ -86,7 +86,7 @@ def require_residency(residency: str) -> None:
 
 
 def free_bytes(device: torch.device, device_gib: float | None) -> int:
-    """What may still be allocated on the device, within the budget where one is given."""
+    """Bytes that may still be allocated on the device, within the budget where one is given."""
     if device.type != "cuda":
         return int(device_gib * 2**30) if device_gib is not None else _CPU_BYTES
     allocated = torch.cuda.memory_allocated(device)
@@ -165,10 +165,10 @@ def _workspace(
 
 
 def read_load(file: Path, arch: MoeArch) -> Sequence[Sequence[float]]:
-    """How often each expert of each layer was chosen, [L, E], from a run's routing as `finetune train` recorded it.
+    """Reads how often each expert of each layer was chosen, [L, E], as `finetune train` recorded it.
 
     Raises:
-        DataError: not such a file, or of another model.
+        DataError: the file is of another kind or of another model.
     """
     with contextlib.suppress(ValueError, KeyError, TypeError):  # a FinetuneError is a ValueError
         load = [list(map(float, layer["load"])) for layer in read_json(file, kind=DataError)["layers"]]

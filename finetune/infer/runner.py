@@ -104,7 +104,7 @@ class Runner:
         self._last_chosen: Tensor | None = None
 
     def probe(self) -> None:
-        """Runs a token through the base and waits for it; raises whatever torch does where nothing works any more."""
+        """Runs one token through the base and waits for it; raises torch's error if the device no longer works."""
         with self.active(0):
             prefill(self.causal, [[0]], [[0]], self.pool, self.rotary)
         if self.device.type == "cuda":
@@ -112,7 +112,7 @@ class Runner:
 
     @contextlib.contextmanager
     def active(self, selector: int) -> Iterator[None]:
-        """The model's own forward goes by this adapter, or by the base."""
+        """Inside the block the model's own forward uses this adapter, or the base for 0."""
         if not isinstance(self.model, PeftModel):
             yield
         elif selector == 0:
@@ -167,9 +167,9 @@ class Runner:
         """One step of all rows; results as `prefill`.
 
         Args:
-            rows: who they are, so that a batch of the same rows need not be arranged again.
-            tokens: where each row's newest token lies on the device.
-            positions: where that token stands.
+            rows: identify the batch, so that the same rows need not be arranged again.
+            tokens: device tensor and index of each row's newest token.
+            positions: the position of that token.
         """
         count = len(rows)
         bucket = min(1 << (count - 1).bit_length(), self._token_T.numel())

@@ -1,7 +1,7 @@
 """Chooses the next tokens of a batch on the device, each row by its own settings.
 
-A row's randomness is one number a token, from a generator of its own seed: what else is in the batch has no part in
-it. Greedy batches take one kernel.
+Each row draws one random number per token from a generator with its own seed, so the rest of the batch has no
+influence. Greedy batches take one kernel.
 
 Shape suffixes: T rows, V vocabulary.
 """
@@ -32,14 +32,14 @@ class RowSampling:
         self._seen_V: Tensor | None = None
 
     def draw(self) -> float:
-        """The random number of the next token: 0 or more, below 1."""
+        """Draws the random number of the next token, in [0, 1)."""
         if self._next == len(self._drawn):
             self._drawn.append(self._random.random())
         self._next += 1
         return self._drawn[self._next - 1]
 
     def go_to(self, tokens: int) -> None:
-        """The next token is the one after so many: a pass that failed has drawn for nothing."""
+        """Rewinds to the draw after so many tokens, because a failed pass has drawn for nothing."""
         self._next = min(tokens, len(self._drawn))
 
     def seen(self, logits_TV: Tensor) -> Tensor | None:

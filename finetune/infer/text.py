@@ -1,11 +1,11 @@
 """Prompts as token ids, in which a control token that somebody spelled out is ordinary text; and the text of an answer
 while it is generated: whole characters only, and never a part of a stop text.
 
-The pieces together are the tokenizer's own decoding of all tokens, whatever these are. Tokens are decoded in the
-company of those before them, since what a token says depends on them: a first word loses its space, and bytes that
-stand together (`<0xF0>` and its like) are one text, or, if they are none, all of them U+FFFD. So bytes are held back
-until a token follows that is none: what comes may still spoil them. A stop text in them ends the answer at once.
-What may still become a stop text is held back until it cannot.
+The pieces joined are exactly the tokenizer's decoding of all tokens, whatever these are. Tokens are decoded together
+with those before them, because the text of a token depends on them: a first word loses its space, and adjacent byte
+tokens (`<0xF0>` and the like) are one text or, if they are not valid UTF-8, all U+FFFD. So bytes are held back until
+another kind of token follows, since the next byte may still make them invalid. A stop text in them ends the answer at
+once. Text that may still become a stop text is held back until it cannot.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text to go on from, with the beginning-of-sequence token where the tokenizer has one.
+    """Ids of a text to continue, with the beginning-of-sequence token where the tokenizer has one.
 
     Raises:
         DataError: the tokenizer makes control tokens of it.
@@ -51,7 +51,7 @@ def encode_messages(
     """Ids of a conversation of role and content, up to where the answer begins.
 
     Args:
-        continues: the answer goes on in the last message, which is the assistant's.
+        continues: whether the answer continues the last message, which must be the assistant's.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses the conversation.
@@ -74,13 +74,13 @@ def encode_messages(
 
 @dataclass(frozen=True)
 class PromptEnd:
-    """Where the text of a prompt stands at its end, for the answers that go on in it; read once for all of them.
+    """What an answer that continues a prompt's text needs to know of the prompt; read once for all its answers.
 
     Attributes:
-        context: its last tokens: the bytes that stand together at its end, all of them, for the answer's are one text
-            with them, and a few before, which tell whether a word begins.
-        given: characters of them that the prompt has shown.
-        bytes_text, bytes_left: as those of `_Bytes`, of the bytes at the end.
+        context: its last tokens: all adjacent byte tokens at its end, because the answer's bytes may continue them, and
+            a few before, which show whether a word begins.
+        given: how many characters of these the prompt has shown.
+        bytes_text, bytes_left: the state of `_Bytes` after the bytes at the end.
     """
 
     context: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ class PromptEnd:
 
     @classmethod
     def of(cls, tokenizer: Any, ids: Sequence[int]) -> PromptEnd:
-        """Reads token ids from their end, as far back as it needs to."""
+        """Reads token ids [N] from their end, only as far back as needed."""
         tokens = _Tokens(tokenizer)
         ends_with, before = bytearray(), 0
         context: list[int] = []
@@ -118,11 +118,11 @@ class AnswerText:
     """The text of one answer.
 
     Args:
-        after: what the text goes on from; without it, the space of a first word is not part of it, as in the
-            tokenizer's own decoding.
+        after: the end of the prompt that the text continues; without it, the space of a first word is dropped, as in
+            the tokenizer's own decoding.
 
     Attributes:
-        stop: the stop text that was met, if one was; nothing after it is given out.
+        stop: the stop text that was found, if any; no text after it is returned.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], after: PromptEnd | None = None):
@@ -137,7 +137,7 @@ class AnswerText:
         self.stop: str | None = None
 
     def add(self, token: int) -> str:
-        """What the token lets be given out."""
+        """Adds a token; returns the text that can be shown now."""
         if not self._tokens.is_text(token):
             return ""
         self._open.append(token)
@@ -153,7 +153,7 @@ class AnswerText:
         return self._release(piece)
 
     def end(self) -> str:
-        """What was held back: the beginning of a stop text, or bytes that are no whole character."""
+        """The text that was held back: the beginning of a stop text, or an incomplete character."""
         if self.stop is not None:
             return ""
         given = self._release(self._tokens.decode([*self._context, *self._open])[self._given :])
@@ -188,7 +188,7 @@ class AnswerText:
 
 
 class _Tokens:
-    """What the tokens of a tokenizer are."""
+    """What the tokens of a tokenizer stand for."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer.backend_tokenizer
@@ -198,7 +198,7 @@ class _Tokens:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def is_text(self, token: int) -> bool:
-        """Not so of control tokens, and of rows of the embeddings that are no token: decoding passes them over."""
+        """False for control tokens and for embedding rows without a token, which decoding skips."""
         return token not in self._special and self._tokenizer.id_to_token(token) is not None
 
     def byte_of(self, token: int) -> int | None:
@@ -207,8 +207,8 @@ class _Tokens:
 
 
 class _Bytes:
-    """Bytes that stand together: the whole characters among them, and the beginning of another, which is None from the
-    first byte on that fits no character."""
+    """Adjacent bytes: `text` is their whole characters, `left` the beginning of the next one, None once they are not
+    valid UTF-8."""
 
     def __init__(self, text: str = "", left: bytes | None = b"") -> None:
         self.text, self.left = text, left

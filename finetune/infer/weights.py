@@ -1,10 +1,10 @@
-"""The weights of a loaded model as a decoding step reads them: nothing is copied but LoRA's small matrices.
+"""The weights of a loaded model as a decoding step reads them; only LoRA's small matrices are copied.
 
-An engine may hold several LoRA adapters at once, and each row of a batch goes by its own. So their matrices are stacked
+An engine may hold several LoRA adapters at once, and each row of a batch uses its own. So their matrices are stacked
 here, padded with zeros to one rank; row selector 0 is the base, n is adapter n - 1. Trained routers are stacked in the
 same way, the base's first.
 
-Leaves out: non-MoE tunings, which are weights of the model itself by now.
+Leaves out: non-MoE training, whose result is already in the model's own weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Adapters:
 class Layer:
     """One decoder layer. Projections are the model's own linear layers, 4-bit or plain.
 
-    `fetch` is there where experts are offloaded: from chosen experts [T, K] to where they lie in the stacks.
+    `fetch` is set where experts are offloaded: it maps chosen experts [T, K] to their slots.
     """
 
     input_norm: nn.Module

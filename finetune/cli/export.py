@@ -33,7 +33,7 @@ def merge(
     base: Base = None,
     data: Annotated[str | None, typer.Option(help="nf4: held-out conversations to compare on.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="nf4: how many of them; 0 compares nothing.")] = 64,
-    shard_size: Annotated[str | None, typer.Option(help="All but gguf: of a file; 4GB by default.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Size of a file, 2GB by default; two are in memory.")] = None,
     attention: Annotated[str | None, typer.Option(help="nf4: its dtype, bf16 (default) or fp16.")] = None,
     gguf_type: Annotated[str | None, typer.Option(help="gguf: f16, q8_0 (default), q6_k, q4_k_m, ...")] = None,
     device: Device = "auto",

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.export import MergeSource, decode, encode, tuned_weight
+from finetune.export import MergeSource, tuned_weight
+from finetune.kernels import dequantize_expert, quantize_stack
 from finetune.moe import role_of
 
 # Below this share of the update a merge is another model than the one that was trained.
@@ -33,7 +34,7 @@ KEPT_AT_LEAST = 0.9
 
 
 def _nf4(weight: Tensor) -> Tensor:
-    return decode(encode(weight), torch.float32)
+    return dequantize_expert(quantize_stack(weight.unsqueeze(0)), 0, torch.float32)
 
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {

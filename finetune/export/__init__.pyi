@@ -1,16 +1,14 @@
 from .adapter_report import inspect_adapter as inspect_adapter
 from .adapter_report import show_adapter as show_adapter
-from .command import run_merge as run_merge
 from .download import pull as pull
 from .held_out import HeldOut as HeldOut
 from .hub import Destination as Destination
 from .hub import Hub as Hub
 from .hub import require_writable as require_writable
+from .merge import run_merge as run_merge
 from .quantized import write_quantized as write_quantized
 from .source import MergeSource as MergeSource
 from .source import open_source as open_source
-from .trained_base import decode as decode
-from .trained_base import encode as encode
 from .tunings import Weighted as Weighted
 from .tunings import tuned_weight as tuned_weight
 from .upload import destination_of as destination_of

@@ -5,8 +5,9 @@ the rows of a head go from halves to pairs, since llama.cpp rotates neighbouring
 a layer's experts stand in one tensor for gate, up and down each; norms and routers stay float32. F16 and Q8_0 come from
 the merged float32 sum in one rounding, by the `gguf` package; smaller types from llama.cpp's quantizer, of an F16 file.
 
-The tokenizer goes along as llama.cpp's sentencepiece kind. A tokenizer.json has merges where that kind has scores:
-a token's score is minus the rank of the first merge that makes it, so the same pair is merged first.
+The file is one of tens of gigabytes, so that it is laid out first (gguf_config.py has what it says beside its tensors)
+and then filled: `done.json` notes the SHA-256 of each expert's matrix, and a merge that was killed resumes with the
+others.
 
 Leaves out the other families, whose tokenizers llama.cpp tells apart by its own list: its converter reads our bf16
 folders.
@@ -14,30 +15,38 @@ folders.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import hashlib
 import importlib.util
-import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets.utils import tqdm
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune.errors import ModelError, OutputError
-from finetune.export.gguf_config import ROPE_FREQS, describe_config, require_written, rope_divisors
-from finetune.export.resumable import OutputFile, Part, Place, resumable
-from finetune.export.serving import write_serving
-from finetune.export.shards import as_bytes
+from finetune.export.base import expert_place
+from finetune.export.gguf_config import (
+    ROPE_FREQS,
+    describe_config,
+    describe_tokenizer,
+    require_written,
+    rope_divisors,
+)
+from finetune.export.serving import write_about
 from finetune.export.source import MergeSource
-from finetune.export.standard import MERGE_FILE
-from finetune.moe import EXPERT_PROJECTIONS, MoeArch, role_of
-from finetune.runfolder import write_json
+from finetune.export.writing import Partial, made_ahead, resumable
+from finetune.moe import EXPERT_PROJECTIONS, role_of
+from finetune.runfolder import require_space
 
 WRITTEN_TYPES = ("f16", "q8_0")
 # What llama.cpp's quantizer makes of an F16 file: name -> its `llama_ftype`.
@@ -58,6 +67,32 @@ _LAYER_NAMES = {
     "mlp.gate": "ffn_gate_inp",
 }
 _EXPERT_NAMES = dict(zip(EXPERT_PROJECTIONS, (("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",)), strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is made at once, uint8 each, and where in the file it goes: (start, size)."""
+
+    places: tuple[tuple[int, int], ...]
+    make: Callable[[], Sequence[np.ndarray]]
+
+    @property
+    def key(self) -> str:
+        """Names the part in done.json."""
+        return f"bytes from {self.places[0][0]}"
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.places)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file before it is filled: its first bytes, its whole size, and its parts."""
+
+    header: bytes
+    size: int
+    parts: list[Part]
 
 
 def require_gguf(source: MergeSource, type: str) -> None:
@@ -109,17 +144,58 @@ def write_gguf(source: MergeSource, output: Path, *, type: str) -> dict[str, Any
     tokenizer = source.load_tokenizer()
     name = f"{output.name}-{type}.gguf"
     whole = name if written == type else f"{output.name}-f16.gguf"
-    file, parts = _lay_out(source, tokenizer, written, whole, title=output.name)
+    layout = _lay_out(source, tokenizer, written, title=output.name)
     with resumable(output, {**source.identity, "format": "gguf", "type": type}) as partial:
-        made = partial.write({whole: file}, parts, title=f"merge to {written} gguf")
+        made = fill(partial, whole, layout, title=f"merge to {written} gguf")
         if whole != name:
             quantize(partial.folder / whole, partial.folder / name, type)
             (partial.folder / whole).unlink()
         sizes = {name: (partial.folder / name).stat().st_size}
         about = {**source.to_dict(), "format": "gguf", "type": type, "files": sizes}
-        write_json(partial.folder / MERGE_FILE, about)
-        write_serving(partial.folder, about, name=output.name, chat_template=tokenizer.chat_template)
+        write_about(partial.folder, about, name=output.name, chat_template=tokenizer.chat_template)
     return {**about, "made_bytes": made}
+
+
+def fill(partial: Partial, name: str, layout: Layout, *, title: str) -> int:
+    """Makes and writes every part that is not there yet, then reads back what it wrote; returns the bytes made anew.
+
+    Raises:
+        OutputError: the disk is full, or gives back other bytes than were written.
+    """
+    path = partial.folder / name
+    if not path.is_file() or path.stat().st_size != layout.size:
+        with path.open("wb") as stream:
+            stream.write(layout.header)
+            stream.truncate(layout.size)
+    done = partial.done
+    todo = [part for part in layout.parts if part.key not in done or done[part.key] != _hashes_in(path, part)]
+    anew, total = (sum(part.size for part in parts) for parts in (todo, layout.parts))
+    require_space(partial.folder, anew, what="the merged model")
+    with (
+        path.open("r+b") as stream,
+        tqdm(total=total, initial=total - anew, unit="B", unit_scale=True, desc=title, delay=1) as bar,
+        contextlib.closing(made_ahead(todo, lambda part: part.make())) as made,
+    ):
+        for part, arrays in made:
+            for (start, size), array in zip(part.places, arrays, strict=True):
+                assert array.nbytes == size, (start, size, array.nbytes)
+                stream.seek(start)
+                stream.write(array.data)
+            stream.flush()
+            partial.note(part.key, [hashlib.sha256(array.data).hexdigest() for array in arrays])
+            bar.update(part.size)
+    for part in todo:
+        partial.require_written(name, part.key, functools.partial(_hashes_in, path, part))
+    return anew
+
+
+def _hashes_in(path: Path, part: Part) -> list[str]:
+    with path.open("rb") as stream:
+        hashes = []
+        for start, size in part.places:
+            stream.seek(start)
+            hashes.append(hashlib.sha256(stream.read(size)).hexdigest())
+    return hashes
 
 
 def quantize(source: Path, target: Path, type: str) -> None:
@@ -156,59 +232,7 @@ def heads_in_pairs(weight_OI: Tensor, heads: int) -> Tensor:
     return weight_OI.view(heads, 2, out // heads // 2, in_).transpose(1, 2).reshape(out, in_)
 
 
-def spm_tokens(tokenizer_json: dict[str, Any], *, where: str) -> tuple[list[str], list[float], list[int]]:
-    """Texts, scores and llama.cpp's types of all tokens, in order of ids.
-
-    Raises:
-        ModelError: not a BPE with byte fallback as Llama and Mistral have it.
-    """
-    model = tokenizer_json["model"]
-    if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise ModelError(
-            "the tokenizer is not of the sentencepiece kind that a Mixtral's GGUF holds",
-            where=f"{where}: tokenizer.json",
-            allowed="BPE with byte_fallback, as Mistral's",
-            fix="merge with --format bf16, and convert that folder with llama.cpp's convert_hf_to_gguf.py",
-        )
-    special = {token["id"]: bool(token["special"]) for token in tokenizer_json["added_tokens"]}
-    texts = {id: text for text, id in model["vocab"].items()}
-    texts |= {token["id"]: token["content"] for token in tokenizer_json["added_tokens"]}
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(model["merges"]):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        ranks.setdefault("".join(pair), rank)
-    tokens, scores, types = [], [], []
-    for id in range(max(texts) + 1):
-        text = texts.get(id, f"[PAD{id}]")
-        tokens.append(text)
-        scores.append(-float(ranks.get(text, len(model["merges"]) if id in texts else 0)))
-        types.append(_token_type(id, text, texts, special, model.get("unk_token")))
-    return tokens, scores, types
-
-
-def without_generation_tags(template: str) -> str:
-    """The same texts by a template that also readers without transformers' `generation` block can read.
-
-    An empty expression in the block's place keeps what its dashes trimmed.
-    """
-    return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{{\1 '' \2}}", template)
-
-
-def _token_type(id: int, text: str, texts: dict[int, str], special: dict[int, bool], unknown: str | None) -> int:
-    """llama.cpp's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
-    if id not in texts:
-        return 5
-    if text == unknown:
-        return 2
-    if id in special:
-        return 3 if special[id] else 4
-    return 6 if re.fullmatch("<0x[0-9A-F]{2}>", text) else 1
-
-
-def _lay_out(
-    source: MergeSource, tokenizer: PreTrainedTokenizerBase, type: str, file: str, *, title: str
-) -> tuple[OutputFile, list[Part]]:
-    """The file with its header and everything known beforehand, and the parts of its tensors."""
+def _lay_out(source: MergeSource, tokenizer: PreTrainedTokenizerBase, type: str, *, title: str) -> Layout:
     import gguf
 
     big = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[type]
@@ -225,7 +249,7 @@ def _lay_out(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in source.shapes.items():
         if role_of(name) == "experts":
-            layer, projection = _expert_place(name)
+            layer, projection = expert_place(name)
             names = _EXPERT_NAMES[projection]
             experts, out, in_ = shape
             shapes |= {f"blk.{layer}.{tensor}.weight": (experts, out // len(names), in_) for tensor in names}
@@ -239,7 +263,12 @@ def _lay_out(
     sizes = {n: prod(s) * 4 if n in plain else prod(s) // block * block_bytes for n, s in shapes.items()}
 
     writer = gguf.GGUFWriter(None, "llama")
-    _describe(writer, source, tokenizer, title=title, file_type=gguf.LlamaFileType[f"MOSTLY_{type.upper()}"])
+    writer.add_name(title)
+    writer.add_type("model")
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    describe_config(writer, arch, source.config, AutoConfig.from_pretrained(source.folder))
+    describe_tokenizer(writer, tokenizer, arch.vocab)
     for name, shape in shapes.items():
         raw = gguf.GGMLQuantizationType.F32 if name in plain else big
         writer.add_tensor_info(name, shape, np.dtype(np.float16), sizes[name], raw_dtype=raw)
@@ -254,26 +283,22 @@ def _lay_out(
     dtype = torch.float16 if type == "f16" else torch.float32
     parts = []
     if divisors is not None:
-        parts.append(Part((Place(file, starts[ROPE_FREQS], sizes[ROPE_FREQS]),), lambda: [as_bytes(divisors)]))
+        rope = divisors.numpy().view(np.uint8)
+        parts.append(Part(((starts[ROPE_FREQS], sizes[ROPE_FREQS]),), lambda: [rope]))
     for name in source.shapes:
         if role_of(name) == "experts":
-            layer, projection = _expert_place(name)
+            layer, projection = expert_place(name)
             tensors = [f"blk.{layer}.{tensor}.weight" for tensor in _EXPERT_NAMES[projection]]
             for expert in range(arch.experts):
                 each = [sizes[tensor] // arch.experts for tensor in tensors]
-                places = (Place(file, starts[t] + expert * size, size) for t, size in zip(tensors, each, strict=True))
+                places = ((starts[t] + expert * size, size) for t, size in zip(tensors, each, strict=True))
                 parts.append(Part(tuple(places), _expert(source, layer, expert, projection, dtype, quantized)))
         else:
             target = tensor_name(name)
-            place = Place(file, starts[target], sizes[target])
             in_float = target in plain
-            parts.append(
-                Part(
-                    (place,),
-                    _parameter(source, name, torch.float32 if in_float else dtype, None if in_float else quantized),
-                )
-            )
-    return OutputFile(header, end), parts
+            make = _parameter(source, name, torch.float32 if in_float else dtype, None if in_float else quantized)
+            parts.append(Part(((starts[target], sizes[target]),), make))
+    return Layout(header, end, parts)
 
 
 def _parameter(
@@ -305,10 +330,6 @@ def _expert(
     return make
 
 
-def _expert_place(name: str) -> tuple[int, str]:
-    return int(name.split(".")[2]), name.rpartition(".")[2]
-
-
 def _header(writer: Any) -> bytes:
     """Everything before the first tensor's bytes."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -319,40 +340,3 @@ def _header(writer: Any) -> bytes:
         writer.close()
         header = path.read_bytes()
     return header + bytes(-len(header) % writer.data_alignment)
-
-
-def _describe(
-    writer: Any, source: MergeSource, tokenizer: PreTrainedTokenizerBase, *, title: str, file_type: int
-) -> None:
-    import gguf
-
-    arch: MoeArch = source.arch
-    writer.add_name(title)
-    writer.add_type("model")
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    describe_config(writer, arch, source.config, AutoConfig.from_pretrained(source.folder))
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
-        saved = json.loads((Path(scratch) / "tokenizer.json").read_text(encoding="utf-8"))
-    tokens, scores, types = spm_tokens(saved, where=str(tokenizer.name_or_path))
-    missing = arch.vocab - len(tokens)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([*tokens, *(f"[PAD{len(tokens) + n}]" for n in range(missing))])
-    writer.add_token_scores([*scores, *[0.0] * missing])
-    writer.add_token_types([*types, *[5] * missing])
-    for add, id in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if id is not None:
-            add(id)
-    # As the tokenizer itself does with a text.
-    writer.add_add_bos_token(tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(tokenizer.tokenize("x")[0].startswith("▁"))
-    if tokenizer.chat_template:
-        writer.add_chat_template(without_generation_tags(tokenizer.chat_template))

@@ -1,22 +1,30 @@
-"""What of a Mixtral's config.json a GGUF says to llama.cpp, and the refusal of what it has no word for.
+"""What a GGUF says to llama.cpp beside its tensors: a Mixtral's config and tokenizer, and the refusal of the rest.
 
-Every field is in one of four places: written under llama.cpp's name; without a part in the arithmetic of an answer;
-allowed with one value only, since llama.cpp's `llama` architecture computes just that; or refused by its name, unknown
-fields too, which may change what the model computes. Rope scaling goes by transformers' own reading of the config:
-linear and yarn as keys, llama3 as llama.cpp's converter has it, a tensor of what each frequency is divided by.
+Every field of config.json is in one of four places: written under llama.cpp's name; without a part in the arithmetic of
+an answer; allowed with one value only, since llama.cpp's `llama` architecture computes just that; or refused by its
+name, unknown fields too, which may change what the model computes. Rope scaling goes by transformers' own reading of
+the config: linear and yarn as keys, llama3 as llama.cpp's converter has it, a tensor of what each frequency is divided
+by.
+
+The tokenizer is llama.cpp's sentencepiece kind. A tokenizer.json has merges where that kind has scores: a token's score
+is minus the rank of the first merge that makes it, so the same pair is merged first.
 
 Leaves out `dynamic` and `longrope`, whose frequencies depend on the length of the text in another way there.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from finetune.errors import ModelError
@@ -160,6 +168,90 @@ def rope_divisors(arch: MoeArch, model_config: PreTrainedConfig) -> Tensor | Non
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model_config)
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim)
     return plain / scaled
+
+
+def describe_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
+    """Writes the tokenizer, with its chat template, into a `gguf.GGUFWriter`.
+
+    Args:
+        vocab: rows of the embedding.
+
+    Raises:
+        ModelError: a tokenizer of another kind.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        saved = json.loads((Path(scratch) / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens, scores, types = spm_tokens(saved, where=str(tokenizer.name_or_path))
+    missing = vocab - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*tokens, *(f"[PAD{len(tokens) + n}]" for n in range(missing))])
+    writer.add_token_scores([*scores, *[0.0] * missing])
+    writer.add_token_types([*types, *[5] * missing])
+    for add, id in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if id is not None:
+            add(id)
+    # As the tokenizer itself does with a text.
+    writer.add_add_bos_token(tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(tokenizer.tokenize("x")[0].startswith("▁"))
+    if tokenizer.chat_template:
+        writer.add_chat_template(without_generation_tags(tokenizer.chat_template))
+
+
+def spm_tokens(tokenizer_json: dict[str, Any], *, where: str) -> tuple[list[str], list[float], list[int]]:
+    """Texts, scores and llama.cpp's types of all tokens, in order of ids.
+
+    Raises:
+        ModelError: not a BPE with byte fallback as Llama and Mistral have it.
+    """
+    model = tokenizer_json["model"]
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
+        raise ModelError(
+            "the tokenizer is not of the sentencepiece kind that a Mixtral's GGUF holds",
+            where=f"{where}: tokenizer.json",
+            allowed="BPE with byte_fallback, as Mistral's",
+            fix="merge with --format bf16, and convert that folder with llama.cpp's convert_hf_to_gguf.py",
+        )
+    special = {token["id"]: bool(token["special"]) for token in tokenizer_json["added_tokens"]}
+    texts = {id: text for text, id in model["vocab"].items()}
+    texts |= {token["id"]: token["content"] for token in tokenizer_json["added_tokens"]}
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault("".join(pair), rank)
+    tokens, scores, types = [], [], []
+    for id in range(max(texts) + 1):
+        text = texts.get(id, f"[PAD{id}]")
+        tokens.append(text)
+        scores.append(-float(ranks.get(text, len(model["merges"]) if id in texts else 0)))
+        types.append(_token_type(id, text, texts, special, model.get("unk_token")))
+    return tokens, scores, types
+
+
+def without_generation_tags(template: str) -> str:
+    """The same texts by a template that also readers without transformers' `generation` block can read.
+
+    An empty expression in the block's place keeps what its dashes trimmed.
+    """
+    return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{{\1 '' \2}}", template)
+
+
+def _token_type(id: int, text: str, texts: dict[int, str], special: dict[int, bool], unknown: str | None) -> int:
+    """llama.cpp's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+    if id not in texts:
+        return 5
+    if text == unknown:
+        return 2
+    if id in special:
+        return 3 if special[id] else 4
+    return 6 if re.fullmatch("<0x[0-9A-F]{2}>", text) else 1
 
 
 def _refused(key: str, value: object, allowed: str, where: str) -> ModelError:

@@ -1,4 +1,5 @@
-"""SERVING.md in a merged folder: which engine reads it, by which command, and what the folder is not.
+"""What a merged folder says of itself: merge.json for programs; SERVING.md for people, with which engine reads it, by
+which command, and what the folder is not.
 
 Ollama gets a Modelfile beside its GGUF, with the prompt format of the model's own chat template where it is Mistral's.
 """
@@ -9,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.runfolder import write_text
+from finetune.runfolder import write_json, write_text
 
-SERVING_FILE = "SERVING.md"
+MERGE_FILE, SERVING_FILE = "merge.json", "SERVING.md"
 _EXPERTS = {
     "trained": "The experts' weights are the values of the NF4 experts that the adapter was trained with: this is the "
     "model that was trained, in 16 bits.",
@@ -33,13 +34,14 @@ _MISTRAL_TEMPLATE = (
 )
 
 
-def write_serving(folder: Path, about: Mapping[str, Any], *, name: str, chat_template: str | None) -> None:
-    """Writes SERVING.md, and for a GGUF the Modelfile, into a folder that is being filled.
+def write_about(folder: Path, about: Mapping[str, Any], *, name: str, chat_template: str | None = None) -> None:
+    """Writes merge.json, SERVING.md, and for a GGUF the Modelfile, into a folder that is being filled.
 
     Args:
         about: what merge.json says.
         name: the folder's name when it is done.
     """
+    write_json(folder / MERGE_FILE, about)
     text = {"gguf": _gguf, "nf4": _nf4}.get(about["format"], _standard)(about, name)
     write_text(folder / SERVING_FILE, text)
     if about["format"] == "gguf":

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from finetune.adapter import Adapter, is_adapter
 from finetune.checkpoint import read_json
 from finetune.errors import AdapterError, ModelError
-from finetune.export.trained_base import Onto, TrainedBase
+from finetune.export.base import Onto, TrainedBase
 from finetune.export.tunings import Tuning, Weighted, tuned_weight
 from finetune.moe import (
     BaseSpec,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune.adapter import Adapter
 from finetune.errors import AdapterError
-from finetune.export.tensors import Tensors
+from finetune.export.base import Tensors
 
 _LORA_PREFIX = "base_model.model."
 
@@ -59,7 +59,7 @@ class Tuning:
     def __init__(self, adapter: Adapter, factor: float):
         self.adapter, self.factor = adapter, factor
         self._lora, self._scaling = adapter.kind == "lora", adapter.scaling
-        self._tensors = Tensors.of_adapter(adapter.tensors_file)
+        self._tensors = Tensors([adapter.tensors_file], kind=AdapterError)
 
     def changes(self, name: str) -> bool:
         """Whether a parameter, by transformers' name, is another with this adapter."""

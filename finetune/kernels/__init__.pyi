@@ -19,11 +19,7 @@ from .nf4 import dequantize_linear as dequantize_linear
 from .nf4 import quantize_stack as quantize_stack
 from .nf4 import quantized_parameter as quantized_parameter
 from .nf4 import stack_of_linear as stack_of_linear
-from .nf4_code import NF4_CODE as NF4_CODE
 from .nf4_quantize import BLOCK as BLOCK
-from .nf4_quantize import NESTED_BLOCK as NESTED_BLOCK
-from .nf4_quantize import dynamic_map as dynamic_map
-from .nf4_quantize import quantize_scales as quantize_scales
 from .paged import paged_attention as paged_attention
 from .paged import rope_write as rope_write
 from .rows import combine_rows as combine_rows

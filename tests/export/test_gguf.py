@@ -23,8 +23,14 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, rotate_half
 
 from finetune.errors import ModelError
-from finetune.export.gguf import heads_in_pairs, spm_tokens, without_generation_tags
-from finetune.export.gguf_config import describe_config, require_written, rope_divisors
+from finetune.export.gguf import heads_in_pairs
+from finetune.export.gguf_config import (
+    describe_config,
+    require_written,
+    rope_divisors,
+    spm_tokens,
+    without_generation_tags,
+)
 from finetune.moe.arch import MoeArch
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
 from tests.export.tunings import tuned

@@ -15,12 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune.export.formats import plain_config
 from finetune.export.quantized import write_quantized
-from finetune.export.standard import plain_config
-from finetune.export.trained_base import decode, encode, trained_values
 from finetune.kernels.low_bit import unpack
-from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
-from finetune.kernels.nf4_code import NF4_CODE
+from finetune.kernels.nf4 import Nf4Stack, dequantize_reference
 from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
 from tests.export.in_memory import merged_weight
@@ -172,45 +170,6 @@ def test_experts_in_fewer_bits_are_decoded(small_mixtral: Path, saved_adapter: P
         codes = unpack(stored["model.layers.1.mlp.experts.down_proj_packed"][expert], 128).double()
         expected = ((codes - affine[..., 1:]) * affine[..., :1]).flatten(1)
         assert_rounded_once(found[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_encoding_gives_bitsandbytes_bytes(dtype: torch.dtype) -> None:
-    """Also where weights lie on and beside the midpoints of levels, in blocks of zeros, and at the ends."""
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(640, 4096, generator=generator) * torch.rand(640, 1, generator=generator)
-    levels = torch.tensor(NF4_CODE)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    edges = torch.cat([midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))])
-    matrix[0] = 0
-    matrix[1, :64], matrix[1, 64:128] = torch.cat([edges, torch.ones(19)]), torch.cat([edges, -torch.ones(19)])
-    weight = matrix.to(dtype)
-    found, expected = encode(weight), quantize_stack(weight.unsqueeze(0))
-    for field, tensor in expected._asdict().items():
-        assert torch.equal(getattr(found, field), tensor), field
-    for target in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(decode(found, target), dequantize_reference(expected, target)[0])
-
-
-def test_values_without_bytes_are_those_of_bitsandbytes() -> None:
-    """Every ratio of two bfloat16s that the table holds, blocks of zeros, and numbers too small for the table."""
-    absmax = torch.arange(127 << 7, 128 << 7, dtype=torch.int16).view(-1, 1)
-    below = (absmax - torch.arange(1, 1 + 63 * 17, dtype=torch.int16)).view(torch.bfloat16).view(-1, 63)
-    signs = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
-    blocks = torch.cat([absmax.view(torch.bfloat16).repeat_interleave(17, 0), below], 1)
-    usual = torch.cat([blocks * sign for sign in signs])
-    powers = torch.randint(0, 12, (len(usual), 1), generator=torch.Generator().manual_seed(0))
-    usual *= (2.0**-powers).to(torch.bfloat16)
-    usual[5], usual[6], usual[7, 1:] = 0, -0.0, -0.0
-    rare = usual.clone()
-    rare[10] *= 2.0**-110  # with subnormal weights
-    rare[11] *= 2.0**-120
-    for matrix in (usual, rare):
-        expected = quantize_stack(matrix.view(1, -1, 256))
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            found = trained_values(matrix.view(-1, 256), dtype)
-            assert torch.equal(found, dequantize_reference(expected, dtype)[0])
-            assert torch.equal(found, decode(encode(matrix.view(-1, 256)), dtype))
 
 
 def test_non_moe_tuning_is_rounded_once(small_mixtral: Path, tmp_path: Path) -> None:

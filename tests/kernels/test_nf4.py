@@ -58,6 +58,46 @@ def test_bits_equal_bitsandbytes_of_each_expert(shape: tuple[int, int, int], dty
         assert torch.equal(stack.offset[expert], state.offset)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_at_the_edges_of_levels_equal_bitsandbytes(dtype: torch.dtype) -> None:
+    """Weights on and beside the midpoints of levels, blocks of zeros, and the ends."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(640, 4096, generator=generator) * torch.rand(640, 1, generator=generator)
+    levels = torch.tensor(NF4_CODE)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    edges = torch.cat([midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))])
+    matrix[0] = 0
+    matrix[1, :64], matrix[1, 64:128] = torch.cat([edges, torch.ones(19)]), torch.cat([edges, -torch.ones(19)])
+    weight = matrix.to(dtype)
+    stack = quantize_stack(weight.unsqueeze(0))
+    packed, state = by_hand(weight)
+    assert torch.equal(stack.packed.flatten(), packed.flatten())
+    assert torch.equal(stack.absmax[0], state.absmax)
+    assert torch.equal(stack.offset[0], state.offset)
+
+
+def test_codes_by_bits_equal_bitsandbytes() -> None:
+    """Every ratio of two bfloat16s that the table holds, blocks of zeros, and numbers too small for the table."""
+    absmax = torch.arange(127 << 7, 128 << 7, dtype=torch.int16).view(-1, 1)
+    below = (absmax - torch.arange(1, 1 + 63 * 17, dtype=torch.int16)).view(torch.bfloat16).view(-1, 63)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
+    blocks = torch.cat([absmax.view(torch.bfloat16).repeat_interleave(17, 0), below], 1)
+    usual = torch.cat([blocks * sign for sign in signs])
+    powers = torch.randint(0, 12, (len(usual), 1), generator=torch.Generator().manual_seed(0))
+    usual *= (2.0**-powers).to(torch.bfloat16)
+    usual[5], usual[6], usual[7, 1:] = 0, -0.0, -0.0
+    rare = usual.clone()
+    rare[10] *= 2.0**-110  # with subnormal weights
+    rare[11] *= 2.0**-120
+    for matrix in (usual, rare):
+        packed, _ = by_hand(matrix.view(-1, 256))
+        wide, _ = by_hand(matrix.view(-1, 256).float())  # whose codes go by arithmetic here
+        found = quantize_stack(matrix.view(1, -1, 256)).packed
+        assert torch.equal(found.flatten(), packed.flatten())
+        assert torch.equal(found, quantize_stack(matrix.view(1, -1, 256).float()).packed)
+        assert torch.equal(packed, wide)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     """Nor on the order in which a device would sum: any number of scales has the sum of one thread."""
     weight = random_weights((2, 1024, 2560), torch.float32)  # 40,960 scales, which torch's sum would share out

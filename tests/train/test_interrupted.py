@@ -6,7 +6,6 @@ raised them; the signals are real.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import signal
@@ -22,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from finetune.export.resumable import OutputFile, Partial
+from finetune.export import writing
 from finetune.memory.needs import disk_bytes
 from finetune.runfolder import folder_bytes
 from tests.conftest import REPOSITORY
@@ -67,10 +66,11 @@ def test_a_disk_that_fills_up_leaves_no_half_a_model(
     says = (NO_SPACE, f"where: {out}", "free some space, or choose another output folder")
     refused(tmp_path, "quantize", small_mixtral, "--output", out, "--device", "cpu", says=says)
 
-    def full(self: Partial, name: str, file: OutputFile) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(tensors: object, file: Path, **kwargs: object) -> None:
+        file.write_bytes(b"half a shard")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(Partial, "_allocate", full)
+    monkeypatch.setattr(writing, "save_file", full)
     ran = run_finetune("merge", saved_adapter, "--output", out, "--device", "cpu")
     assert ran.status == 2
     assert all(words in ran.stderr for words in says)
@@ -124,31 +124,34 @@ def test_a_disk_that_fills_up_at_a_checkpoint(
 def test_a_killed_merge_leaves_nothing_of_its_name(saved_adapter: Path, tmp_path: Path) -> None:
     code = """
 import os, signal
-from finetune.export.resumable import Partial
-put, count = Partial._put, 0
-def cut(*args):
+from finetune.export import writing
+save, count = writing.save_file, 0
+def cut(tensors, file, **kwargs):
     global count
     count += 1
     if count > 5:
+        file.write_bytes(b"half a shard")
         os.kill(os.getpid(), signal.SIGKILL)
-    put(*args)
-Partial._put = cut
+    save(tensors, file, **kwargs)
+writing.save_file = cut
 from finetune.cli import main
 main()
 """
     merged, before = tmp_path / "merged", contents(saved_adapter)
-    merge = ("merge", str(saved_adapter), "--output", str(merged), "--device", "cpu")
+    merge = ("merge", str(saved_adapter), "--output", str(merged), "--device", "cpu", "--shard-size", "20KB")
     killed = subprocess.run([sys.executable, "-c", code, *merge], cwd=REPOSITORY, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not merged.exists()
-    (half,) = tmp_path.glob(".merged.*.partial/journal.jsonl")
-    assert len(half.read_text().splitlines()) == 6  # the job and five parts
+    (half,) = tmp_path.glob(".merged.*.partial")
+    assert len(list(half.glob("model-*.safetensors"))) == 5
     assert contents(saved_adapter) == before
-    # What is left behind is gone on with.
+    # What is left behind is resumed.
     again = run_finetune(*merge, "--json")
     assert again.status == 0
-    assert 0 < again.document["made_bytes"] < (merged / "model.safetensors").stat().st_size - 32000 * 64 * 2
+    whole = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+    assert 0 < again.document["made_bytes"] < whole - 32000 * 64 * 2
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert not list(merged.glob(".*"))
 
 
 def test_an_interrupted_merge_says_how_it_goes_on(
@@ -163,7 +166,7 @@ def test_an_interrupted_merge_says_how_it_goes_on(
         stopped = run_finetune(*merge)
     assert (stopped.status, stopped.stderr) == (130, "interrupted\n"), "nothing is there yet"
     with monkeypatch.context() as patched:
-        patched.setattr(Partial, "_put", interrupted)
+        patched.setattr(writing, "save_file", interrupted)
         stopped = run_finetune(*merge)
     assert stopped.status == 130
     assert stopped.stderr.endswith("interrupted; the same command goes on from what is there\n")

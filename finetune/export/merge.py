@@ -18,19 +18,18 @@ from finetune.adapter import load
 from finetune.console import Report, gib
 from finetune.errors import OutputError
 from finetune.evaluate import Fidelity, fidelity_between
+from finetune.export.base import Onto
+from finetune.export.formats import DTYPES, write_folder
 from finetune.export.gguf import write_gguf
 from finetune.export.held_out import HeldOut
-from finetune.export.shards import parse_size
 from finetune.export.source import MergeSource, open_source
-from finetune.export.standard import DTYPES, write_standard
-from finetune.export.streamed_nf4 import write_nf4
-from finetune.export.trained_base import Onto
 from finetune.export.tunings import Weighted
+from finetune.export.writing import parse_size
 from finetune.moe import resolve_device
 from finetune.runfolder import require_fresh, write_json
 
 FORMATS = ("nf4", *DTYPES, "gguf")
-SHARD_SIZE = "4GB"
+SHARD_SIZE = "2GB"
 FIDELITY_FILE = "fidelity.json"
 # Option -> the formats that it belongs to.
 _BELONGS = {
@@ -117,11 +116,11 @@ def run_merge(
     size = shard_size or SHARD_SIZE
     if format == "nf4":
         live = adapter if is_live and rows else None
-        writing = {"shard_size": size, "attention": attention or "bf16"}
+        writing = {"format": "nf4", "shard_size": size, "attention": attention or "bf16"}
         return _merge_nf4(source, output, report, writing, live=live, base=base, data=data, rows=rows, device=device)
     if format == "gguf":
         return _written(output, write_gguf(source, output, type=gguf_type or "q8_0"), report)
-    return _written(output, write_standard(source, output, format=format, shard_size=size), report)
+    return _written(output, write_folder(source, output, format=format, shard_size=size), report)
 
 
 def _merge_nf4(
@@ -141,7 +140,7 @@ def _merge_nf4(
     # Read, and the device asked for, before hours are spent on writing.
     probe = [] if held_out.name is None else held_out.rows(source.load_tokenizer(), rows, report)
     resolve_device(device)
-    document = _written(output, write_nf4(source, output, **writing), report)
+    document = _written(output, write_folder(source, output, **writing), report)
     if live is None or not probe:
         reason = "no held-out text" if live else "--rows 0" if not rows else "it is not one adapter as it was trained"
         command = f"`finetune evaluate {source.tunings[0].adapter.folder} --compare {output}`"

@@ -1,38 +1,32 @@
-"""The base's weights one at a time, as training saw them or as the hub has them.
+"""A checkpoint's weights one at a time: as they are stored, or as training saw them.
 
-Trained: the values that the experts and a 4-bit attention stand for. A folder of quantized experts is decoded; a 16-bit
-one is quantized and decoded expert by expert, which gives the bytes that training had, since every expert's matrix is
-quantized by itself (`kernels/nf4.py`), in the dtype that the adapter records. Original: what is stored, untouched.
+As training saw them: the values that the NF4 experts and a 4-bit attention stand for. A folder of quantized experts is
+decoded; a 16-bit one is quantized and decoded expert by expert, which gives the bytes that training had, since every
+expert's matrix is quantized by itself (`kernels/nf4.py`) in the dtype that the adapter records.
 
-All of it runs in pieces that stay in the processor's cache: whole, one of Mixtral's matrices makes temporaries of half
-a gigabyte, and takes three to six times as long (2 cores). Where only the values are wanted they come from a table, and
-no bytes are made: 3 ns a weight instead of 11 for both ways (1 core).
+The file is opened anew for every tensor. safetensors maps it into memory, and what was read counts as this process's
+until the map is gone: one map a file would let a merge grow by the base's 93 GB.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import bitsandbytes.functional as bnb
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from finetune.export import buffers
-from finetune.export.tensors import Tensors
+from finetune.checkpoint import TensorInfo, incomplete, read_tensor_infos, shard_files
+from finetune.errors import FinetuneError, ModelError
 from finetune.kernels import (
-    BLOCK,
-    NESTED_BLOCK,
-    NF4_CODE,
     ExpertStack,
     ExpertStorage,
-    Nf4Stack,
     dequantize_expert,
-    dynamic_map,
     empty_experts,
-    quantize_scales,
     quantize_stack,
     stack_type,
 )
@@ -53,11 +47,68 @@ from finetune.moe import (
 
 Onto = Literal["trained", "original"]
 Shapes = dict[str, tuple[int, ...]]
-# Weights of a piece: 1 MiB in float32.
-_PIECE = 2**18
-_CPU = torch.device("cpu")
+_DTYPES = ("BF16", "F16", "F32", "U8")
 # What bitsandbytes saves beside a 4-bit weight.
 _LINEAR4BIT_PARTS = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+
+
+def expert_place(name: str) -> tuple[int, str]:
+    """Layer and projection of a fused parameter (`model.layers.3.mlp.experts.down_proj`)."""
+    layer, projection = int(name.split(".")[2]), name.rpartition(".")[2]
+    assert projection in EXPERT_PROJECTIONS, name
+    return layer, projection
+
+
+class Tensors:
+    """The tensors of safetensors files, by name.
+
+    Raises:
+        FinetuneError: of the given kind; a file's header is damaged, or a tensor has a dtype that no checkpoint of
+            these models has.
+    """
+
+    def __init__(self, files: Iterable[Path], *, kind: type[FinetuneError] = ModelError):
+        self._infos: dict[str, TensorInfo] = {}
+        for file in files:
+            for info in read_tensor_infos(file, kind=kind):
+                if info.dtype not in _DTYPES:
+                    raise kind(
+                        f"{info.name} has the dtype {info.dtype}",
+                        where=str(file),
+                        allowed=", ".join(_DTYPES),
+                        fix="use the 16-bit checkpoint",
+                    )
+                self._infos[info.name] = info
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def require(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Checks names and shapes before hours are spent.
+
+        Raises:
+            ModelError: names what is missing, or of another shape.
+        """
+        missing = [name for name in shapes if name not in self._infos]
+        if missing:
+            raise incomplete(missing)
+        for name, shape in shapes.items():
+            if self._infos[name].shape != shape:
+                raise ModelError(
+                    f"a weight of the checkpoint has the shape {list(self._infos[name].shape)}",
+                    where=f"{self._infos[name].file}: {name}",
+                    allowed=f"{list(shape)} by config.json",
+                    fix="download the checkpoint again, or use the config.json that belongs to it",
+                )
+
+    def read(self, name: str, *, row: int | None = None) -> Tensor:
+        """The tensor as it is stored, or only `tensor[row]`: a map of the file, which goes when the tensor goes."""
+        with safe_open(self._infos[name].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        return tensor
 
 
 class TrainedBase:
@@ -92,7 +143,7 @@ class TrainedBase:
         self._quantizing_dtype = quantizing_dtype
         self.arch, self.attention, self.experts, self.onto = arch, attention, experts, onto
         self._stack = stack_type(experts)
-        self.tensors = Tensors.of_model(folder)
+        self.tensors = Tensors(shard_files(folder))
         first = f"{experts_path(0)}.{EXPERT_PROJECTIONS[0]}"
         self._holds_stacks = f"{first}_{self._stack._fields[0]}" in self.tensors
         self._holds_fused = first in self.tensors
@@ -118,10 +169,10 @@ class TrainedBase:
             return self._as_loaded(self.tensors.read(stored))
         if self._holds_stacks:
             parts = {f"weight.{part}": self.tensors.read(f"{stored}.{part}") for part in _LINEAR4BIT_PARTS}
-            state = copy.copy(bnb.QuantState.from_dict(parts, device=_CPU))
+            state = copy.copy(bnb.QuantState.from_dict(parts, device=torch.device("cpu")))
             state.dtype = torch.float32  # else the values come in the dtype that was quantized
             return bnb.dequantize_4bit(self.tensors.read(stored), state)
-        return trained_values(self._as_loaded(self.tensors.read(stored)), torch.float32)
+        return dequantize_expert(self._quantized(self.tensors.read(stored)), 0, torch.float32)
 
     def expert(self, layer: int, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
         """[out, in] of one expert's fused projection in a 16-bit dtype, rounded once.
@@ -129,14 +180,9 @@ class TrainedBase:
         Raises:
             ModelError: a weight is not finite.
         """
-        if self._holds_stacks or (self._recorded and self.onto == "trained"):
-            return decode(self.stack(layer, expert, projection), dtype)
-        stored = self._stored_expert(layer, expert, projection)
         if self.onto == "trained":
-            values = trained_values(self._as_loaded(stored), dtype)
-            # A weight that is not finite reaches every value, through the mean of the scales.
-            self._require_finite(layer, expert, projection, values[:1, :1].float())
-            return values
+            return dequantize_expert(self.stack(layer, expert, projection), 0, dtype)
+        stored = self._stored_expert(layer, expert, projection)
         self._require_finite(layer, expert, projection, stored)
         return stored.to(dtype)
 
@@ -154,7 +200,7 @@ class TrainedBase:
             fields = (self.tensors.read(f"{fused}_{field}", row=expert) for field in self._stack._fields)
             stack: ExpertStack = self._stack(*(field.unsqueeze(0) for field in fields))
         else:
-            stack = encode(self._as_loaded(self._stored_expert(layer, expert, projection)))
+            stack = self._quantized(self._stored_expert(layer, expert, projection))
         self._require_finite(layer, expert, projection, *(field for field in stack if field.is_floating_point()))
         if self._recorded:
             self._hashes[fused, expert] = stack_hash(stack)
@@ -191,7 +237,11 @@ class TrainedBase:
         if self._holds_fused:
             return self.tensors.read(f"{experts_path(layer)}.{projection}", row=expert)
         names = hub_expert_names(self.arch.model_type, layer, expert, projection)
-        return self.tensors.read_joined(names)
+        return torch.cat([self.tensors.read(name) for name in names])
+
+    def _quantized(self, stored_OI: Tensor) -> ExpertStack:
+        """A stack of one from [out, in]."""
+        return quantize_stack(self._as_loaded(stored_OI).unsqueeze(0))
 
     def _as_loaded(self, stored: Tensor) -> Tensor:
         # 16 bits are the same values in float32, and give the same bytes.
@@ -217,91 +267,8 @@ class TrainedBase:
                 stored[name] = shape
             else:
                 experts, out, in_ = shape
-                layer = int(path.split(".")[2])
+                layer, _ = expert_place(name)
                 for expert in range(experts):
                     names = hub_expert_names(self.arch.model_type, layer, expert, projection)
                     stored |= {matrix: (out // len(names), in_) for matrix in names}
         return stored
-
-
-def encode(matrix_OI: Tensor) -> Nf4Stack:
-    """A stack of one from [out, in]."""
-    return quantize_stack(matrix_OI.unsqueeze(0))
-
-
-def _decode_scales(indices: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-    code = dynamic_map(_CPU)
-    scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(indices, nested, code, NESTED_BLOCK, torch.float32)
-    return scales + offset
-
-
-def decode(stack: ExpertStack, dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype` of a stack of one: the values of `dequantize_expert`, NF4's made piece by piece."""
-    if not isinstance(stack, Nf4Stack):
-        return dequantize_expert(stack, 0, dtype)
-    scales = _decode_scales(stack.absmax[0], stack.nested_absmax[0], stack.offset)
-    values = torch.empty(stack.matrix_shape, dtype=dtype)
-    pieces = zip(values.view(-1).split(_PIECE), stack.packed.view(-1).split(_PIECE // 2), strict=True)
-    for piece, (into, codes) in enumerate(pieces):
-        of_piece = scales[piece * (_PIECE // BLOCK) : (piece + 1) * (_PIECE // BLOCK)]
-        into.copy_(torch.ops.bitsandbytes.dequantize_4bit(codes, of_piece, BLOCK, "nf4", into.shape, dtype).view(-1))
-    return values
-
-
-def trained_values(matrix_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype`: `decode(encode(matrix), dtype)`, bit for bit; quicker for bfloat16.
-
-    A weight's level depends on its ratio to its block's absmax. Shifting both by a power of two shifts every step of
-    the arithmetic exactly, so of bfloat16 what counts are the absmax's 7 bits of mantissa, the weight's sign, and the
-    difference of their bits read as integers; from 8 powers of two on the level is zero. A table over these has 2^18
-    levels, of which a block needs 8 KiB.
-    """
-    if matrix_OI.dtype != torch.bfloat16:
-        return decode(encode(matrix_OI), dtype)
-    bits = matrix_OI.contiguous().view(torch.int16).view(-1, BLOCK)
-    rows = _PIECE // BLOCK
-    size = min(bits.numel(), _PIECE)
-    magnitudes, signs = (torch.empty(size, dtype=torch.int16).view(-1, BLOCK) for _ in range(2))
-    places, values = torch.empty(size, dtype=torch.int32).view(-1, BLOCK), torch.empty(size)
-    top = torch.empty(len(bits), dtype=torch.int16)
-    for piece, into in zip(bits.split(rows), top.split(rows), strict=True):
-        torch.amax(torch.bitwise_and(piece, 0x7FFF, out=magnitudes[: len(piece)]), 1, out=into)
-    if not (((top >= _SHIFTED.start) & (top < _SHIFTED.stop)) | (top == 0)).all():
-        return decode(encode(matrix_OI), dtype)
-    indices, nested, offset = quantize_scales(top.view(torch.bfloat16).float().unsqueeze(0))
-    scales = _decode_scales(indices[0], nested[0], offset)
-    table = ((top & 0x7F).to(torch.int32) * (2 * _STEPS)).view(-1, 1)
-    # A block of zeros has any absmax above zero.
-    top.clamp_(min=_SHIFTED.start)
-    result = torch.from_numpy(buffers.take(bits.numel() * dtype.itemsize)).view(dtype)
-    pieces = zip(
-        *(tensor.split(rows) for tensor in (bits, top.view(-1, 1), table, scales.view(-1, 1), result.view(-1, BLOCK))),
-        strict=True,
-    )
-    for piece, top_of, table_of, scales_of, into in pieces:
-        count = len(piece)
-        below, sign, place = magnitudes[:count], signs[:count], places[:count]
-        torch.sub(top_of, torch.bitwise_and(piece, 0x7FFF, out=below), out=below).clamp_(max=_STEPS - 1)
-        below += torch.bitwise_right_shift(piece, 5, out=sign).bitwise_and_(_STEPS)
-        place.copy_(below).add_(table_of)
-        levels = torch.index_select(_LEVELS, 0, place.view(-1), out=values[: piece.numel()])
-        into.copy_(levels.view(-1, BLOCK).mul_(scales_of))
-    return result.view(matrix_OI.shape)
-
-
-# Eight powers of two of 128 bfloat16s each.
-_STEPS = 2**10
-# The bits of 2^-110 to 2^120: above and below, a ratio's float32 steps may meet subnormal numbers.
-_SHIFTED = range((127 - 110) << 7, (127 + 120) << 7)
-
-
-def _level_table() -> Tensor:
-    """float32 [128 mantissas of an absmax, 2 signs, _STEPS below it], flat: the level of the weight."""
-    absmax = torch.arange(127 << 7, 128 << 7, dtype=torch.int16).view(-1, 1)
-    weights = (absmax - torch.arange(_STEPS, dtype=torch.int16)).view(torch.bfloat16).float()
-    x = weights * (1.0 / absmax.view(torch.bfloat16).float())
-    levels = torch.tensor(NF4_CODE)
-    return levels[torch.searchsorted((levels[1:] + levels[:-1]) / 2, torch.stack([x, -x], 1).view(-1))]
-
-
-_LEVELS = _level_table()

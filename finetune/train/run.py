@@ -388,6 +388,9 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
             disable_tqdm=True,
         )
         _require_usable(args)
+    if args.device.type == "cpu":
+        # In a launch accelerate calls it "cpu:0", which transformers 5.17 gives to torch.load, which knows only "cpu".
+        args._setup_devices = torch.device("cpu")  # what `args.device` keeps
     return args
 
 

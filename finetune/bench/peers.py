@@ -1,6 +1,7 @@
 """`finetune bench peers`: the stacks of peer.py, one after the other, each in its own process on the same GPU.
 
-A stack that is not installed, or that fails, has a row that says so; the others are measured all the same.
+A stack that is not installed, that needs a GPU where there is none, or that fails has a row that says so; the others
+are measured all the same.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def _measure(
         return {"peer": peer, "status": f"not installed: {', '.join(missing)}"}
     if peer == "liger" and arch.model_type != "mixtral":
         return {"peer": peer, "status": f"patches Mixtral, not {arch.model_type}"}
+    if peer != "parametrization" and not torch.cuda.is_available():
+        return {"peer": peer, "status": "needs a GPU"}
     options = {"shape": shape, "batch": batch, "length": length, "steps": steps, "layers": layers}
     command = [sys.executable, "-m", "finetune.bench.peer", peer]
     for name, value in options.items():

@@ -68,7 +68,12 @@ def test_json_is_the_only_output(write_recipe: Write) -> None:
 
 
 @pytest.mark.slow
-def test_peers_on_a_cpu(small_mixtral: Path) -> None:
+def test_peers_on_a_cpu(small_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel is installed or played to be; without a GPU it cannot even be imported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setitem(PEERS, "liger", ())
+    monkeypatch.setitem(PEERS, "unsloth", ("no_such_package",))
     ran = run_finetune(
         *("bench", "peers", "--shape", small_mixtral, "--json"),
         *("--batch", "1", "--length", "8", "--steps", "1", "--layers", "1"),
@@ -82,9 +87,8 @@ def test_peers_on_a_cpu(small_mixtral: Path) -> None:
     assert measured["status"] == "measured", measured["status"]
     assert measured["layers"] == 1
     assert measured["tokens_per_second"] == pytest.approx(8 / measured["seconds_per_step"], rel=1e-2)
-    for name in ("liger", "unsloth"):
-        if rows[name]["status"] != "measured":
-            assert rows[name]["status"].startswith("not installed: ")
+    assert rows["liger"]["status"] == "needs a GPU"
+    assert rows["unsloth"]["status"] == "not installed: no_such_package"
 
 
 def test_a_peer_learns_with_its_experts_in_4_bits(small_mixtral: Path) -> None:

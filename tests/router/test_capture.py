@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from finetune.errors import ModelError
 from finetune.router.capture import RouterCapture
+from tests.conftest import REPOSITORY
+from tests.router import capture_run
 from tests.router.routing_models import (
     FAMILIES,
     LAYERS,
@@ -299,67 +301,8 @@ def test_a_model_without_a_router_is_refused() -> None:
     assert "router.log: false" in message
 
 
-def test_two_processes_add_up_to_one(tmp_path: Path) -> None:
-    """Two gloo processes under DDP with uneven rows, against one process's brute-force count."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        f"""
-import sys
-import torch
-import torch.distributed as dist
-
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from finetune.router.capture import RouterCapture
-from tests.router.routing_models import (
-    FAMILIES, assert_sums, brute_force_count, brute_force_sums, build_model, pad_right, random_rows
-)
-
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-model = build_model("olmoe").train()
-experts, top_k = FAMILIES["olmoe"]
-rows = random_rows([9, 4, 7, 1, 5])
-wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-with RouterCapture(wrapped, num_experts=experts, top_k=top_k) as capture:
-    for mine in ([rows[0:2], rows[2:3]], [rows[3:4], rows[4:5]])[rank]:
-        batch = pad_right(mine)
-        batch["labels"][:, :2] = -100
-        wrapped(**batch).loss.backward()
-    sums = capture.snapshot("train")
-    again = capture.snapshot("train")
-    parts = capture.snapshot_parts("train")
-    alone = capture.snapshot("train", across_processes=False)
-    if rank == 0:  # one process that saw nothing still joins the sum
-        model.eval()
-        with torch.no_grad():
-            model(**pad_right(rows[:1]))
-    lonely = capture.snapshot("eval")
-counts, prob_sum, tokens = brute_force_count(model, rows, experts, top_k)
-assert sums.tokens == tokens == 26, sums.tokens
-assert sums.counts.tolist() == counts
-torch.testing.assert_close(sums.prob_sum, torch.tensor(prob_sum).double(), rtol=1e-5, atol=1e-5)
-assert again.counts.tolist() == counts
-assert_sums(parts["completion"], brute_force_sums(model, rows, top_k, lambda row, token: token >= 2))
-assert_sums(parts["prompt"], brute_force_sums(model, rows, top_k, lambda row, token: token < 2))
-assert alone.tokens == (20, 6)[rank], alone.tokens
-assert lonely.tokens == 9, lonely.tokens
-dist.destroy_process_group()
-print("equal")
-""",
-        encoding="utf-8",
-    )
-    rendezvous = str(tmp_path / "rendezvous")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), rendezvous],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        out, err = worker.communicate(timeout=240)
-        assert worker.returncode == 0, err
-        assert out.strip().endswith("equal")
+def test_two_processes_add_up_to_one() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", capture_run.__name__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ from finetune.infer.request import Event, FinishedEvent, Request
 from finetune.infer.residency import EngineSettings
 from finetune.infer.runner import Runner
 from finetune.infer.sampler import RowSampling
-from finetune.infer.text import AnswerText, PromptEnd, encode_messages, encode_text
+from finetune.infer.text import AnswerText, PromptEnd, Vocabulary, encode_messages, encode_text
 from finetune.moe import ExpertsOn, LoadedModel
 
 T = TypeVar("T")
@@ -95,6 +95,7 @@ class Engine:
         self._selectors = dict(served.selectors)
         # An adapter uses the tokenizer, template and end of turn that it was trained with, not its base's.
         self._tokenizers = {name: served.tokenizers.get(name, self.loaded.tokenizer) for name in self.names}
+        self._vocabularies = {name: Vocabulary(tokenizer) for name, tokenizer in self._tokenizers.items()}
         self._runner = Runner(served, settings)
         self.max_length = self._runner.max_length
         self._end_ids = {name: _end_ids(self.loaded, tokenizer) for name, tokenizer in self._tokenizers.items()}
@@ -201,7 +202,7 @@ class Engine:
         Raises:
             DataError: an unknown model.
         """
-        return PromptEnd.of(self.tokenizer_of(model), ids)
+        return PromptEnd.of(self._vocabularies[self._name(model)], ids)
 
     def run(self, function: Callable[[LoadedModel], T], model: str | None = None) -> T:
         """Runs a function on a model between two steps, with its adapter and its tokenizer; waits for the result.
@@ -292,7 +293,7 @@ class Engine:
             self._checked = request.ids
         sampling = RowSampling(request.sampling, request.ids)
         name = self._name(request.model)
-        text = AnswerText(self._tokenizers[name], request.sampling.stop, request.after)
+        text = AnswerText(self._vocabularies[name], request.sampling.stop, request.after)
         limit = min(request.sampling.max_new_tokens, room)
         return Row(request, listen, name, self._selectors[name], self._end_ids[name], limit, text, sampling)
 

@@ -72,6 +72,25 @@ def encode_messages(
     return [int(token) for token in encoded.ids]
 
 
+class Vocabulary:
+    """What the tokens of a tokenizer stand for; built once, since a tokenizer may have a thousand control tokens."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def is_text(self, token: int) -> bool:
+        """False for control tokens and for embedding rows without a token, which decoding skips."""
+        return token not in self._special and self._tokenizer.id_to_token(token) is not None
+
+    def byte_of(self, token: int) -> int | None:
+        found = _BYTE.fullmatch(self._tokenizer.id_to_token(token))
+        return None if found is None else int(found[1], 16)
+
+
 @dataclass(frozen=True)
 class PromptEnd:
     """What an answer that continues a prompt's text needs to know of the prompt; read once for all its answers.
@@ -89,16 +108,15 @@ class PromptEnd:
     bytes_left: bytes | None = b""
 
     @classmethod
-    def of(cls, tokenizer: Any, ids: Sequence[int]) -> PromptEnd:
+    def of(cls, vocabulary: Vocabulary, ids: Sequence[int]) -> PromptEnd:
         """Reads token ids [N] from their end, only as far back as needed."""
-        tokens = _Tokens(tokenizer)
         ends_with, before = bytearray(), 0
         context: list[int] = []
         for token in reversed(ids):
-            if not tokens.is_text(token):
+            if not vocabulary.is_text(token):
                 continue
             context.append(token)
-            byte = None if before else tokens.byte_of(token)
+            byte = None if before else vocabulary.byte_of(token)
             if byte is not None:
                 ends_with.append(byte)
                 continue
@@ -108,7 +126,7 @@ class PromptEnd:
         context.reverse()
         end = _Bytes()
         end.add(bytes(reversed(ends_with)))
-        shown = tokens.decode(context[:before])
+        shown = vocabulary.decode(context[:before])
         # A character whose first bytes the prompt ends with is shown whole.
         given = len(shown) + len(end.text) if ends_with else len(shown) - shown.endswith(_UNKNOWN)
         return cls(tuple(context), given, end.text, end.left)
@@ -125,9 +143,9 @@ class AnswerText:
         stop: the stop text that was found, if any; no text after it is returned.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], after: PromptEnd | None = None):
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str], after: PromptEnd | None = None):
         after = after or PromptEnd()
-        self._tokens, self._stops = _Tokens(tokenizer), tuple(stops)
+        self._vocabulary, self._stops = vocabulary, tuple(stops)
         self._context: Sequence[int] = after.context  # whose text was given out; tokens after it need its company
         self._open: list[int] = []  # tokens after it
         self._bytes = _Bytes(after.bytes_text, after.bytes_left)  # those at the end of both
@@ -138,10 +156,10 @@ class AnswerText:
 
     def add(self, token: int) -> str:
         """Adds a token; returns the text that can be shown now."""
-        if not self._tokens.is_text(token):
+        if not self._vocabulary.is_text(token):
             return ""
         self._open.append(token)
-        byte = self._tokens.byte_of(token)
+        byte = self._vocabulary.byte_of(token)
         if byte is not None:
             self._bytes.add(bytes([byte]))
             return self._release(self._new_text()) if self._bytes_stop() else ""
@@ -149,20 +167,20 @@ class AnswerText:
         piece = self._new_text()
         if not self._unfinished:
             self._context, self._open = self._open, []
-            self._given = len(self._tokens.decode(self._context))
+            self._given = len(self._vocabulary.decode(self._context))
         return self._release(piece)
 
     def end(self) -> str:
         """The text that was held back: the beginning of a stop text, or an incomplete character."""
         if self.stop is not None:
             return ""
-        given = self._release(self._tokens.decode([*self._context, *self._open])[self._given :])
+        given = self._release(self._vocabulary.decode([*self._context, *self._open])[self._given :])
         rest, self._held = self._held, ""
         return given if self.stop is not None else given + rest
 
     def _new_text(self) -> str:
         """Of context and open tokens, what has not been given out and is not a character's beginning; it is now."""
-        text = self._tokens.decode([*self._context, *self._open])
+        text = self._vocabulary.decode([*self._context, *self._open])
         self._unfinished = text.endswith(_UNKNOWN)
         begin, self._given = self._given, max(self._given, len(text) - self._unfinished)
         return text[begin : self._given]
@@ -185,25 +203,6 @@ class AnswerText:
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
-
-
-class _Tokens:
-    """What the tokens of a tokenizer stand for."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def is_text(self, token: int) -> bool:
-        """False for control tokens and for embedding rows without a token, which decoding skips."""
-        return token not in self._special and self._tokenizer.id_to_token(token) is not None
-
-    def byte_of(self, token: int) -> int | None:
-        found = _BYTE.fullmatch(self._tokenizer.id_to_token(token))
-        return None if found is None else int(found[1], 16)
 
 
 class _Bytes:

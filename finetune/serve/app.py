@@ -91,7 +91,7 @@ def make_app(
         form = (ChatChoices if kind is ChatCompletionRequest else CompletionChoices)(
             texts[model], with_logprobs=with_logprobs
         )
-        common: dict[str, Any] = {"model": model, "choices": parsed.n or 1, "with_logprobs": with_logprobs}
+        common: dict[str, Any] = {"model": model, "n": parsed.n or 1, "with_logprobs": with_logprobs}
         if not parsed.stream:
             return WholeReply(admission, answers, form, **common)
         usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)

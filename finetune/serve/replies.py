@@ -29,16 +29,14 @@ class Reply(Response):
 
     Args:
         model: the model name in the response.
-        choices: the number of answers to each prompt; `answers` holds them prompt by prompt.
+        n: the number of answers to each prompt; `answers` holds them prompt by prompt.
     """
 
-    def __init__(
-        self, admission: Admission, answers: Answers, form: Form, *, model: str, choices: int, with_logprobs: bool
-    ):
+    def __init__(self, admission: Admission, answers: Answers, form: Form, *, model: str, n: int, with_logprobs: bool):
         super().__init__()
         self._gone = False
         self._admission, self._answers, self._form = admission, answers, form
-        self._choices, self._with_logprobs = choices, with_logprobs
+        self._n, self._with_logprobs = n, with_logprobs
         self._document = {
             "id": form.id_prefix + uuid.uuid4().hex,
             "object": form.piece_object if answers.live else form.whole_object,
@@ -66,7 +64,7 @@ class Reply(Response):
     def _usage(self) -> dict[str, int]:
         """The `usage` object: each prompt counts once, and all answers."""
         ends = [answer.finished for answer in self._answers.all]
-        prompt = sum(end.prompt_tokens for end in ends[:: self._choices] if end is not None)
+        prompt = sum(end.prompt_tokens for end in ends[:: self._n] if end is not None)
         completion = sum(end.completion_tokens for end in ends if end is not None)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 

@@ -11,9 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.infer.text import AnswerText, PromptEnd
+from finetune.infer.text import AnswerText, PromptEnd, Vocabulary
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model")
+VOCABULARY = Vocabulary(TOKENIZER)
 BYTES = TOKENIZER.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
 PARROT = [BYTES[byte] for byte in "🦜".encode()]
 
@@ -28,7 +29,7 @@ def gpt2s() -> PreTrainedTokenizerFast:
 
 
 def pieces(text: str, *stops: str) -> tuple[list[str], AnswerText]:
-    answer = AnswerText(TOKENIZER, stops)
+    answer = AnswerText(VOCABULARY, stops)
     out = [answer.add(token) for token in TOKENIZER(text, add_special_tokens=False)["input_ids"]]
     return [*out, answer.end()], answer
 
@@ -45,7 +46,7 @@ def test_the_sum_is_the_whole(text: str) -> None:
 
 def test_an_incomplete_character_comes_at_the_end_only() -> None:
     ids = TOKENIZER("🦜", add_special_tokens=False)["input_ids"][:-1]
-    answer = AnswerText(TOKENIZER, ())
+    answer = AnswerText(VOCABULARY, ())
     assert "".join(answer.add(token) for token in ids) == ""
     assert "�" in answer.end()
 
@@ -63,7 +64,7 @@ def test_an_incomplete_character_comes_at_the_end_only() -> None:
 )
 def test_tokens_that_are_no_text_end_nothing(names: list[str]) -> None:
     ids = TOKENIZER.convert_tokens_to_ids(names)
-    answer = AnswerText(TOKENIZER, ())
+    answer = AnswerText(VOCABULARY, ())
     assert "".join([answer.add(token) for token in ids]) + answer.end() == TOKENIZER.decode(
         ids, skip_special_tokens=True
     )
@@ -74,27 +75,27 @@ def test_any_tokens_are_the_tokenizers_own_decoding(kind: str) -> None:
     """Drawn so that bytes, parts of characters, control tokens and ids that are no token stand side by side."""
     draw = random.Random(0)
     tokenizer = gpt2s() if kind == "gpt2" else TOKENIZER
-    size = len(tokenizer)
+    size, vocabulary = len(tokenizer), Vocabulary(tokenizer)
     odd = [*BYTES, *PARROT * 20, 0, 1, 2, size, size + 5] if kind == "sentencepiece" else [*range(size + 2)]
     parrot = PARROT if kind == "sentencepiece" else tokenizer.convert_tokens_to_ids(list("ðŁ¦ľ"))
     for _ in range(400):
         ids: list[int] = []
         while len(ids) < 12:
             ids += draw.choice([[draw.randrange(size)], [draw.choice(odd)], parrot[: draw.randrange(1, 5)]])
-        answer = AnswerText(tokenizer, ())
+        answer = AnswerText(vocabulary, ())
         given = "".join([answer.add(token) for token in ids]) + answer.end()
         assert given == tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
 def test_a_stop_text_of_bytes_ends_at_once() -> None:
-    answer = AnswerText(TOKENIZER, ("\n\n",))
+    answer = AnswerText(VOCABULARY, ("\n\n",))
     ids = [*TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10], BYTES[10]]
     assert "".join(answer.add(token) for token in ids) == "one"
     assert answer.stop == "\n\n"
 
 
 def test_a_character_that_the_prompt_began() -> None:
-    answer = AnswerText(TOKENIZER, (), PromptEnd.of(TOKENIZER, [*TOKENIZER("a")["input_ids"], *PARROT[:2]]))
+    answer = AnswerText(VOCABULARY, (), PromptEnd.of(VOCABULARY, [*TOKENIZER("a")["input_ids"], *PARROT[:2]]))
     end = TOKENIZER.convert_tokens_to_ids("▁take")
     assert "".join(answer.add(token) for token in [*PARROT[2:], end]) == "🦜 take"
 
@@ -104,7 +105,7 @@ def test_a_character_that_the_prompt_began() -> None:
 def test_what_goes_on_from_a_prompt_is_the_rest_of_the_whole(prompt: str, text: str) -> None:
     begin = TOKENIZER(prompt)["input_ids"]
     rest = TOKENIZER("x" + text, add_special_tokens=False)["input_ids"][1:]
-    answer = AnswerText(TOKENIZER, (), PromptEnd.of(TOKENIZER, begin))
+    answer = AnswerText(VOCABULARY, (), PromptEnd.of(VOCABULARY, begin))
     given = "".join(answer.add(token) for token in rest) + answer.end()
     assert prompt + given == TOKENIZER.decode([*begin, *rest], skip_special_tokens=True)
 
@@ -137,7 +138,7 @@ def test_any_answer_to_the_end_of_any_prompt_is_the_rest_of_the_whole() -> None:
         while len(rest) < 8:
             rest += draw.choice([[draw.randrange(size)], [draw.choice(odd)], letters[len(run) :], PARROT[:2]])
         prompt = Watched([*begin, *run])
-        answer = AnswerText(TOKENIZER, (), PromptEnd.of(TOKENIZER, prompt))
+        answer = AnswerText(VOCABULARY, (), PromptEnd.of(VOCABULARY, prompt))
         given = "".join([answer.add(token) for token in rest]) + answer.end()
         whole = TOKENIZER.decode([*begin, *run, *rest], skip_special_tokens=True)
         shown = TOKENIZER.decode(begin, skip_special_tokens=True)

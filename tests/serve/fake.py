@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from finetune.errors import DataError, EngineError
 from finetune.infer.request import Event, FinishedEvent, Request, TokenEvent
-from finetune.infer.text import PromptEnd
+from finetune.infer.text import PromptEnd, Vocabulary
 from tests.conftest import REPOSITORY
 
 MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"
@@ -77,7 +77,7 @@ class FakeEngine:
         return (1, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt_end(self, ids: Sequence[int], model: str | None = None) -> PromptEnd:
-        return PromptEnd.of(self.tokenizer, ids)
+        return PromptEnd.of(Vocabulary(self.tokenizer), ids)
 
     def cancel(self, handle: FakeHandle) -> None:
         with self._work:

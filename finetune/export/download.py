@@ -1,18 +1,20 @@
 """Fetches an adapter or a model from the hub: one commit, verified by hash, nothing in it that runs code.
 
-Why: a branch moves, so the revision is resolved to its commit first, and the commit is what is recorded. The client
-checks sizes; here every file is hashed and compared with what the commit names: SHA-256 for large files, git's blob id
-for the others. A pickle runs code when it is read, and `auto_map` runs Python files of the repository; the formats kept
-here hold data only. Other files are left out, and a repository that is of no use without them is refused.
+Why: a branch moves, so the revision is resolved to its commit first, and the commit is what is recorded. A download is
+checked by size only, so that the client's own verification follows: every file by the hash that the commit names,
+SHA-256 for large files and git's blob id for the others. A pickle runs code when it is read, and `auto_map` runs Python
+files of the repository; the formats kept here hold data only. Other files are left out, and a repository that is of no
+use without them is refused.
 
-How: files go into a hidden folder beside the output that carries the commit in its name. It stays when the connection
-breaks, and the next pull takes the files that are missing; whole and verified, it becomes the output by one rename. The
-client goes on inside of a file while it runs; a file that a kill has cut it begins anew.
+How: files go into a hidden folder beside the output that carries the commit in its name, JSON first, since a config may
+be refused before gigabytes come. The folder stays when the connection breaks, and the next pull takes the files that
+are missing; whole and verified, it becomes the output by one rename. The client resumes inside of a file while it runs;
+a file that a kill has cut it begins anew.
 """
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import os
 import re
 import shutil
@@ -100,14 +102,18 @@ def pull(
     report.line(f"Pulling {repo_id} at {commit}: {len(wanted)} files, {gib(total)}")
     for path in left_out:
         report.line(f"left out: {path} (may run code when it is read)")
-    for file in sorted(wanted, key=lambda file: (file.size, file.path)):
-        _fetch(hub, repo_id, file, commit, partial_folder)
-        if file.path.endswith(".json") and not allow_unsafe:
-            _require_no_code(partial_folder / file.path, repo_id, partial_folder)
-        if file.path.endswith(".safetensors"):
-            check_safetensors(partial_folder / file.path, kind=HubError)
-    pulled = Pulled(repo_id, commit, tuple(sorted(file.path for file in wanted)), tuple(left_out), total)
-    hashes = {file.path: _expected(file) for file in wanted}
+    paths = [file.path for file in wanted]
+    configs = [path for path in paths if path.endswith(".json")]
+    _fetch(hub, repo_id, configs, commit, partial_folder)
+    for path in configs if not allow_unsafe else ():
+        _require_no_code(partial_folder / path, repo_id, partial_folder)
+    _fetch(hub, repo_id, paths, commit, partial_folder)
+    for path in paths:
+        if path.endswith(".safetensors"):
+            check_safetensors(partial_folder / path, kind=HubError)
+    pulled = Pulled(repo_id, commit, tuple(sorted(paths)), tuple(left_out), total)
+    # SHA-256 of a large file, git's blob id of another.
+    hashes = {file.path: file.lfs.sha256 if file.lfs is not None else file.blob_id for file in wanted}
     write_json(
         partial_folder / PULLED_FILE, {"repo_id": repo_id, "revision": revision, "commit": commit, "files": hashes}
     )
@@ -118,20 +124,30 @@ def pull(
     return pulled
 
 
-def _fetch(hub: Hub, repo_id: str, file: RepoFile, commit: str, folder: Path) -> None:
-    """Downloads a file, or what is missing of it, and compares its hash; a wrong one is deleted."""
-    if ".." in PurePosixPath(file.path).parts or PurePosixPath(file.path).is_absolute():
-        raise HubError(f"{file.path!r} would lie outside of the output folder", where=repo_id, fix="do not use it")
-    download = partial(hub.api.hf_hub_download, repo_id, file.path, revision=commit, local_dir=folder)
-    path = Path(hub.ask(f"download {file.path}", repo_id, download))
-    found = _sha256(path) if file.lfs is not None else _blob_id(path)
-    if found != _expected(file):
-        path.unlink()
+def _fetch(hub: Hub, repo_id: str, paths: Sequence[str], commit: str, folder: Path) -> None:
+    """Downloads what is missing of these files, and compares their hashes; a file with a wrong one is deleted."""
+    for path in paths:
+        if ".." in PurePosixPath(path).parts or PurePosixPath(path).is_absolute():
+            raise HubError(f"{path!r} would lie outside of the output folder", where=repo_id, fix="do not use it")
+    if not paths:
+        return
+    patterns = list(map(glob.escape, paths))
+    download = partial(hub.api.snapshot_download, repo_id, allow_patterns=patterns, revision=commit, local_dir=folder)
+    hub.ask("download the files", repo_id, download)
+    verify = partial(hub.api.verify_repo_checksums, repo_id, revision=commit, local_dir=folder)
+    found = hub.ask("compare the hashes", repo_id, verify)
+    wrong = [file for file in found.mismatches if file["path"] in paths]
+    for file in wrong:
+        (folder / file["path"]).unlink()
+    if wrong:
+        path, actual, expected = (wrong[0][key] for key in ("path", "actual", "expected"))
         raise HubError(
-            f"{file.path} is not what the commit names: its hash is {found[:12]}, not {_expected(file)[:12]}",
+            f"{path} is not what the commit names: its hash is {actual[:12]}, not {expected[:12]}",
             where=f"{repo_id} at {commit}",
-            fix="run the same command again: only this file is fetched anew",
+            fix="run the same command again: only what is wrong is fetched anew",
         )
+    if missing := sorted({*paths} & {*found.missing_paths}):
+        raise HubError(f"{missing[0]} did not come", where=f"{repo_id} at {commit}", fix="run the same command again")
 
 
 def _require_weights(wanted: Sequence[RepoFile], left_out: Sequence[str], repo_id: str) -> None:
@@ -164,19 +180,3 @@ def _require_no_code(path: Path, repo_id: str, folder: Path) -> None:
 def _names_code(value: Any) -> bool:
     # PEFT writes the base's class here when it is given no task; that runs nothing of the repository.
     return bool(value) and not (isinstance(value, Mapping) and "parent_library" in value)
-
-
-def _expected(file: RepoFile) -> str:
-    """What the commit says the file's hash is: SHA-256 of a large file, git's blob id of another."""
-    return file.lfs.sha256 if file.lfs is not None else file.blob_id
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _blob_id(path: Path) -> str:
-    """SHA-1 of "blob SIZE\\0CONTENT" (git's object format)."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -94,7 +94,7 @@ def test_a_file_that_is_not_what_its_hash_says_is_refused(hub: StandIn, tmp_path
     hub.add(REPO, FILES)
     honest, hub.spoil = hub.spoil, lambda content: content[:-1] + b"!"
     for name in ("adapter_model.safetensors", "README.md"):
-        hub.repos[REPO].commits[hub.repos[REPO].branches["main"]] = {"x.safetensors": WEIGHTS, name: FILES[name]}
+        hub.commit(hub.repos[REPO], "main", {"x.safetensors": WEIGHTS, name: FILES[name]}, name)
         ran = run_finetune("pull", REPO, "--output", tmp_path / "out")
         assert ran.status == 2
         assert re.search(r"\S+ is not what the commit names: its hash is [0-9a-f]{12}, not [0-9a-f]{12}", ran.stderr)
@@ -141,7 +141,7 @@ def test_a_broken_pull_goes_on_in_another_process(hub: StandIn, environment: dic
     command = [sys.executable, "-m", "finetune", "pull", REPO, "--output", str(tmp_path / "out")]
     cut = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert cut.returncode == 2, cut.stderr
-    assert "error: the token has no right to download more.safetensors (403): not now" in cut.stderr
+    assert "error: the token has no right to download the files (403): not now" in cut.stderr
     assert not (tmp_path / "out").exists()
     hub.faults.clear()
     hub.requests.clear()

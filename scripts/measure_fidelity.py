@@ -24,7 +24,7 @@ from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.evaluation.compare import compare
 from finetune.evaluation.models import Compared, open_compared
-from finetune.export.held_out import HeldOut
+from finetune.export.run_files import HeldOut
 from finetune.moe.load import LoadedModel
 from finetune.recipe.origin import provenance
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.adapter import Adapter
 from finetune.checkpoint import check_model_folder, read_json, shard_files
 from finetune.console import Report
 from finetune.errors import AdapterError
+from finetune.export.base import Tensors
 from finetune.export.run_files import DataFile, recorded
 from finetune.moe import MoeArch, fingerprint_of, hub_name, require_fingerprint, router_path
 from finetune.runfolder import RunFolder
@@ -49,8 +50,7 @@ def inspect_adapter(folder: Path, *, base_path: str | None = None) -> dict[str, 
     adapter = Adapter.open(folder, base=base_path)
     spec = adapter.base
     base = _Base.at_hand(adapter)
-    with safe_open(adapter.tensors_file, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in adapter.shapes}
+    tensors = load_file(adapter.tensors_file)
     is_lora = adapter.kind == "lora"
     norms = dict(_lora_norms(tensors, adapter.scaling, base) if is_lora else _full_norms(tensors, base))
     return {
@@ -104,10 +104,7 @@ class _Base:
 
     def __init__(self, folder: Path):
         self.arch = MoeArch.from_config(check_model_folder(folder), where=str(folder))
-        self._files: dict[str, Path] = {}
-        for file in shard_files(folder):
-            with safe_open(file, framework="pt") as shard:
-                self._files |= dict.fromkeys(shard.keys(), file)
+        self._tensors = Tensors(shard_files(folder))
 
     @classmethod
     def at_hand(cls, adapter: Adapter) -> _Base | None:
@@ -120,12 +117,9 @@ class _Base:
 
     def weight(self, name: str) -> Tensor | None:
         """The tensor as it is stored; None where it is not there, or in 4 bits."""
-        stored = name if name in self._files else hub_name(self.arch.model_type, name)
-        if stored not in self._files:
-            return None
-        with safe_open(self._files[stored], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored)
-        return tensor if tensor.is_floating_point() else None
+        stored = name if name in self._tensors else hub_name(self.arch.model_type, name)
+        tensor = self._tensors.read(stored) if stored in self._tensors else None
+        return tensor if tensor is not None and tensor.is_floating_point() else None
 
 
 def _lora_norms(

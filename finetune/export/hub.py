@@ -153,7 +153,7 @@ class Hub:
             return HubError(f"the token has no right to {what} (403){said}", where=where, fix=_NEW_TOKEN)
         if status >= 500:
             return HubError(f"the hub has a fault of its own ({status}): {what}", where=where, fix=f"later, {_AGAIN}")
-        return HubError(f"the hub refuses to {what} ({status}){said}", where=where, fix="mend what it names")
+        return HubError(f"the hub refuses to {what} ({status}){said}", where=where, fix="correct what it names")
 
     def redacted(self, text: str) -> str:
         """The text without this machine's token, and without what looks like one."""

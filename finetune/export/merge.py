@@ -21,9 +21,8 @@ from finetune.evaluate import Fidelity, fidelity_between
 from finetune.export.base import Onto
 from finetune.export.formats import DTYPES, write_folder
 from finetune.export.gguf import write_gguf
-from finetune.export.held_out import HeldOut
-from finetune.export.source import MergeSource, open_source
-from finetune.export.tunings import Weighted
+from finetune.export.run_files import HeldOut
+from finetune.export.source import MergeSource, Weighted, open_source
 from finetune.export.writing import parse_size
 from finetune.moe import resolve_device
 from finetune.runfolder import require_fresh, write_json

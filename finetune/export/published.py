@@ -23,6 +23,7 @@ from finetune.checkpoint import read_json, shard_files
 from finetune.data import SUFFIXES, suffix_of
 from finetune.errors import AdapterError, ModelError
 from finetune.moe import BASE_FILE
+from finetune.moe import is_local as is_path
 
 _TOKENIZER = r"tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt"
 _TOKENIZER += r"|chat_template\.jinja|chat_template\.json"
@@ -44,8 +45,7 @@ _METADATA = "__metadata__"
 
 def is_local(name: str) -> bool:
     """Whether a model or data set is a file or folder of this machine and not a hub id, which has at most one slash."""
-    is_path = _PATH.match(name) or name.count("/") > 1 or suffix_of(Path(name)) in SUFFIXES
-    return bool(is_path) or Path(name).exists()
+    return is_path(name) or suffix_of(Path(name)) in SUFFIXES
 
 
 def public_name(name: str) -> str:

@@ -1,18 +1,34 @@
-"""What the files of a run say, where something is made of them later: a card, a push, a comparison.
+"""What the files of a run say, where something is made of them later: a card, a push, or a comparison on the run's
+held-out conversations.
 
 `finetune train` writes them; whoever reads them here may have another release's, or damaged ones.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoint import read_json
-from finetune.errors import FinetuneError, OutputError
+from finetune.console import Report
+from finetune.data import (
+    Reading,
+    Source,
+    Teaching,
+    encode_source,
+    held_out_name,
+    held_out_rows,
+    open_source,
+    readings_of,
+)
+from finetune.errors import AdapterError, FinetuneError, OutputError
+from finetune.evaluate import Row
 from finetune.recipe import Recipe
+from finetune.runfolder import RunFolder
 from finetune.values import FileSchema, check_object
 
 
@@ -94,3 +110,61 @@ def recorded_recipe(file: Path, *, kind: type[FinetuneError], fix: str) -> Recip
             allowed="a run that this version trained",
             fix=fix,
         ) from None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Conversations before they are read.
+
+    name: what they are taken from; None where there are none.
+    recipe: of the run, where the command names no data.
+    """
+
+    name: str | None
+    recipe: Recipe | None
+
+    @classmethod
+    def find(cls, model: Path, data: str | None) -> HeldOut:
+        """Finds them and opens their source, so that a fault is said before a model loads.
+
+        Args:
+            model: an adapter folder, in a run's folder or not.
+            data: what the command names instead.
+
+        Raises:
+            FinetuneError: the run or the source cannot be read.
+        """
+        if data is not None:
+            open_source(Source(data))
+            return cls(data, None)
+        run_file = RunFolder(model.parent).run_file
+        if not run_file.is_file():
+            return cls(None, None)
+        recipe = recorded_recipe(run_file, kind=AdapterError, fix="name conversations with --data")
+        if recipe.data.evaluates:
+            open_source(readings_of(recipe)[-1].source)
+        return cls(held_out_name(recipe), recipe)
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_rows: int, report: Report | None = None) -> list[Row]:
+        """At most `max_rows` tokenized rows; none where there is nothing to compare on.
+
+        Args:
+            report: told which of the conversations that a command names cannot be used; training told of a run's.
+
+        Raises:
+            FinetuneError: as `encode_source`.
+        """
+        if self.recipe is not None:
+            rows = held_out_rows(self.recipe, tokenizer)
+        elif self.name is not None:
+            encoded = encode_source(Reading(Source(self.name, max_rows=max_rows)), tokenizer, Teaching())
+            rows = encoded.dataset
+            if report is not None:
+                for reason, refused in encoded.ledger.refused.items():
+                    first = encoded.ledger.at(refused.positions[0])
+                    report.line(
+                        f"warning: {refused.rows:,} of {encoded.ledger.rows:,} rows not used: {reason} ({first})"
+                    )
+        else:
+            rows = None
+        return [] if rows is None else list(rows.select(range(min(max_rows, len(rows)))))

@@ -23,8 +23,7 @@ from finetune.errors import OutputError
 from finetune.export import gguf, writing
 from finetune.export.base import Tensors
 from finetune.export.formats import write_folder
-from finetune.export.source import open_source
-from finetune.export.tunings import Weighted
+from finetune.export.source import Weighted, open_source
 from finetune.export.writing import Item, Partial, made_ahead, resumable, write_shards
 from tests.running import contents, refused, run_finetune
 

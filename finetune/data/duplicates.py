@@ -24,6 +24,7 @@ import numpy as np
 from rensa import RMinHash
 
 from finetune.data.rows import Conversation, Message
+from finetune.data.tools import as_text
 
 NEAR = 0.8
 SIGNATURE_VERSION = RMinHash.ALGORITHM_VERSION  # signatures of another version are not comparable
@@ -37,14 +38,15 @@ _BREAK = "\x1f"  # is white space, so no text has one after normalization
 
 
 def content_key(conversation: Sequence[Message]) -> bytes:
-    """16 bytes that are equal for conversations with the same roles and texts, but for white space."""
+    """16 bytes that are equal for conversations with the same roles, texts, tools and calls, but for white space."""
     parts = [part for m in conversation for part in (m["role"], " ".join(m["content"].split()))]
+    parts += [f"{number} {text}" for number, m in enumerate(conversation) if (text := as_text(m))]
     return hashlib.blake2b(_BREAK.join(parts).encode(), digest_size=16).digest()
 
 
 def shingles(conversation: Conversation) -> list[str]:
     """The runs of five words, all turns but the system's in a row; never none."""
-    text = "\n".join(m["content"] for m in conversation if m["role"] != "system").lower()
+    text = "\n".join(m["content"] + as_text(m) for m in conversation if m["role"] != "system").lower()
     words = _WORD.findall(text) or text.split() or [""]
     if len(words) <= _SHINGLE:
         return [" ".join(words)]

@@ -3,7 +3,7 @@
 Why: a wrong role, a missing assistant turn or a content that is no string surfaces in the middle of training, if at
 all. How: `find_form` decides once per source, from a sample row and what the user said; `to_conversation` checks one
 row and raises a `RowFault` whose text is the same for all rows with that fault, so that a report can group them;
-`parse` does a chunk and never raises. Leaves out tool use and images. A user turn at the very end is kept: it is
+`parse` does a chunk and never raises. Leaves out images. A user turn at the very end is kept: it is
 context that nothing answers, and is not supervised.
 """
 
@@ -18,6 +18,7 @@ from finetune.data.messages import ROLES, kind, shortened, text_of
 from finetune.data.reading import parse_json, rows_of
 from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
 from finetune.data.texts import text_form
+from finetune.data.tools import besides_of, is_said
 from finetune.data.turns import Form, FormName, Turn, listed, turns_of
 from finetune.data.unseen import unseen_in
 from finetune.errors import DataError
@@ -29,10 +30,10 @@ _USUAL_ROLES: Mapping[str, Role] = {
     **ROLES,
     **dict.fromkeys(("human", "prompter", "instruction", "question"), "user"),
     **dict.fromkeys(("gpt", "bot", "model", "chatgpt", "bing", "bard", "ai", "answer", "response"), "assistant"),
+    **dict.fromkeys(("function", "ipython", "observation", "tool_response"), "tool"),
 }
 _NAMED = 40  # characters of a role that is shown whole
-_OURS = ("system", "user", "assistant")
-_TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_response"}
+_OURS = ("system", "user", "assistant", "tool")
 _TURN_KEYS = {"role", "content", "train"}
 _LISTS = ("messages", "conversations", "conversation")  # names in use for the column with the turns
 _REQUIRED: dict[FormName, tuple[str, ...]] = {
@@ -45,15 +46,17 @@ _REQUIRED: dict[FormName, tuple[str, ...]] = {
     "human_text": ("text",),
 }
 _OPTIONAL: dict[FormName, dict[str, str | None]] = {  # with the user's name if he gives none; None: not looked for
-    "messages": {"role": "role", "content": "content", "train": None, "system": None},
-    "sharegpt": {"role": "from", "content": "value", "train": None, "system": "system"},
-    "prompt_completion": {"role": "role", "content": "content", "train": None, "system": None},
+    "messages": {"role": "role", "content": "content", "tools": "tools", "train": None, "system": None},
+    "sharegpt": {"role": "from", "content": "value", "tools": "tools", "train": None, "system": "system"},
+    "prompt_completion": {"role": "role", "content": "content", "tools": "tools", "train": None, "system": None},
     "alpaca": {"input": "input", "system": "system", "history": "history"},
     "chatml_text": {},
     "inst_text": {},
     "human_text": {},
 }
-COLUMNS = sorted({*_TURN_KEYS, *(c for names in _REQUIRED.values() for c in names), "input", "system", "history"})
+COLUMNS = sorted(
+    {*_TURN_KEYS, *(c for names in _REQUIRED.values() for c in names), "input", "system", "history", "tools"}
+)
 _ACCEPTED = (
     "`messages` (a list of {role, content}), `conversations` (ShareGPT: a list of {from, value}), `prompt` and "
     "`completion`, `instruction`, `input` and `output` (Alpaca), or `text` in ChatML (<|im_start|>role, newline, "
@@ -230,7 +233,12 @@ def parse(chunk: RawChunk, form: Form) -> Parsed:
 
 
 def _message(turn: Turn, form: Form) -> Message:
-    return {"role": role_of(turn.role, form), "content": text_of(turn.content), "train": turn.train}
+    message: Message = {"role": role_of(turn.role, form), "content": text_of(turn.content), "train": turn.train}
+    if turn.besides:
+        message |= cast("Message", besides_of(turn.besides, message["role"]))
+    if turn.tools:
+        message["tools"] = turn.tools
+    return message
 
 
 def role_of(role: Any, form: Form) -> Role:
@@ -238,8 +246,6 @@ def role_of(role: Any, form: Form) -> Role:
         raise RowFault(f"a role is {kind(role)}, not a string")
     known = form.known_role(role)
     if known is None:
-        if role in _TOOL_ROLES:
-            raise RowFault(f"a turn of role {role!r}: tool use is not trained here")
         own = role if role.isidentifier() else json.dumps(role)
         says = f"; if it is the user's, set data.roles: {{{own}: user}}" if len(role) <= _NAMED else ""
         raise RowFault(f"role {shortened(role)} is unknown{says}")
@@ -252,19 +258,22 @@ def check_conversation(conversation: Iterable[Message]) -> None:
     Raises:
         RowFault: one of these does not hold.
     """
-    before, texts = "", []
+    before, answers, called = "", [], False
     for message in conversation:
         role = message["role"]
         if role == "system" and before:
             raise RowFault("a system message that is not the first turn")
         if role == "assistant" and before in ("", "system"):
             raise RowFault("the assistant speaks first")
-        if role == before:
+        if role == "tool" and not called:
+            raise RowFault("a tool answers where nothing called it")
+        if role == before and role != "tool":
             raise RowFault(f"two {role} turns in a row")
         if role == "assistant":
-            texts.append(message["content"])
+            answers.append(message)
+        called = role == "tool" or "tool_calls" in message
         before = role
-    if not texts:
+    if not answers:
         raise RowFault("no assistant turn, so nothing to learn")
-    if not any(text and not text.isspace() for text in texts):
+    if not any(map(is_said, answers)):
         raise RowFault("every assistant turn is empty")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Literal
 
 import numpy as np
@@ -104,7 +104,7 @@ class Fitter:
             wanted = characters[low] + share * (characters[high] - characters[low])
             guess = int(np.searchsorted(characters, wanted, side="right")) - 1
             guess = min(max(guess, low + 1), high - 1)
-            [row] = self._encode([[*system, *(m for exchange in exchanges[:guess] for m in exchange)]])
+            [row] = self._encode([_together(system, exchanges[:guess])])
             if len(row.ids) <= max_length:
                 low, low_tokens, best = guess, len(row.ids), row
             else:
@@ -116,7 +116,7 @@ class Fitter:
         system, exchanges, answered = self._exchanges(conversation, encoded)
         if len(answered.ids) <= max_length or len(exchanges) == 1:
             return _kept([answered] if len(answered.ids) <= max_length else [], encoded)
-        alone = self._encode([[*system, *exchange] for exchange in exchanges])
+        alone = self._encode([_together(system, [exchange]) for exchange in exchanges])
         sizes = [len(row.ids) for row in alone]
         # What every row has besides its exchanges: the beginning of sequence and the system message.
         shared = max(round((sum(sizes) - len(answered.ids)) / (len(exchanges) - 1)), 0)
@@ -150,7 +150,7 @@ class Fitter:
         The end was foretold by a sum of lengths, which tokens across a seam may belie.
         """
         while end > begin + 1:
-            [row] = self._encode([[*system, *(m for exchange in exchanges[begin:end] for m in exchange)]])
+            [row] = self._encode([_together(system, exchanges[begin:end])])
             if len(row.ids) <= max_length:
                 return end, row
             end -= 1
@@ -159,18 +159,29 @@ class Fitter:
     def _exchanges(
         self, conversation: Conversation, encoded: Encoded
     ) -> tuple[Conversation, list[Conversation], Encoded]:
-        """The system message, if there is one, the exchanges, and their encoding without turns that nothing answers."""
+        """The system message, if there is one, the exchanges, and their encoding without turns that nothing answers.
+
+        Tools go on answering what they are asked, so an exchange ends with an answer that no tool's follows.
+        """
         system = [message for message in conversation[:1] if message["role"] == "system"]
+        follows = [message["role"] for message in conversation[len(system) + 1 :]]
         exchanges: list[Conversation] = []
         turns: Conversation = []
-        for message in conversation[len(system) :]:
+        for message, after in zip_longest(conversation[len(system) :], follows):
             turns.append(message)
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and after != "tool":
                 exchanges.append(turns)
                 turns = []
         if turns:
             [encoded] = self._encode([conversation[: -len(turns)]])
+        if "tools" in conversation[0] and not system:  # at the first message of every row
+            tools = conversation[0]["tools"]
+            exchanges = [[{**exchange[0], "tools": tools}, *exchange[1:]] for exchange in exchanges]
         return system, exchanges, encoded
+
+
+def _together(system: Conversation, exchanges: Sequence[Conversation]) -> Conversation:
+    return [*system, *(message for exchange in exchanges for message in exchange)]
 
 
 def _kept(rows: list[Encoded], encoded: Encoded) -> tuple[list[Encoded], int]:

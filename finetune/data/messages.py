@@ -15,7 +15,13 @@ from typing import Any
 from finetune.data.rows import Role, RowFault
 
 # As clients and data sets write them; `developer` is OpenAI's newer name for what a template calls the system.
-ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 class ContentFault(RowFault):

@@ -14,7 +14,7 @@ empty. They are rendered once for each sequence of roles and filled in after tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +25,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.learnt import Turns
 from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
-from finetune.data.unseen import cut_from
+from finetune.data.tools import REASONING, as_text, besides
+from finetune.data.unseen import cut_from, template_leaves_out
 
 T = TypeVar("T")
 
@@ -85,8 +86,14 @@ class _Form:
 
 
 def _cut(messages: Turns, text: str) -> tuple[str, ...]:
-    found = (cut_from(message["role"], message["content"], text) for message in messages)
+    found = [cut_from(message["role"], message["content"], text) for message in messages]
+    found += [cut_from(key, message[key], text) for message in messages for key in REASONING if key in message]
     return tuple(dict.fromkeys(filter(None, found)))
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as a template gets it."""
+    return {"role": message["role"], "content": message["content"], **besides(message)}
 
 
 class Renderer:
@@ -113,13 +120,14 @@ class Renderer:
             TemplateRefusal: see there.
         """
         try:
-            if self._template in _STRIPS_ANSWERS and len(messages) < len(PRIVATE):
+            if self._template in _STRIPS_ANSWERS and len(messages) < len(PRIVATE) and not any(map(as_text, messages)):
                 return self._fill_form(messages, add_generation_prompt)
             return self.render_by_template(messages, add_generation_prompt=add_generation_prompt)
         except TemplateSyntaxError as fault:
             raise TemplateRefusal(f"the chat template is not Jinja: {fault.message}, line {fault.lineno}") from None
         except TemplateError as fault:
-            raise TemplateRefusal(f"the chat template refuses a conversation: {fault}") from None
+            tools = " with tools" if any("tool_calls" in message for message in messages) else ""
+            raise TemplateRefusal(f"the chat template refuses a conversation{tools}: {fault}") from None
 
     def render_unfinished(self, messages: Turns) -> Rendered:
         """Renders a conversation up to the end of the last message's text, which is to go on; without spans.
@@ -129,7 +137,7 @@ class Renderer:
         Raises:
             TemplateRefusal: see `render`; or the last message is written twice, or not at all.
         """
-        taken = set(self._template).union(*(message["content"] for message in messages))
+        taken = set(self._template).union(*_strings(list(messages)))
         mark = next((char for char in map(chr, _MARKS) if char not in taken), None)
         if mark is None:
             raise TemplateRefusal("a conversation uses every private character of Unicode's first plane")
@@ -150,6 +158,9 @@ class Renderer:
         """
         hidden, shown = self._hide(messages)
         text, spans = self._run(hidden, add_generation_prompt)
+        cut = _cut(hidden, text)
+        if any(map(as_text, messages)) or any(message["role"] == "tool" for message in messages):
+            cut = (*cut, *self._left_out(hidden, text, add_generation_prompt))
         pieces = self._special.split(text)
         controls, expected = pieces[1::2], self._controls_around(hidden, add_generation_prompt)
         if controls != expected:
@@ -162,12 +173,36 @@ class Renderer:
         spans = [self._to_its_end(text, *span) for span in spans]
         if shown:
             pieces[::2] = [piece.translate(shown) for piece in pieces[::2]]
-        return Rendered(pieces, spans, _cut(hidden, text))
+        return Rendered(pieces, spans, cut)
+
+    def _left_out(self, messages: Turns, text: str, add_generation_prompt: bool) -> Iterator[str]:
+        """Names the tools that the template does not write; found by leaving them out.
+
+        Raises:
+            TemplateRefusal: it does not write calls of tools or what they answered, without which the rest is nonsense.
+        """
+
+        def changes(without: Turns) -> bool:
+            try:
+                return self._run(without, add_generation_prompt)[0] != text
+            except (TemplateError, TemplateRefusal):
+                return True  # it missed them
+
+        first, *rest = messages
+        if "tools" in first and not changes([{key: first[key] for key in first if key != "tools"}, *rest]):
+            yield template_leaves_out("`tools`")
+        uncalled = [{key: m[key] for key in m if key != "tool_calls"} for m in messages]
+        unanswered = [{**m, "content": HARMLESS} if m["role"] == "tool" else m for m in messages]
+        for what, without in (("calls of tools", uncalled), ("what tools answer", unanswered)):
+            if without != list(messages) and not changes(without):
+                raise TemplateRefusal(f"the chat template does not write {what}; choose a data.template that does")
 
     def _run(self, messages: Turns, add_generation_prompt: bool) -> tuple[str, Spans]:
+        tools = messages[0].get("tools") if messages else None
         try:
             rendered: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
+                conversations=[[_plain(message) for message in messages]],
+                tools=tools,
                 chat_template=self._template,
                 return_assistant_tokens_mask=self._is_marked,
                 add_generation_prompt=add_generation_prompt,
@@ -188,8 +223,8 @@ class Renderer:
 
     def _hide(self, messages: Turns) -> tuple[Turns, dict[int, str]]:
         """The messages without control tokens, and what each stand-in character is for."""
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        typed = [text for message in plain for text in message.values()]
+        plain = [{**_plain(m), **({"tools": m["tools"]} if "tools" in m else {})} for m in messages]
+        typed = list(_strings(plain))
         if not any(map(self._special.search, typed)):
             return plain, {}
         hidden = sorted({char for text in typed for special in self._special.findall(text) for char in special})
@@ -198,19 +233,16 @@ class Renderer:
         if len(stand_ins) < len(hidden):
             raise TemplateRefusal("a conversation uses every character of Unicode's private planes")
         hide = dict(zip(map(ord, hidden), stand_ins, strict=True))
-        without = [
-            {key: self._special.sub(lambda match: match[0].translate(hide), text) for key, text in message.items()}
-            for message in plain
-        ]
+        without = _each_string(lambda text: self._special.sub(lambda match: match[0].translate(hide), text), plain)
         return without, {ord(stand_in): chr(char) for char, stand_in in hide.items()}
 
     def _controls_around(self, messages: Turns, add_generation_prompt: bool) -> list[str]:
         """The control tokens that the template writes around such messages: the same roles, the same emptiness."""
-        shapes = [(m["role"], HARMLESS if m["content"].strip() else m["content"][:1]) for m in messages]
+        shapes = [(m["role"], HARMLESS if m["content"].strip() else m["content"][:1], as_text(m)) for m in messages]
         key = (add_generation_prompt, *shapes)
         found = self._controls.get(key)
         if found is None:
-            alike = [{"role": role, "content": text} for role, text in shapes]
+            alike = [{**m, "content": content} for m, (_, content, _) in zip(messages, shapes, strict=True)]
             found = self._special.findall(self._run(alike, add_generation_prompt)[0])
             _keep(self._controls, key, found)
         return found
@@ -245,6 +277,28 @@ class Renderer:
         ]
         placed = [0, *accumulate(char in number_of for char in text)]
         return _Form(pieces, order, [(bound - placed[bound], placed[bound]) for span in spans for bound in span])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in it, keys of mappings included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _each_string(change: Callable[[str], str], value: Any) -> Any:
+    """The same with every string changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_each_string(change, key): _each_string(change, inner) for key, inner in value.items()}
+    return [_each_string(change, inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _keep(kept: dict[tuple[object, ...], T], shape: tuple[object, ...], made: T) -> None:

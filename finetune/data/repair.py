@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import Any, NotRequired
+from typing import Any, NotRequired, cast
 
 from finetune.data.forms import check_conversation, role_of
 from finetune.data.messages import text_of
 from finetune.data.rows import Message, RowFault
+from finetune.data.tools import besides, besides_of, is_said
 from finetune.data.turns import Form, Turn, turns_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -36,12 +37,15 @@ def repair(row: Any, form: Form) -> tuple[list[Mended], list[str]]:
     done: list[str] = []
     turns = _without_null([turn._replace(role=role_of(turn.role, form)) for turn in turns_of(row, form)], done)
     conversation = [_mended_turn(turn, done) for turn in turns]
+    tools = turns[0].tools if turns else None
     for correct in _CORRECTIONS:
         corrected = correct(conversation)
         if corrected != conversation:
             done.append(_NAMES[correct])
             conversation = corrected
     check_conversation(conversation)
+    if tools:
+        conversation[0]["tools"] = tools
     return conversation, list(dict.fromkeys(done))
 
 
@@ -68,6 +72,7 @@ def _without_null(turns: list[Turn], done: list[str]) -> list[Turn]:
 
 def _mended_turn(turn: Turn, done: list[str]) -> Mended:
     mended: Mended = {"role": turn.role, "content": _text(turn.content, done), "train": turn.train}
+    mended |= cast("Mended", besides_of(turn.besides or {}, turn.role))
     if turn.unread:
         mended["unread"] = turn.unread
     return mended
@@ -104,14 +109,15 @@ def _system_first(messages: list[Mended]) -> list[Mended]:
 
 
 def _joined(messages: list[Mended]) -> list[Mended]:
-    return [_as_one(list(run)) for _, run in groupby(messages, key=lambda message: message["role"])]
+    runs = (list(run) for _, run in groupby(messages, key=lambda message: message["role"]))
+    return [one for run in runs for one in (run if run[0]["role"] == "tool" else [_as_one(run)])]
 
 
 def _as_one(run: list[Mended]) -> Mended:
     """Turns of one speaker as one; what a row says not to learn stays unlearnt with all that it is joined to."""
     if len(run) == 1:
         return run[0]
-    unread = sorted({key for message in run for key in message.get("unread", {})})
+    unread = sorted({key for message in run for key in (*message.get("unread", {}), *besides(message))})
     if unread:
         raise RowFault(f"two {run[0]['role']} turns in a row, with {', '.join(f'`{key}`' for key in unread)}")
     texts = [message["content"] for message in run if message["content"].strip()]
@@ -128,8 +134,8 @@ def _without_first_answer(messages: list[Mended]) -> list[Mended]:
 def _without_empty_end(messages: list[Mended]) -> list[Mended]:
     end = len(messages)
     while end and (
-        messages[end - 1]["role"] == "user"
-        or (messages[end - 1]["role"] == "assistant" and not messages[end - 1]["content"].strip())
+        messages[end - 1]["role"] in ("user", "tool")
+        or (messages[end - 1]["role"] == "assistant" and not is_said(messages[end - 1]))
     ):
         end -= 1
     return messages[:end]

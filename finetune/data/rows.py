@@ -9,23 +9,34 @@ is never held in memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
 Unit = Literal["line", "row"]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 LossOn = Literal["all", "last", "completion"]
 
 IGNORED = -100  # the label that cross-entropy leaves out, in torch and in transformers
 
 
 class Message(TypedDict):
-    """A checked turn. `train` is False where a row says so, and on the prompt's turns of a prompt and completion."""
+    """A checked turn. `train` is False where a row says so, and on the prompt's turns of a prompt and completion.
+
+    What follows is for chat templates alone (tools.py). `tools`, which the whole conversation may call, stands at its
+    first message.
+    """
 
     role: Role
     content: str
     train: bool
+    tools: NotRequired[list[dict[str, Any]]]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    thinking: NotRequired[str]
 
 
 Conversation = list[Message]

@@ -16,6 +16,7 @@ from finetune.data.messages import kind
 from finetune.data.reading import parse_json
 from finetune.data.rows import Role, RowFault
 from finetune.data.texts import TextForm, spoken_in
+from finetune.data.tools import BESIDES, tools_of
 
 FormName = Literal["messages", "sharegpt", "prompt_completion", "alpaca"] | TextForm
 
@@ -44,20 +45,26 @@ class Form:
 
 
 class Turn(NamedTuple):
-    """A turn as it was found; `train` is False where the row says so, `unread` holds keys that nobody reads."""
+    """A turn as it was found.
+
+    `train` is False where the row says so, `unread` holds keys that nobody reads, `besides` those that only a template
+    does, as they were found; `tools` stands at the first turn.
+    """
 
     role: Any
     content: Any
     train: bool = True
     unread: Mapping[str, Any] | None = None
+    besides: Mapping[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
+_CALLS = ("function_call", "tool_call")  # names of a role whose content is a call, in ShareGPT's form
 # Keys in use for "learn this turn", 0 or 1: axolotl (train, training, train_on_turn), OpenAI and mistral-finetune
 # (weight), ms-swift (loss), slime (step_loss_mask), others; and for "leave it out": torchtune (masked). A plain `mask`
 # is used both ways, so it is not read but named.
 _LEARN = frozenset(("train", "training", "train_on_turn", "trainable", "weight", "loss", "loss_mask", "step_loss_mask"))
 _LEAVE_OUT = frozenset(("masked",))
-_TOOL_KEYS = ("tool_calls", "function_call")
 
 
 def turns_of(row: Any, form: Form) -> list[Turn]:
@@ -69,10 +76,11 @@ def turns_of(row: Any, form: Form) -> list[Turn]:
     if not isinstance(row, Mapping):
         raise RowFault(f"the row is {kind(row)}, not a mapping")
     if form.name == "messages" or form.name == "sharegpt":
-        return _with_system(row, form, _list_turns(row, form, "messages"))
+        return _with_tools(row, form, _with_system(row, form, _list_turns(row, form, "messages")))
     if form.name == "prompt_completion":
         prompt = [turn._replace(train=False) for turn in _text_or_turns(row, form, "prompt", "user")]
-        return _with_system(row, form, [*prompt, *_text_or_turns(row, form, "completion", "assistant")])
+        turns = [*prompt, *_text_or_turns(row, form, "completion", "assistant")]
+        return _with_tools(row, form, _with_system(row, form, turns))
     if form.name == "alpaca":
         return _with_system(row, form, list(_alpaca_turns(row, form)))
     text = _required(row, form, "text")
@@ -113,17 +121,20 @@ def listed(value: Any) -> Any:
 
 def _turn(item: Any, form: Form) -> Turn:
     role, content = form.columns["role"], form.columns["content"]
+    if isinstance(item, Mapping) and item.get(role) in _CALLS and form.known_role(item[role]) is None:
+        item = {**item, role: "assistant", content: None, "tool_calls": item.get(content)}
     if not isinstance(item, Mapping) or role not in item:
         raise RowFault(f"a turn is not a mapping with `{role}` and `{content}`")
     if len(item) == 2 and content in item:
         return Turn(item[role], item[content])
-    if any(item.get(key) for key in _TOOL_KEYS):
-        raise RowFault("a turn calls tools, which is not trained here")
-    if content not in item:
+    if item.get("function_call"):
+        raise RowFault("a turn has a `function_call`; write it as `tool_calls`: [{function: {name, arguments}}]")
+    if content not in item and not item.get("tool_calls"):
         raise RowFault(f"a turn is not a mapping with `{role}` and `{content}`")
     own = form.columns.get("train")
     learn, leave_out = (_LEARN, _LEAVE_OUT) if own is None else (frozenset((own,)), frozenset[str]())
-    flags, unread = {}, {}
+    flags, unread, besides = {}, {}, {}
+    known = form.known_role(item[role]) if isinstance(item[role], str) else None
     for key, value in item.items():
         if value is None or key in (role, content):
             continue
@@ -131,11 +142,18 @@ def _turn(item: Any, form: Form) -> Turn:
             flags[key] = _flag(key, value)
         elif key in leave_out:
             flags[key] = not _flag(key, value)
-        elif value not in ("", [], {}):
+        elif value in ("", [], {}):
+            continue
+        elif key in BESIDES.get(known or "assistant", ()):
+            besides[key] = value
+        else:
             unread[str(key)] = value
     if len(set(flags.values())) > 1:
         raise RowFault(f"{' and '.join(f'`{key}`' for key in flags)} of a turn disagree")
-    return Turn(item[role], item[content], all(flags.values()), unread or None)
+    said = item.get(content)
+    if said is None and "tool_calls" in besides:
+        said = ""
+    return Turn(item[role], said, all(flags.values()), unread or None, besides or None)
 
 
 def _flag(key: str, value: Any) -> bool:
@@ -164,6 +182,13 @@ def _with_system(row: Mapping[str, Any], form: Form, turns: list[Turn]) -> list[
             raise RowFault(f"`{form.columns['system']}` and the system message differ")
         return turns
     return [Turn("system", system), *turns]
+
+
+def _with_tools(row: Mapping[str, Any], form: Form, turns: list[Turn]) -> list[Turn]:
+    """The turns with the tools of a column of its own at the first."""
+    name = form.columns["tools"]
+    tools = tools_of(row.get(name), name)
+    return [turns[0]._replace(tools=tools), *turns[1:]] if tools else turns
 
 
 # ---- Alpaca ---------------------------------------------------------------------------------------------------------

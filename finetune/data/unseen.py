@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from finetune.data.messages import ROLES
 from finetune.data.turns import Form, Turn
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
@@ -51,12 +52,15 @@ def _says(turn: Turn, text: str) -> bool:
 
 
 def cut_from(role: str, text: str, rendered: str) -> str | None:
-    """The name of what the template leaves out of a message, if it does."""
-    if text in rendered:
+    """The name of what the template leaves out of a message, if it does; `role` may be a key of assistant messages."""
+    if text in rendered or role == "tool":  # templates read what a tool answers as JSON and write it anew
         return None
-    if text.strip() in rendered:
-        return f"{_SPACE} around the text of {role} messages, {_TEMPLATE}"
-    return f"text of {role} messages, {_TEMPLATE}"
+    what = f"text of {role} messages" if role in ROLES else f"`{role}` of turns"
+    return template_leaves_out(f"{_SPACE} around the {what}" if text.strip() in rendered else what)
+
+
+def template_leaves_out(what: str) -> str:
+    return f"{what}, {_TEMPLATE}"
 
 
 @lru_cache(maxsize=4096)
@@ -66,6 +70,13 @@ def matters(name: str) -> bool:
         return not name.startswith(_SPACE)
     key = _key(name)
     return _METADATA.search(key) is None and (_TEXT.search(key) is not None or _FLAG.search(key) is not None)
+
+
+def danger(name: str) -> str:
+    """What it means that nobody reads it."""
+    if _FLAG.search(_key(name)) and not name.endswith(_TEMPLATE):
+        return "nobody reads it, so what it marks is learnt all the same"
+    return "the model never sees it"
 
 
 def advice(name: str) -> str:

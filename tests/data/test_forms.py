@@ -13,7 +13,7 @@ import pytest
 from finetune.data.forms import find_form, parse, to_conversation
 from finetune.data.rows import Message, RawChunk, RowFault
 from finetune.data.turns import Form
-from finetune.data.unseen import advice, matters
+from finetune.data.unseen import advice, danger, matters
 from finetune.errors import DataError
 
 
@@ -40,7 +40,12 @@ def assistant(content: Any = "b", **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
+def call(name: str, arguments: Any = "{}") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 MESSAGES = form_of({"messages": [user(), assistant()]})
+FUNCTION_CALL = "a turn has a `function_call`; write it as `tool_calls`: [{function: {name, arguments}}]"
 
 
 # ---- samples of public sets -----------------------------------------------------------------------------------------
@@ -291,29 +296,30 @@ def test_flags_that_disagree_are_refused() -> None:
 
 
 def test_what_no_form_reads_is_named() -> None:
-    thinking = {"reasoning_content": "Hm.", "tool_calls": None, "thinking": "", "id": 0}
+    thinking = {"draft": "Hm.", "tool_calls": None, "thinking": "", "id": 0}
     rows = [
-        {"messages": [user(mask=1), assistant(**thinking)], "tools": [{}], "images": [], "id": 5},
+        {"messages": [user(mask=1), assistant(**thinking)], "functions": [{}], "images": [], "id": 5},
         {**ULTRACHAT, "system": "Be brief."},
         {"messages": [user(), assistant()], "prompt": None},
     ]
     parsed = parse(RawChunk(0, 1, values=rows), MESSAGES)
     assert parsed.unseen == {
         "`id`": [1],
-        "`tools`": [1],
+        "`functions`": [1],
         "`mask` of turns": [1],
-        "`reasoning_content` of turns": [1],
+        "`draft` of turns": [1],
         "`id` of turns": [1],
         "`prompt_id`": [2],  # and not its `prompt`, which is the first question
         "`system`": [2],
     }
     assert {name for name in parsed.unseen if matters(name)} == {
-        "`tools`",
+        "`functions`",
         "`mask` of turns",
-        "`reasoning_content` of turns",
         "`system`",
     }
     assert "set data.columns.train: mask" in advice("`mask` of turns")
+    assert danger("`mask` of turns") == danger("`mask`") == "nobody reads it, so what it marks is learnt all the same"
+    assert danger("`draft` of turns") == "the model never sees it"
     assert "set data.columns.system: system" in advice("`system`")
 
 
@@ -414,7 +420,7 @@ def test_names_that_mean_nothing() -> None:
     assert "allowed: system, user, assistant" in text
     text = refusal({"messages": []}, columns={"prompt": "messages"})
     assert "data.columns.prompt means nothing in the form messages" in text
-    assert "allowed: messages, role, content, train, system" in text
+    assert "allowed: messages, role, content, tools, train, system" in text
 
 
 # ---- what cannot be trained on --------------------------------------------------------------------------------------
@@ -451,9 +457,23 @@ def test_names_that_mean_nothing() -> None:
         ([{"role": ["user"], "content": "a"}, assistant()], "a role is a list, not a string"),
         ([user(), assistant(train=0.5)], "a turn's `train` is neither 0 nor 1"),
         ([user(), assistant(weight="1")], "a turn's `weight` is neither 0 nor 1"),
-        ([user(), {"role": "tool", "content": "5"}], "a turn of role 'tool': tool use is not trained here"),
-        ([user(), assistant(None, tool_calls=[{}])], "a turn calls tools, which is not trained here"),
-        ([user(), {"role": "assistant", "tool_calls": [{}]}], "a turn calls tools, which is not trained here"),
+        ([user(), {"role": "tool", "content": "5"}], "a tool answers where nothing called it"),
+        ([user(), assistant(None, tool_calls=[{}])], "a tool call does not name a function"),
+        (
+            [user(), {"role": "assistant", "tool_calls": 5}],
+            "the tool calls of a turn are a number, not a list of calls",
+        ),
+        (
+            [user(), assistant(tool_calls=[call("f", "{")])],
+            "the arguments of a tool call are a string that is not JSON",
+        ),
+        (
+            [user(), assistant(tool_calls=[call("f", "5")])],
+            "the arguments of a tool call are a number, not a JSON object",
+        ),
+        ([user(tool_calls=[call("f")]), assistant()], "a turn of role 'user' calls tools"),
+        ([user(), assistant(function_call={"name": "f"})], FUNCTION_CALL),
+        ([user(), assistant(reasoning_content=5)], "`reasoning_content` of a turn is a number, not a string"),
         ([], "`messages` is empty"),
         (None, "`messages` is missing"),
         ("hello", "`messages` is a string that is not JSON"),

@@ -113,7 +113,7 @@ def test_a_sound_row_of_another_form_is_what_training_reads() -> None:
             turns(("u", "a"), ("critic", "b")),
             "role 'critic' is unknown; if it is the user's, set data.roles: {critic: user}",
         ),
-        (turns(("u", "a"), ("tool", "5"), ("a", "b")), "a turn of role 'tool': tool use is not trained here"),
+        (turns(("u", "a"), ("tool", "5"), ("a", "b")), "a tool answers where nothing called it"),
         (turns(("u", 5), ("a", "b")), "the content of a turn is a number, not a string"),
         (turns(("a", "b")), "no assistant turn, so nothing to learn"),
         ("[{", "`messages` is a string that is not JSON"),

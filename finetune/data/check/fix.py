@@ -20,6 +20,7 @@ from finetune.data.readers import open_source
 from finetune.data.reading import Reader, rows_of
 from finetune.data.repair import Mended, repair
 from finetune.data.rows import RowFault
+from finetune.data.tools import besides
 from finetune.data.unseen import unread_columns
 from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, staged
@@ -67,7 +68,8 @@ def _fix(reading: Reading, fixed: IO[str], refused: IO[str]) -> dict[str, Any]:
                 continue
             seen.add(key)
             done.update(fixes)
-            line = {**unread_columns(value, form), "messages": _plain(conversation)}
+            tools = {"tools": conversation[0]["tools"]} if "tools" in conversation[0] else {}
+            line = {**unread_columns(value, form), **tools, "messages": _plain(conversation)}
             fixed.write(json.dumps(line, ensure_ascii=False, default=repr) + "\n")
             written += 1
     return {"where": reader.where, "form": form.name, "rows": rows, "written": written, "fixes": dict(done)}
@@ -79,6 +81,7 @@ def _plain(conversation: list[Mended]) -> list[dict[str, Any]]:
         {
             "role": turn["role"],
             "content": turn["content"],
+            **besides(turn),
             **({} if turn["train"] else {"train": False}),
             **turn.get("unread", {}),
         }

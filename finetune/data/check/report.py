@@ -18,7 +18,7 @@ from finetune.data.check.schedule import processes_of_run, schedule
 from finetune.data.lengths import Lengths
 from finetune.data.pipeline import Ledger
 from finetune.data.prepare import Part, PreparedData, max_length_of
-from finetune.data.unseen import advice, matters
+from finetune.data.unseen import advice, danger, matters
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 
@@ -131,8 +131,8 @@ def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, st
         for unseen in [entry for entry in part["unseen"] if entry["matters"]][:_SHOWN]:
             add(
                 "warning",
-                f"{name}: {unseen['what']}: {unseen['rows']:,} of {rows:,} rows have it, and the model never sees "
-                f"it ({', '.join(unseen['where'][:3])})",
+                f"{name}: {unseen['what']}: {unseen['rows']:,} of {rows:,} rows have it, and {danger(unseen['what'])} "
+                f"({', '.join(unseen['where'][:3])})",
                 advice(unseen["what"]),
             )
         if 0 < part["supervised_share"] < _FEW_SUPERVISED:

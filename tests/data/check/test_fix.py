@@ -35,7 +35,7 @@ def test_turns_that_are_not_learnt_stay_so(make_recipe, tmp_path):
 
 
 def test_what_nobody_reads_is_kept_or_set_apart(make_recipe, tmp_path):
-    row = {"id": 7, "tools": [{"name": "wx"}], **turns("q", "a")}
+    row = {"id": 7, "tools": [{"type": "function", "function": {"name": "wx"}}], **turns("q", "a")}
     row["messages"][1] |= {"thinking": "Hm.", "train": False}
     twice = {"messages": [{"role": "user", "content": "one", "name": "Eve"}, *turns("two", "answer")["messages"]]}
     write_fixed(make_recipe([row, twice]), tmp_path / "fixed")

@@ -1,0 +1,134 @@
+"""Tools: what a conversation may call, the calls of an assistant, and what else of a turn only templates write.
+
+Why: data sets write them as OpenAI's clients do, as JSON in a string, or flat, while a chat template expects one form;
+an argument that arrives as a string is written twice quoted by some and once by others. How: everything becomes what
+`apply_chat_template` of transformers documents: tools as {type: function, function: schema}, calls as {type: function,
+id, function: {name, arguments}} with the arguments as an object. Leaves out what a template makes of them
+(rendering.py), and calls inside the text of an answer, which are text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.data.messages import kind, shortened
+from finetune.data.reading import parse_json
+from finetune.data.rows import Role, RowFault
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# Keys of a turn that nobody but the chat template reads, by the role that has them; calls by another are a fault.
+BESIDES: Mapping[Role, tuple[str, ...]] = {
+    "system": ("tool_calls",),
+    "user": ("tool_calls",),
+    "assistant": ("tool_calls", *REASONING),
+    "tool": ("tool_calls", "tool_call_id", "name"),
+}
+
+
+def tools_of(value: Any, name: str) -> list[dict[str, Any]]:
+    """The tools of a conversation, none where the value is empty.
+
+    Args:
+        value: a list of schemas, or JSON of one in a string.
+        name: the column, for messages.
+
+    Raises:
+        RowFault: it is something else, or a tool has no name.
+    """
+    tools = _decoded(value, name)
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise RowFault(f"`{name}` is {kind(tools)}, not a list of tools")
+    return [_tool(tool, name) for tool in tools]
+
+
+def _tool(tool: Any, name: str) -> dict[str, Any]:
+    flat = isinstance(tool, Mapping) and not isinstance(tool.get("function"), Mapping)
+    schema = tool if flat else tool["function"] if isinstance(tool, Mapping) else None
+    if not isinstance(schema, Mapping) or not _is_name(schema.get("name")):
+        raise RowFault(f"`{name}` holds {kind(tool)} that does not name a function")
+    return {"type": "function", "function": dict(schema)} if flat else dict(tool)
+
+
+def calls_of(value: Any) -> list[dict[str, Any]]:
+    """The calls of an assistant's turn, one or a list, or JSON of that in a string; none where the value is empty.
+
+    Raises:
+        RowFault: they are no list of calls, one has no name, or its arguments are no JSON object.
+    """
+    calls = _decoded(value, "what a turn calls")
+    if not calls:
+        return []
+    if not isinstance(calls, list | Mapping):
+        raise RowFault(f"the tool calls of a turn are {kind(calls)}, not a list of calls")
+    return [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not _is_name(function.get("name")):
+        raise RowFault("a tool call does not name a function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except RowFault:
+            raise RowFault("the arguments of a tool call are a string that is not JSON") from None
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise RowFault(f"the arguments of a tool call are {kind(arguments)}, not a JSON object")
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {"type": "function", **named, "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def besides_of(turn: Mapping[str, Any], role: Role) -> dict[str, Any]:
+    """What a turn holds for the template besides its content: calls, whose answer it is, reasoning.
+
+    Raises:
+        RowFault: one of them is not what it should be.
+    """
+    found: dict[str, Any] = {}
+    if calls := calls_of(turn.get("tool_calls")):
+        if role != "assistant":
+            raise RowFault(f"a turn of role {shortened(role)} calls tools")
+        found["tool_calls"] = calls
+    for key in BESIDES[role][1:]:
+        value = turn.get(key)
+        if value in (None, ""):
+            continue
+        if not isinstance(value, str):
+            raise RowFault(f"`{key}` of a turn is {kind(value)}, not a string")
+        found[key] = value
+    return found
+
+
+def besides(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checked message holds besides role and content, without the tools of its conversation."""
+    return {key: message[key] for key in BESIDES.get(message["role"], ()) if key in message}
+
+
+def as_text(message: Mapping[str, Any]) -> str:
+    """The tools, calls and reasoning of a message as one text, the same for the same; empty where it has none."""
+    told = besides(message) | ({"tools": message["tools"]} if "tools" in message else {})
+    return json.dumps(told, sort_keys=True, ensure_ascii=False) if told else ""
+
+
+def is_said(message: Mapping[str, Any]) -> bool:
+    """Whether a turn says or calls anything."""
+    return bool(message["content"].strip()) or bool(besides(message))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _decoded(value: Any, name: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value if not isinstance(value, str) else None
+    try:
+        return parse_json(value)
+    except RowFault:
+        raise RowFault(f"{name if ' ' in name else f'`{name}`'} is a string that is not JSON") from None

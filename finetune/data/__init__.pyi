@@ -41,5 +41,9 @@ from .rows import IGNORED as IGNORED
 from .rows import Message as Message
 from .rows import RowFault as RowFault
 from .texts import text_form as text_form
+from .tools import BESIDES as BESIDES
+from .tools import besides_of as besides_of
+from .tools import tools_as_text as tools_as_text
+from .tools import tools_of as tools_of
 from .turns import Form as Form
 from .worker import Teaching as Teaching

@@ -24,7 +24,7 @@ import numpy as np
 from rensa import RMinHash
 
 from finetune.data.rows import Conversation, Message
-from finetune.data.tools import as_text
+from finetune.data.tools import tools_as_text
 
 NEAR = 0.8
 SIGNATURE_VERSION = RMinHash.ALGORITHM_VERSION  # signatures of another version are not comparable
@@ -40,13 +40,13 @@ _BREAK = "\x1f"  # is white space, so no text has one after normalization
 def content_key(conversation: Sequence[Message]) -> bytes:
     """16 bytes that are equal for conversations with the same roles, texts, tools and calls, but for white space."""
     parts = [part for m in conversation for part in (m["role"], " ".join(m["content"].split()))]
-    parts += [f"{number} {text}" for number, m in enumerate(conversation) if (text := as_text(m))]
+    parts += [f"{number} {text}" for number, m in enumerate(conversation) if (text := tools_as_text(m))]
     return hashlib.blake2b(_BREAK.join(parts).encode(), digest_size=16).digest()
 
 
 def shingles(conversation: Conversation) -> list[str]:
     """The runs of five words, all turns but the system's in a row; never none."""
-    text = "\n".join(m["content"] + as_text(m) for m in conversation if m["role"] != "system").lower()
+    text = "\n".join(m["content"] + tools_as_text(m) for m in conversation if m["role"] != "system").lower()
     words = _WORD.findall(text) or text.split() or [""]
     if len(words) <= _SHINGLE:
         return [" ".join(words)]

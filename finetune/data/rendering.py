@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.learnt import Turns
 from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
-from finetune.data.tools import REASONING, as_text, besides
+from finetune.data.tools import REASONING, besides, tools_as_text
 from finetune.data.unseen import cut_from, template_leaves_out
 
 T = TypeVar("T")
@@ -120,7 +120,11 @@ class Renderer:
             TemplateRefusal: see there.
         """
         try:
-            if self._template in _STRIPS_ANSWERS and len(messages) < len(PRIVATE) and not any(map(as_text, messages)):
+            if (
+                self._template in _STRIPS_ANSWERS
+                and len(messages) < len(PRIVATE)
+                and not any(map(tools_as_text, messages))
+            ):
                 return self._fill_form(messages, add_generation_prompt)
             return self.render_by_template(messages, add_generation_prompt=add_generation_prompt)
         except TemplateSyntaxError as fault:
@@ -159,7 +163,7 @@ class Renderer:
         hidden, shown = self._hide(messages)
         text, spans = self._run(hidden, add_generation_prompt)
         cut = _cut(hidden, text)
-        if any(map(as_text, messages)) or any(message["role"] == "tool" for message in messages):
+        if any(map(tools_as_text, messages)) or any(message["role"] == "tool" for message in messages):
             cut = (*cut, *self._left_out(hidden, text, add_generation_prompt))
         pieces = self._special.split(text)
         controls, expected = pieces[1::2], self._controls_around(hidden, add_generation_prompt)
@@ -238,7 +242,9 @@ class Renderer:
 
     def _controls_around(self, messages: Turns, add_generation_prompt: bool) -> list[str]:
         """The control tokens that the template writes around such messages: the same roles, the same emptiness."""
-        shapes = [(m["role"], HARMLESS if m["content"].strip() else m["content"][:1], as_text(m)) for m in messages]
+        shapes = [
+            (m["role"], HARMLESS if m["content"].strip() else m["content"][:1], tools_as_text(m)) for m in messages
+        ]
         key = (add_generation_prompt, *shapes)
         found = self._controls.get(key)
         if found is None:

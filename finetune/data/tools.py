@@ -110,7 +110,7 @@ def besides(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: message[key] for key in BESIDES.get(message["role"], ()) if key in message}
 
 
-def as_text(message: Mapping[str, Any]) -> str:
+def tools_as_text(message: Mapping[str, Any]) -> str:
     """The tools, calls and reasoning of a message as one text, the same for the same; empty where it has none."""
     told = besides(message) | ({"tools": message["tools"]} if "tools" in message else {})
     return json.dumps(told, sort_keys=True, ensure_ascii=False) if told else ""

@@ -5,7 +5,7 @@ engine answers. How: `request_body.py` and `prompts.py` make engine requests of 
 events to the event loop, `choices.py` has the two shapes of an answer, `replies.py` sends it, `admission.py` counts and
 refuses, `auth.py` stands before every path, `app.py` has the paths, `server.py` starts and stops.
 
-Leaves out: tools, constrained formats, images, penalties by count; they are refused by name, not ignored.
+Leaves out: calling tools, constrained formats, images, penalties by count; they are refused by name, not ignored.
 """
 
 import lazy_loader

@@ -36,7 +36,7 @@ HARMLESS = frozenset(
 # What cannot be done here, and the values besides null that do not ask for it.
 REFUSED: Neutral = {
     # OpenAI
-    "tools": ([],),  # any, with tool_choice "none"
+    "tools": ([],),  # any, with tool_choice "none": the model may read of them
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -205,7 +205,7 @@ COMPLETION_REFUSED: Neutral = {
 STREAM_OPTIONS_REFUSED: Neutral = {"continuous_usage_stats": (False,)}
 STREAM_OPTIONS_HARMLESS = frozenset({"include_obfuscation"})
 MESSAGE_REFUSED: Neutral = {
-    "tool_calls": ([],),
+    "tool_calls": ([],),  # of another role than the assistant's
     "function_call": (),
     "tool_call_id": (),
     "audio": (),

@@ -15,10 +15,11 @@ the vocabulary.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.data import ROLES, ContentFault, text_of
+from finetune.data import BESIDES, ROLES, ContentFault, RowFault, besides_of, text_of, tools_as_text, tools_of
 from finetune.errors import DataError
 from finetune.infer import Request
 from finetune.serve.api_error import APIError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from finetune.serve.admission import Admission
 
     RequestKind = type[ChatCompletionRequest] | type[CompletionRequest]
+
+T = TypeVar("T")
 
 SHORT_BYTES = 64 * 2**10  # takes some 20 ms
 CONTAINERS = 20_000
@@ -59,7 +62,7 @@ class Encoding:
         made = self._prompts[model]
         if isinstance(parsed, ChatCompletionRequest):
             self._admission.require_capacity(parsed.n or 1)
-            ids, continues = made.of_messages(parsed.messages, continues=parsed.continues())
+            ids, continues = made.of_messages(parsed.messages, parsed.tools_shown(), continues=parsed.continues())
             prompts = [ids]
         else:
             assert isinstance(parsed, CompletionRequest)
@@ -82,15 +85,24 @@ class Prompts:
         self._engine, self._model = engine, model
         self._longest_token = max(map(len, engine.tokenizer_of(model).get_vocab()))
 
-    def of_messages(self, messages: list[Any], *, continues: bool) -> tuple[tuple[int, ...], bool]:
+    def of_messages(self, messages: list[Any], tools: Any, *, continues: bool) -> tuple[tuple[int, ...], bool]:
         """Ids of a conversation up to the answer, and whether the answer continues the last message.
 
+        Args:
+            tools: what the template may list, as the client sent it.
+
         Raises:
-            APIError: a malformed message, content other than text, an order of roles that the template refuses, or too
-                many tokens.
+            APIError: a malformed message, call or tool, content other than text, an order of roles that the template
+                refuses, tools that it does not write, or too many tokens.
         """
         plain = [_message(message, f"messages.{number}") for number, message in enumerate(messages)]
-        self._require_fewer_characters(sum(len(message["content"]) for message in plain), "messages")
+        if listed := _checked(tools_of, tools, "tools", where="tools"):
+            plain[0]["tools"] = listed
+        characters = sum(len(message["content"]) + len(tools_as_text(message)) for message in plain)
+        self._require_fewer_characters(characters, "messages")
+        if continues and "tool_calls" in plain[-1]:
+            message = "the last message calls tools, so there is nothing to answer; add what they answered, role tool"
+            raise APIError(400, message, param=f"messages.{len(plain) - 1}.tool_calls")
         if continues and not plain[-1]["content"] and len(plain) > 1:
             plain.pop()  # nothing to go on from
             continues = False
@@ -156,16 +168,33 @@ class Prompts:
         return APIError(400, message, param=where, code="context_length_exceeded")
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise APIError(400, f"{where} is not an object with role and content", param=where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         allowed = ", ".join(ROLES)
         raise APIError(400, f"{where}.role is {role!r:.80}; allowed: {allowed}", param=f"{where}.role")
-    extras = {name: value for name, value in message.items() if name not in ("role", "content")}
-    refuse_extras(extras, MESSAGE_REFUSED, MESSAGE_HARMLESS, ("role", "content"), where=f"{where}.")
-    return {"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
+    honoured = ("role", "content", *BESIDES[ROLES[role]])
+    extras = {name: value for name, value in message.items() if name not in honoured}
+    refuse_extras(extras, MESSAGE_REFUSED, MESSAGE_HARMLESS, honoured, where=f"{where}.")
+    besides = _checked(besides_of, message, ROLES[role], where=where)
+    content = message.get("content")
+    if content is None and "tool_calls" in besides:
+        content = ""
+    return {"role": ROLES[role], "content": _content(content, f"{where}.content"), **besides}
+
+
+def _checked(check: Callable[[Any, Any], T], value: Any, name: Any, *, where: str) -> T:
+    """What training makes of it.
+
+    Raises:
+        APIError: training refuses it.
+    """
+    try:
+        return check(value, name)
+    except RowFault as fault:
+        raise APIError(400, f"{where}: {fault}", param=where) from None
 
 
 def _content(content: Any, where: str) -> str:

@@ -122,6 +122,10 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
+    def tools_shown(self) -> Any:
+        """Tools that the model may read of; `read_request` has refused those that it should call."""
+        return (self.model_extra or {}).get("tools")
+
     def continues(self) -> bool:
         """Whether the last message is the assistant's, so that the answer continues it.
 

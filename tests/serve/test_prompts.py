@@ -17,6 +17,7 @@ from finetune.infer.text import encode_messages
 from finetune.serve.api_error import APIError
 from finetune.serve.prompts import Prompts
 from tests.conftest import REPOSITORY
+from tests.data.test_tools import HERMES, variants
 
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
@@ -63,7 +64,7 @@ class Encoding:
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], *, continues: bool = False) -> tuple[int, ...]:
     engine: Any = Encoding(tokenizer)
-    return Prompts(engine, None).of_messages(messages, continues=continues)[0]
+    return Prompts(engine, None).of_messages(messages, None, continues=continues)[0]
 
 
 @pytest.mark.parametrize("messages", PROMPTS, ids=["text", "parts", "system", "developer"])
@@ -108,3 +109,29 @@ def test_half_a_character_is_refused(tokenizer: Any) -> None:
         chat_ids(tokenizer, said(("user", "a"), ("user", [{"type": "text", "text": "\ud83d"}])))
     assert caught.value.param == "messages.1.content"
     assert "lone surrogate" in caught.value.message
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_a_conversation_with_tools(form: int) -> None:
+    """As data sets write it, trained on and asked with one rendering: the prompt is how the row begins."""
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "recipes" / "tiny-mixtral" / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = HERMES
+    row = variants()[form]
+    conversation = to_conversation(row, find_form(row, "auto", columns={}, roles={}, where="x"))
+    [trained] = encoder_of(tokenizer).encode([conversation])
+    ids, _ = Prompts(Encoding(tokenizer), None).of_messages(row["messages"][:4], row["tools"], continues=False)
+    assert trained.ids[: len(ids)].tolist() == list(ids)
+    assert "</s> 20 degrees</tool_response><|im_end|>" in tokenizer.decode(ids)
+
+
+def test_tools_that_the_template_does_not_write() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "recipes" / "tiny-mixtral" / "model")
+    apply_template(tokenizer, "mistral-v1")
+    with pytest.raises(APIError, match="refuses a conversation with tools"):
+        Prompts(Encoding(tokenizer), None).of_messages(variants()[0]["messages"][:4], None, continues=False)
+    asked = said(("user", "Hi"))
+    prompts = Prompts(Encoding(tokenizer), None)
+    assert prompts.of_messages(asked, variants()[0]["tools"], continues=False) == prompts.of_messages(
+        asked, None, continues=False
+    )

@@ -7,14 +7,17 @@ Read from the source with `ast`, so nothing is imported and an import inside a f
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+
+from finetune.private_api import INHERITED
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
 
 # A room imports only from rows above its own; rooms in one row do not import each other.
 ROWS = (
-    ("errors", "console", "values", "progress", "signals"),
+    ("errors", "console", "values", "progress", "signals", "private_api"),
     ("checkpoint", "jsonl", "kernels", "runfolder", "web"),
     ("moe",),
     ("adapter", "recipe", "quant"),
@@ -32,16 +35,19 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bits
 HEAVY |= {"wandb", "tensorboard", "trackio"}
 # What must answer in well under a second: a wrong recipe, `--help`, the arithmetic of a preflight.
 LIGHT = {"__init__", "__main__", "errors", "console", "values", "recipe", "checkpoint", "runfolder", "signals", "cli"}
-LIGHT |= {"moe/arch.py", "memory/run.py", "memory/static.py", "memory/step.py", "memory/totals.py"}
+LIGHT |= {"private_api", "moe/arch.py", "memory/run.py", "memory/static.py", "memory/step.py", "memory/totals.py"}
 
 FILES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 DOORS = {path.parent.name: path.read_text() for path in sorted(PACKAGE.glob("*/__init__.pyi"))}
 INSIDE = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
 
 
+parse = functools.cache(ast.parse)
+
+
 def imports(source: str, *, top_level_only: bool = False) -> Iterator[str]:
     """Dotted names of everything imported, `from a import b` as `a.b`; TYPE_CHECKING blocks are not top level."""
-    tree = ast.parse(source)
+    tree = parse(source)
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -76,7 +82,7 @@ def faults_of(room: str, source: str) -> list[str]:
 
 def behind(door: str, name: str) -> str:
     """The file behind a room's door that a name comes from: `moe`, `MoeArch` gives `moe/arch.py`."""
-    for node in ast.parse(DOORS.get(door, "")).body:
+    for node in parse(DOORS.get(door, "")).body:
         if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
             return f"{door}/{node.module.replace('.', '/')}.py"
     return f"{door}.py"
@@ -113,7 +119,7 @@ def test_a_door_offers_what_somebody_takes():
     offered = {
         (room, alias.name)
         for room, door in DOORS.items()
-        for node in ast.parse(door).body
+        for node in parse(door).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
@@ -142,7 +148,73 @@ def test_only_arch_knows_the_names_of_the_fused_parameters():
     users = {
         name
         for name, source in FILES.items()
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parse(source))
         if isinstance(node, ast.Constant) and node.value in ("gate_up_proj", "down_proj")
     }
     assert users == {"moe/arch.py"}
+
+
+# ---- private interfaces of other packages -------------------------------------------------------------------------
+
+# Documented in spite of their underscore: of `NamedTuple`, and `os._exit`.
+PUBLIC = {"_asdict", "_fields", "_replace", "_exit"}
+
+
+def is_private(name: str) -> bool:
+    return len(name) > 1 and name.startswith("_") and not name.startswith("__")
+
+
+def defined_privately(name: str, source: str) -> set[str]:
+    """The private names that a file gives to something itself, without what its classes take over from upstream."""
+    tree, found = parse(source), set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Attribute(value=ast.Name("self" | "cls"), ctx=ast.Store()):
+                found.add(node.attr)
+            case ast.Name(ctx=ast.Store()):
+                found.add(node.id)
+    return {each for each in found if is_private(each)} - inherited_by(name)
+
+
+def inherited_by(name: str) -> set[str]:
+    """What private_api.py allows the classes of a file to take over."""
+    module = f"finetune.{name.removesuffix('.py').replace('/', '.')}:"
+    listed = [each for ours, each in INHERITED.items() if ours.startswith(module)]
+    return {private for each in listed for private in (*each.methods, *each.attributes)}
+
+
+def private_faults(name: str, source: str, ours: set[str]) -> list[str]:
+    """Private names of other packages that a file imports or reads; its own classes may read what they inherit."""
+    inherited, faults = inherited_by(name), []
+    for node in ast.walk(parse(source)):
+        match node:
+            case ast.Import() | ast.ImportFrom():
+                module = node.module if isinstance(node, ast.ImportFrom) else None
+                names = [f"{module}.{alias.name}" if module else alias.name for alias in node.names]
+                faults += [f"import {each}" for each in names if any(map(is_private, each.split(".")))]
+            case ast.Attribute(attr=attr, value=value) if is_private(attr) and attr not in ours | PUBLIC:
+                on_itself = ast.unparse(value) in ("self", "cls", "super()")
+                if not (on_itself and attr in inherited):
+                    faults.append(ast.unparse(node))
+    return faults
+
+
+def test_only_private_api_uses_private_names_of_other_packages():
+    ours = {private for name, source in FILES.items() for private in defined_privately(name, source)}
+    found = {name: faults for name, source in FILES.items() if (faults := private_faults(name, source, ours))}
+    assert set(found) == {"private_api.py"}, found
+
+
+def test_the_check_sees_private_names():
+    assert private_faults("moe/x.py", "torch._assert_async(x)", set()) == ["torch._assert_async"]
+    assert private_faults("moe/x.py", "from lm_eval.tasks._index import Kind", set()) == [
+        "import lm_eval.tasks._index.Kind"
+    ]
+    assert private_faults("moe/x.py", "from trl import _CHUNK", set()) == ["import trl._CHUNK"]
+    assert private_faults("moe/x.py", "self._mine, rows._replace(a=1), x.__dict__", {"_mine"}) == []
+    assert private_faults("moe/experts.py", "super()._apply(fn)", set()) == []
+    assert private_faults("moe/experts.py", "module._apply(fn)", set()) == ["module._apply"]
+    assert private_faults("moe/load.py", "self._apply(fn)", set()) == ["self._apply"]
+    assert defined_privately("moe/experts.py", "def _apply(self): self._x = 1") == {"_x"}

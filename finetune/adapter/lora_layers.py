@@ -1,8 +1,8 @@
 """PEFT's LoRA layers with the fused operation of `kernels/lora.py` where it says the same.
 
-PEFT takes layer classes of one's own by a mapping in its config (`_register_custom_module`, its documented way for
-custom models). Parameters, names, saving, merging and everything unusual (dropout while training, DoRA, several or no
-active adapters, a merged layer) stay PEFT's: these classes only replace `forward` for the usual case.
+PEFT takes layer classes of one's own by a mapping in its config. Parameters, names, saving, merging and everything
+unusual (dropout while training, DoRA, several or no active adapters, a merged layer) stay PEFT's: these classes only
+replace `forward` for the usual case.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
+from finetune import private_api
 from finetune.kernels import Nf4Stack, dequantize_stack, lora_linear, stack_of_linear
 
 
 def register_lora_layers(config: LoraConfig) -> LoraConfig:
     """Makes PEFT build these layers for this config; nothing of it is saved with the adapter."""
-    config._register_custom_module({Linear4bit: FusedLoraLinear4bit, nn.Linear: FusedLoraLinear})
+    private_api.register_lora_layers(config, {Linear4bit: FusedLoraLinear4bit, nn.Linear: FusedLoraLinear})
     return config
 
 

@@ -18,6 +18,7 @@ from finetune.data.arrow import values_of
 from finetune.data.reading import CHUNK_ROWS, Reader, SizeUnit, digest
 from finetune.data.rows import RawChunk
 from finetune.errors import DataError
+from finetune.private_api import dataset_fingerprint
 
 
 class DatasetReader(Reader):
@@ -38,7 +39,7 @@ class DatasetReader(Reader):
             first += len(values)
 
     def fingerprint(self) -> str:
-        return digest("hub", self._data._fingerprint, self._split)
+        return digest("hub", dataset_fingerprint(self._data), self._split)
 
     def count(self) -> int:
         return len(self._data)

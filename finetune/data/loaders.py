@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from finetune.data.batching import RowBatches, TokenBudgetBatches, grouped, in_order, row_lengths, shuffled
+from finetune.private_api import train_batch_size, without_unused_columns
 
 
 def training_batches(
@@ -38,7 +39,7 @@ def training_batches(
     own = args.accelerator_config
     if own.split_batches or own.dispatch_batches or not isinstance(rows, Dataset):
         return None
-    size, seed = trainer._train_batch_size, args.seed if args.data_seed is None else args.data_seed
+    size, seed = train_batch_size(trainer), args.seed if args.data_seed is None else args.data_seed
     orders = {
         "random": lambda: shuffled(len(rows), seed),
         "sequential": lambda: in_order(len(rows)),
@@ -68,7 +69,7 @@ def own_loader(trainer: Any, rows: Dataset, batches: RowBatches | TokenBudgetBat
     """A loader of this process's batches, with the trainer's collator and worker settings."""
     args = trainer.args
     loader = DataLoader(
-        trainer._remove_unused_columns(rows, description=description),
+        without_unused_columns(trainer, rows, description),
         batch_sampler=batches,
         collate_fn=trainer.data_collator,
         num_workers=args.dataloader_num_workers,

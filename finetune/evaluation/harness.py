@@ -27,6 +27,7 @@ from finetune.console import Report
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.evaluation.models import Compared, open_compared
 from finetune.moe import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
+from finetune.private_api import harness_task_kinds
 from finetune.recipe import provenance
 from finetune.router import require_writable
 from finetune.runfolder import write_json
@@ -170,7 +171,6 @@ def _find(tasks: str, folder: Path | None, report: Report) -> tuple[Any, list[st
         DataError: no name, or one that there is not.
     """
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._index import Kind
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -181,7 +181,7 @@ def _find(tasks: str, folder: Path | None, report: Report) -> tuple[Any, list[st
     manager = TaskManager(include_path=include, include_defaults=False)
     known = manager.task_index
     # A task of the user's own needs nothing of the others; a group or tag of his may.
-    if not all(name in known and known[name].kind in (Kind.TASK, Kind.PY_TASK) for name in names):
+    if not all(name in known and known[name].kind in harness_task_kinds() for name in names):
         report.line("Reading the list of lm-evaluation-harness's tasks ...")  # 14,683 of 0.4.13: 15 s on one core
         manager = TaskManager(include_path=include)
     chosen: list[str] = []

@@ -38,6 +38,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import deterministic
 
+from finetune.private_api import cudnn_attention, flash_attention_backward, flash_attention_forward
+
 REPRODUCIBLE_BACKWARD = True
 """Two runs with one seed give the same bits. False lets flash use atomics: faster for few long sequences."""
 
@@ -148,7 +150,7 @@ class _FlashVarlen(torch.autograd.Function):
             out, logsumexp = _cudnn_forward(qkv[0], qkv[1], qkv[2], scale)
             rng_state = torch.empty(2, dtype=torch.uint64, device=out.device)  # of a dropout that is not there
         else:
-            out, logsumexp, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
+            out, logsumexp, rng_state, _, _ = flash_attention_forward(
                 *qkv,
                 boundaries,
                 boundaries,
@@ -170,7 +172,7 @@ class _FlashVarlen(torch.autograd.Function):
         q, k, v, out, logsumexp, rng_state, boundaries = ctx.saved_tensors
         unused = torch.empty(0, device=q.device)  # second half of the dropout state
         with reproducible() if REPRODUCIBLE_BACKWARD else contextlib.nullcontext():
-            grads = torch.ops.aten._flash_attention_backward(
+            grads = flash_attention_backward(
                 grad_THD.reshape(out.shape),
                 q,
                 k,
@@ -208,9 +210,7 @@ def _cudnn_forward(q_NLHD: Tensor, k_NLGD: Tensor, v_NLGD: Tensor, scale: float)
     4 x 4096. Its backward kernel is faster too, but adds with atomics and cannot be told not to (torch 2.11).
     """
     q, k, v = (x.transpose(1, 2) for x in (q_NLHD, k_NLGD, v_NLGD))
-    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=scale
-    )
+    out, logsumexp, *_ = cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
     return out.transpose(1, 2), logsumexp.squeeze(-1)
 
 

@@ -29,10 +29,9 @@ from dataclasses import dataclass
 
 from finetune.memory.run import MemoryItem, Run
 from finetune.moe import ATTENTION_PROJECTIONS, DOWN_PROJ, GATE_UP_PROJ
+from finetune.private_api import LOGIT_TILE
 
-# trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE: one tile of logits.
-LOGIT_TILE = (4096, 32768)
-# float32 copies of that tile that TRL's plain path (no triton) has at a time (tests/memory/test_step.py measures it).
+# float32 copies of `LOGIT_TILE` that TRL's plain path (no triton) has at once (tests/memory/test_step.py measures it).
 PLAIN_TILE_COPIES = 7
 # Routing of one token: three int64 and four float32 numbers a choice (indices of the router, row numbers, weights
 # before and after they are normalized), one float32 probability an expert.

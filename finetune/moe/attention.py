@@ -44,6 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetune.kernels import compute_dtype, flash_serves, varlen_attention
+from finetune.private_api import assert_on_device, attention_of
 
 VARLEN = "varlen"
 _SDPA_ONLY = ("output_attentions", "position_bias", "softcap", "s_aux", "cache")
@@ -250,7 +251,7 @@ def _padded_rows(real_BT: Tensor) -> Sequences | None:
     rises = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
     whole = (rises <= 1).all()
     if real_BT.is_cuda and torch.is_grad_enabled():
-        torch._assert_async(whole, "attention_mask has padding between real tokens: use attn_implementation=sdpa")
+        assert_on_device(whole, "attention_mask has padding between real tokens: use attn_implementation=sdpa")
     elif not whole:
         return None
     cu_seqlens = torch.arange(2 * rows + 1, dtype=torch.int32, device=real_BT.device) // 2 * length
@@ -262,7 +263,7 @@ def _tell_packing(
     decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Adds the boundaries that `position_ids` tell, and a mask without padding, at which transformers stops looking."""
-    if decoder.config._attn_implementation != VARLEN or len(args) > 1:
+    if attention_of(decoder.config) != VARLEN or len(args) > 1:
         return None
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         return None

@@ -27,6 +27,7 @@ from finetune.kernels import (
     to_halves,
 )
 from finetune.moe.arch import EXPERT_PROJECTIONS
+from finetune.private_api import mark_initialized
 
 # Up to so many choices (tokens * top_k) without gradients, on a GPU, the matrices are read without being written out:
 # transformers' own `generate` decodes that way.
@@ -78,7 +79,7 @@ class QuantizedExperts(nn.Module):
         self._parameters.pop(projection, None)
         for field, tensor in stack._asdict().items():
             parameter = nn.Parameter(tensor, requires_grad=False)
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not re-init it
+            mark_initialized(parameter)
             self.register_parameter(f"{projection}_{field}", parameter)
 
     def quantize(self, projection: str, weight_EOI: Tensor) -> None:

@@ -39,6 +39,7 @@ from finetune.moe.fused_layers import FusedLayers, fuse_layers, wants_fused_laye
 from finetune.moe.quantizer import Moe4bitConfig
 from finetune.moe.random_weights import build_random_model
 from finetune.moe.skeleton import build_skeleton, check_generation_config, require_fitting_weights
+from finetune.private_api import move_own_tensors
 from finetune.values import check_object
 
 BASE_FILE = "base.json"
@@ -374,7 +375,7 @@ def _quantizing_dtype(model: torch.nn.Module) -> QuantizingDtype | None:
 def _move_all_but_experts(model: torch.nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if not isinstance(module, QuantizedExperts):
-            module._apply(lambda tensor: tensor.to(device), recurse=False)
+            move_own_tensors(module, device)
 
 
 def saved_quantization(config: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.moe.config import QUANT_METHOD, REFUSAL_KEY, Moe4bitConfig
 from finetune.moe.experts import QuantizedExperts
 from finetune.moe.finite import require_finite
+from finetune.private_api import save_own_names
 
 # NF4 with double quantization: 0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales a weight.
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / BLOCK + 4 / (BLOCK * 256)
@@ -141,8 +142,7 @@ class Moe4bitQuantizer(HfQuantizer):
         require_finite(model)
         # peft and TRL look at this flag to find bitsandbytes layers; it says nothing about our experts.
         model.is_loaded_in_4bit = self.quantization_config.attention == "nf4"  # type: ignore[assignment]
-        # The hub's per-expert names cannot be written back from 4-bit: save the module's own names.
-        model._weight_conversions = []  # type: ignore[assignment]
+        save_own_names(model)
         for module in model.modules():
             if isinstance(module, QuantizedExperts):
                 module.requires_grad_(False)

@@ -25,9 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from finetune.errors import ModelError
 from finetune.moe import router_path
+from finetune.private_api import WRAPPERS
 
-# Path components that wrappers put between a module and its parent: FSDP, activation checkpointing, torch.compile.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 # The decoder's path inside a causal LM, as arch.py spells it.
 _DECODER_PATH = router_path(0).partition(".layers.")[0]
 
@@ -162,7 +161,7 @@ def find_routers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """The decoder and its routers in layer order, whatever wraps them."""
     # Parents come first in named_modules, so of a wrapper and what it wraps the inner one stays.
     modules = {
-        ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): module
         for name, module in model.named_modules()
     }
     first = router_path(0)

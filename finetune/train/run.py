@@ -53,6 +53,7 @@ from finetune.moe import (
     resolve_dtype,
     take_census,
 )
+from finetune.private_api import attention_of, set_device
 from finetune.progress import ProgressCallback
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.router import AuxiliaryLoss, RouterCallback, watch_router
@@ -337,7 +338,7 @@ def prepare(
     trainer.router_learning_rate, trainer.auxiliary = recipe.trainable.router_learning_rate, auxiliary
     trainer.stopping = stopping
     trainer.tell, trainer.uncounted = progress.warn, router.capture.paused
-    if loaded.model.config._attn_implementation == VARLEN:
+    if attention_of(loaded.model.config) == VARLEN:
         trainer.data_collator = FullRows(trainer.data_collator)
     # It prints every log to standard output, which belongs to reports.
     trainer.remove_callback(PrinterCallback)
@@ -389,8 +390,7 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
         )
         _require_usable(args)
     if args.device.type == "cpu":
-        # In a launch accelerate calls it "cpu:0", which transformers 5.17 gives to torch.load, which knows only "cpu".
-        args._setup_devices = torch.device("cpu")  # what `args.device` keeps
+        set_device(args, torch.device("cpu"))
     return args
 
 

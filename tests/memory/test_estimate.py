@@ -16,12 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OlmoeConfig, Qwen3MoeConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from finetune.memory.run import GIB, Run
 from finetune.memory.static import nf4_bytes
-from finetune.memory.step import LOGIT_TILE
 from finetune.memory.totals import MemoryEstimate, estimate
 from finetune.moe.arch import MoeArch
 from finetune.moe.census import take_census
@@ -138,10 +135,6 @@ def test_masters_are_float32_and_the_router_trains_only_when_asked():
     unknown = estimated(MIXTRAL, optimizer="muon_of_tomorrow")
     assert item(unknown, "optimizer") == 8 * 13_631_488
     assert "not known here: counted as AdamW" in {i.name: i.detail for i in unknown.items}["optimizer"]
-
-
-def test_the_tile_is_the_one_of_the_installed_trl():
-    assert LOGIT_TILE == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
 # ---- monotone -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 # A room imports only from rows above its own; rooms in one row do not import each other.
 ROWS = (
     ("errors", "console", "values", "progress", "signals", "private_api"),
-    ("checkpoint", "jsonl", "kernels", "runfolder", "web"),
+    ("checkpoint", "jsonl", "kernels", "report", "runfolder", "web"),
     ("moe",),
     ("adapter", "recipe", "quant"),
     ("data",),
@@ -126,9 +126,9 @@ def test_a_door_offers_what_somebody_takes():
     assert offered - taken == set()
 
 
-def test_matplotlib_only_draws_in_router_plots():
+def test_matplotlib_only_draws_in_report_and_router_plots():
     users = {n for n, source in FILES.items() if any(name.split(".")[0] == "matplotlib" for name in imports(source))}
-    assert users <= {"router/plots.py"}
+    assert users == {"report/figures.py", "report/panels.py", "router/plots.py"}
 
 
 def test_light_files_import_nothing_heavy():

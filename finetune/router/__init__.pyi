@@ -18,4 +18,4 @@ from .study.passing import require_writable as require_writable
 from .study.passing import routed_rows as routed_rows
 from .study.probe import Probe as Probe
 from .study.probe import ProbeRow as ProbeRow
-from .study.report import report_run as report_run
+from .study.report_command import report_run as report_run

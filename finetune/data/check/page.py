@@ -1,8 +1,7 @@
 """The data check as one page: what the document says, drawn, and examples with the learnt tokens coloured.
 
-The page carries its style and drawings and asks nothing of the network; its content security policy forbids scripts
-and requests, so a data set cannot make it do anything even if a text slipped through the escaping. The words are laid
-out here, the looks are in `page.html.jinja` and `page.css.jinja`.
+The words are laid out here, the looks are in `check.html.jinja`, `check.css.jinja` and the templates of
+`finetune.report`. The page asks nothing of the network and runs nothing, whatever a text says.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.data.check.facts import elsewhere, facts, flow, leaked, settings, steps, time
 from finetune.data.check.histogram import histogram_of
@@ -28,17 +25,7 @@ from finetune.data.check.words import (
     verdict,
     visible_document,
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number of the first screen; `fill` draws it as a bar."""
-
-    label: str
-    value: str
-    note: str
-    fill: float | None = None
-    level: Literal["", "warning", "error"] = ""
+from finetune.report import Tile, environment
 
 
 @dataclass(frozen=True)
@@ -58,8 +45,8 @@ def render_page(document: Mapping[str, Any], examples: Sequence[Mapping[str, Any
     """
     clean = visible_document(document)
     return (
-        _environment()
-        .get_template("page.html.jinja")
+        environment(Path(__file__).parent, flow, facts, leaked, time, histogram_of, positions, counts, part_of)
+        .get_template("check.html.jinja")
         .render(
             document=clean,
             verdict=verdict(clean),
@@ -127,17 +114,3 @@ def _runs(pieces: Sequence[Mapping[str, Any]]) -> Iterator[tuple[bool, list[Stre
 def _stretches(piece: Mapping[str, Any]) -> Iterator[Stretch]:
     for text, unseen in split_unseen(piece["text"]):
         yield Stretch(text, "control" if piece["control"] else "unseen" if unseen else "plain")
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    functions = (flow, facts, leaked, time, histogram_of, positions, counts, part_of)
-    environment.globals.update({function.__name__: function for function in functions})
-    environment.filters.update({"share": share, "number": "{:,}".format})
-    return environment

@@ -13,9 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from finetune.data import split_unseen, visible
+from finetune.report import environment
 
 # Of more experts than these a page shows the most telling ones: cards of favourite tokens, pairs one by one.
 MAX_CARDS, MAX_PAIR_MAP = 32, 64
@@ -49,17 +48,9 @@ class Run:
 
 def render_analysis(document: Mapping[str, Any]) -> str:
     """One self-contained HTML page of the document of `finetune router analyze`, to be written as UTF-8."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     functions = (load_cells, pair_cells, strongest_pairs, curve, runs, cards, visible)
-    environment.globals.update({function.__name__: function for function in functions})
-    environment.filters.update({"number": "{:,}".format, "percent": lambda share: f"{100 * share:.1f}"})
-    return environment.get_template("analysis.html.jinja").render(
+    made = environment(Path(__file__).parent, *functions)
+    return made.get_template("analysis.html.jinja").render(
         document=document,
         texts=with_all(document),
         shown=document["texts"][0]["layers"],

@@ -1,24 +1,22 @@
-"""`finetune router report`: did fine-tuning break the routing? A run folder read into one document, and judged.
+"""A run folder read into one document, and judged: did fine-tuning break the routing?
 
 What a run does not hold is listed with the recipe's key that would give it.
 
-Leaves out: reading the metrics (router/history.py), the rules of the verdict (verdict.py), drawing (report_page.py).
+Leaves out: reading the metrics (router/history.py), the rules of the verdict (verdict.py), what is shown
+(report_command.py, report_page.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import read_json
-from finetune.console import Report
-from finetune.data import counts, visible
 from finetune.errors import OutputError
 from finetune.router.history import RouterHistory, read_history
 from finetune.router.study.verdict import Comparison, Missing, Verdict, compare, find_missing, judge, setting, value_of
-from finetune.runfolder import RunFolder, write_text
+from finetune.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -80,63 +78,6 @@ class RouterReport:
             "alarms": [asdict(alarm) for alarm in history.alarms],
             "missing": [asdict(missing) for missing in self.missing],
         }
-
-
-def report_run(
-    folder: Path, report: Report, *, html: Path | None = None, figures: Path | None = None
-) -> dict[str, Any]:
-    """Reads a run, says its verdict, and writes the page and the figures where they are wanted.
-
-    Args:
-        html: the page.
-        figures: folder for the PNGs.
-
-    Raises:
-        OutputError: there is no run, it logged nothing of its routers, a file cannot be understood, or a target cannot
-            be written.
-    """
-    made = read_report(folder)
-    document = made.to_dict()
-    if html is not None:
-        from finetune.router.study.report_page import render_report
-
-        _write(html, render_report(made))
-        document["page"] = str(html)
-    if figures is not None:
-        from finetune.router.plots import run_figures
-
-        require_folder(figures)
-        document["figures"] = [str(path) for path in run_figures(RunFolder(folder), figures)]
-    show_report(made, document, report)
-    return document
-
-
-def show_report(made: RouterReport, document: Mapping[str, Any], report: Report) -> None:
-    """The verdict and its numbers."""
-    report.line(f"{made.verdict.headline}. {made.verdict.sentence}")
-    compared = document["compared"]
-    if compared is not None:
-        rows = [
-            ("worst MaxVio", *(_shown(value) for value in compared["max_vio_worst"])),
-            ("dead experts", *(f"{value}" for value in compared["dead_experts"])),
-        ]
-        tokens = "the same tokens" if compared["same_tokens"] else "not the same tokens"
-        columns = ("what", compared["before"], compared["after"])
-        report.table(f"Routing over {counts(made.last_step, 'step')} ({tokens})", columns, rows)
-    if document["drift"] is not None:
-        overlap = made.history.drift[-1].layers["overlap"]
-        known = [value for value in overlap if value is not None]
-        if known:
-            report.line(
-                f"choices that are the base's: {sum(known) / len(known):.1%}, {min(known):.1%} in the worst layer"
-            )
-    for alarm in made.history.alarms[-5:]:
-        report.line(f"alarm at step {alarm.step}: {visible(alarm.message)}")
-    for missing in made.missing:
-        report.line(f"not in this run: {missing.what} ({missing.fix})")
-    for name in ("page", "figures"):
-        for path in [document[name]] if isinstance(document.get(name), str) else document.get(name, []):
-            report.line(f"{name.removesuffix('s')}: {path}")
 
 
 def read_report(folder: Path) -> RouterReport:
@@ -213,32 +154,3 @@ def _unreadable(path: Path, why: str) -> OutputError:
         allowed="the file as `finetune train` wrote it",
         fix="restore the file, or report on another run",
     )
-
-
-def require_folder(folder: Path) -> None:
-    """Makes a folder for figures.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"the report cannot be written: {error.strerror}", where=str(path), fix="choose another place for it"
-    )
-
-
-def _shown(value: float | None) -> str:
-    return "—" if value is None else f"{value:.2f}"

@@ -1,10 +1,8 @@
 """A run's routing as one page: the verdict first, then the load, the curves, the drift, repetition and coloured text.
 
-The page carries its style and drawings and asks nothing of the network; its content security policy forbids scripts
-and requests, so a text that the model was trained on cannot make it do anything even if it slipped through the
-escaping. Words are laid out here, curves in report_figures.py, heat maps in report_heat.py, the looks are in
-`report.html.jinja`, `base.css.jinja` and `report.css.jinja`. Colour never stands alone: values and experts are in the
-titles.
+Words are laid out here, figures are drawn in router/plots.py, the looks are in `report.html.jinja`, `report.css.jinja`
+and the templates of `finetune.report`. The page asks nothing of the network. Colour never stands alone: values and
+experts are in the titles.
 """
 
 from __future__ import annotations
@@ -12,42 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import Any
 
 from finetune.data import counts, split_unseen, visible
+from finetune.report import Drawn, ExpertLook, Tile, environment, expert_looks, together
 from finetune.router.drift import chance_overlap
-from finetune.router.history import AlarmLine, ColouredText, at
+from finetune.router.history import AlarmLine, ColouredText, RouterHistory, at
 from finetune.router.metrics import random_repetition
-from finetune.router.study.analyze import PAPER
-from finetune.router.study.drawing import LESS, MORE
-from finetune.router.study.report import RouterReport
-from finetune.router.study.report_figures import (
-    drift_plots,
-    metric_figures,
-    overview,
-    repetition_plots,
-    shown,
+from finetune.router.plots import (
+    METRICS,
+    curves_of,
+    digits,
+    drift_panels,
+    layer_curves,
+    load_maps,
+    load_over_training,
+    logged_metrics,
+    repetition_panels,
+    training_panels,
 )
-from finetune.router.study.report_heat import load_maps, training_panels
+from finetune.router.study.analyze import PAPER
+from finetune.router.study.report import RouterReport
 from finetune.router.study.verdict import far, setting, value_of
 
-# Colours that are told apart; the next as many experts wear them hatched, and beyond that each has a hue of its own.
-_COLOURS = 8
 _ALARMS = 40
 _OPEN_LAYERS = 8  # with so few layers all curves are open
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number of the first screen; `fill` draws it as a bar."""
-
-    label: str
-    value: str
-    note: str
-    fill: float | None = None
-    level: Literal["", "warning", "error"] = ""
 
 
 @dataclass(frozen=True)
@@ -64,12 +51,11 @@ class AlarmGroup:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of text with its first expert; `style` is what colours it."""
+    """A piece of text with its first expert."""
 
     stretches: list[tuple[str, bool]]
     title: str
-    style: str
-    hue: str
+    look: ExpertLook
     changed: bool
 
 
@@ -85,40 +71,65 @@ class ColouredLayer:
 
 def render_report(made: RouterReport) -> str:
     """One self-contained HTML page of a run, to be written as UTF-8."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    history, compared = made.history, made.comparison
+    base, experts = history.base, history.experts
+    names = None if compared is None else (compared.before_name, compared.after_name)
+    repetition = []
+    if compared is not None and names is not None:
+        repetition = repetition_panels(history, compared.before, compared.after, names)
+    drift = drift_panels(history) if history.drift else []
+    several = len(history.drift) > 1
+    return (
+        environment(Path(__file__).parent, counts, visible)
+        .get_template("report.html.jinja")
+        .render(
+            made=made,
+            name=visible(made.name),
+            chips=list(chips(made)),
+            tiles=list(tiles(made)),
+            alarms=alarm_groups(history.alarms),
+            alarms_shown=_ALARMS,
+            maps=None if compared is None or names is None else load_maps(compared.before, compared.after, names),
+            over_training=load_over_training(history) if history.train else None,
+            logs=[window.step for window in history.train],
+            metrics=[metric_figure(history, name) for name in logged_metrics(history)],
+            all_open=history.layers <= _OPEN_LAYERS,
+            overview=[together([[panel]], "The run over its steps") for panel in training_panels(history)],
+            drift=[
+                together([[panel]], "Drift from the base")
+                for pair in drift
+                for panel in (pair if several else pair[:1])
+            ],
+            repetition=[together([[panel]], "Repetition by layer") for panel in repetition],
+            repetition_rows=repetition_rows(made),
+            random=None if base is None else random_repetition(experts, base.top_k),
+            paper=PAPER,
+            texts=coloured(history.texts, experts),
+            legend=expert_looks(experts) if experts <= 16 else [],
+            versions=list(versions(made)),
+            recipe=made.recipe_text,
+        )
     )
-    environment.globals.update({"counts": counts, "visible": visible, "hue_of": _hue})
-    history, base = made.history, made.history.base
-    return environment.get_template("report.html.jinja").render(
-        made=made,
-        name=visible(made.name),
-        chips=list(chips(made)),
-        tiles=list(tiles(made)),
-        alarms=alarm_groups(history.alarms),
-        alarms_shown=_ALARMS,
-        maps=[] if made.comparison is None else load_maps(made.comparison),
-        panels=training_panels(history),
-        logs=[window.step for window in history.train],
-        metrics=metric_figures(made),
-        all_open=history.layers <= _OPEN_LAYERS,
-        overview=overview(made),
-        drift=drift_plots(made),
-        repetition=repetition_plots(made),
-        repetition_rows=repetition_rows(made),
-        random=None if base is None else random_repetition(history.experts, base.top_k),
-        paper=PAPER,
-        texts=coloured(history.texts, history.experts),
-        legend=[_style(expert, history.experts) for expert in range(history.experts)] if history.experts <= 16 else [],
-        versions=list(versions(made)),
-        less=", ".join(map(str, LESS)),
-        more=", ".join(map(str, MORE)),
-        recipe=made.recipe_text,
-    )
+
+
+def metric_figure(history: RouterHistory, name: str) -> tuple[str, str, str, Drawn]:
+    """Title, how the metric is read, how it stands at the end, and the figure."""
+    title, about, _, _ = METRICS[name]
+    curves = curves_of(history, name)
+    last = history.train[-1].layers.get(name, []) if history.train else history.held_out[-1].layers.get(name, [])
+    known = [(value, layer) for layer, value in enumerate(last) if value is not None]
+    summary = about
+    if known:
+        low_is_worse = name.endswith("entropy")
+        value, layer = min(known) if low_is_worse else max(known, key=lambda each: (each[0], -each[1]))
+        summary = f"{'lowest' if low_is_worse else 'highest'} {value:.{digits(name)}f} in layer {layer}"
+        base = curves[layer].base
+        if base is not None:
+            outside = sum(curve.outside for curve in curves)
+            summary += (
+                f", {base:.{digits(name)}f} there in the base; {outside} of {len(curves)} layers end outside the band"
+            )
+    return title, about[:1].upper() + about[1:], summary, layer_curves(history, [name])
 
 
 def chips(made: RouterReport) -> Iterator[tuple[str, str]]:
@@ -234,11 +245,7 @@ def repetition_rows(made: RouterReport) -> list[tuple[int, list[str]]]:
     return [
         (
             layer,
-            [
-                shown(at(w.layers.get(name, []), layer), True)
-                for name in names
-                for w in (compared.before, compared.after)
-            ],
+            [_percent(at(w.layers.get(name, []), layer)) for name in names for w in (compared.before, compared.after)],
         )
         for layer in range(made.history.layers)
     ]
@@ -246,24 +253,21 @@ def repetition_rows(made: RouterReport) -> list[tuple[int, list[str]]]:
 
 def coloured(texts: Sequence[ColouredText], experts: int) -> list[ColouredLayer]:
     """Every shown layer with all texts, base and tuned."""
-    found = []
+    looks, found = expert_looks(experts), []
     for index, layer in enumerate(texts[0].layers if texts else []):
-        pairs = [(b, t) for text in texts for b, t in zip(text.base[index], text.tuned[index], strict=True)]
+        pairs = [pair for text in texts for pair in zip(text.base[index], text.tuned[index], strict=True)]
         sides = []
         for text in texts:
-            rows = [row for row in zip(text.pieces, text.base[index], text.tuned[index], strict=True) if row[0]]
-            sides.append(
-                (
-                    [_token(piece, b, f"expert {b}", experts, False) for piece, b, _ in rows],
-                    [_token(piece, t, _title(b, t), experts, b != t) for piece, b, t in rows],
-                )
-            )
+            base, tuned = [], []
+            for piece, b, t in zip(text.pieces, text.base[index], text.tuned[index], strict=True):
+                if piece:
+                    stretches = list(split_unseen(piece))
+                    title = f"expert {t}" if b == t else f"expert {t}, base {b}"
+                    base.append(Token(stretches, f"expert {b}", looks[b], False))
+                    tuned.append(Token(stretches, title, looks[t], b != t))
+            sides.append((base, tuned))
         found.append(ColouredLayer(layer, len(pairs), sum(b != t for b, t in pairs), sides))
     return [layer for layer in found if layer.tokens]
-
-
-def _title(base: int, tuned: int) -> str:
-    return f"expert {tuned}" if base == tuned else f"expert {tuned}, base {base}"
 
 
 def versions(made: RouterReport) -> Iterator[tuple[str, str]]:
@@ -281,17 +285,5 @@ def versions(made: RouterReport) -> Iterator[tuple[str, str]]:
                 yield visible(str(name)), visible(str(version))
 
 
-def _token(piece: str, expert: int, title: str, experts: int, changed: bool) -> Token:
-    return Token(list(split_unseen(piece)), title, _style(expert, experts), _hue(expert, experts), changed)
-
-
-def _style(expert: int, experts: int) -> str:
-    """The class of an expert: one of eight colours, hatched for the next eight; a hue of its own among more."""
-    if experts > 2 * _COLOURS:
-        return "hue"
-    return f"e{expert % _COLOURS}" + (" hatched" if expert >= _COLOURS else "")
-
-
-def _hue(expert: int, experts: int) -> str:
-    """Degrees; neighbours lie far apart (the golden angle)."""
-    return f"{137.508 * expert % 360:.0f}" if experts > 2 * _COLOURS else ""
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1%}"

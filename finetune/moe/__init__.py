@@ -1,7 +1,7 @@
 """The transformers quantizer plugin that really stores fused experts in 4-bit.
 
-Importing this package registers it: afterwards `from_pretrained(..., quantization_config=Moe4bitConfig())` quantizes
-while loading, and folders saved from such a model load by themselves.
+Importing `Moe4bitConfig` from here registers it: afterwards `from_pretrained(..., quantization_config=Moe4bitConfig())`
+quantizes while loading, and folders saved from such a model load by themselves.
 """
 
 import lazy_loader

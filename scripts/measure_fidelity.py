@@ -22,9 +22,9 @@ from typing import Any
 
 from finetune.adapter.adapter import load
 from finetune.console import Report
-from finetune.evaluation.compare import compare
-from finetune.evaluation.models import Compared, open_compared
-from finetune.export.run_files import HeldOut
+from finetune.evaluate.compare import compare
+from finetune.evaluate.held_out import HeldOut
+from finetune.evaluate.models import Compared, open_compared
 from finetune.moe.load import LoadedModel
 from finetune.recipe.origin import provenance
 

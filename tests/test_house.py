@@ -20,12 +20,13 @@ ROWS = (
     ("errors", "console", "values", "progress", "signals", "private_api"),
     ("checkpoint", "jsonl", "kernels", "report", "runfolder", "web"),
     ("moe",),
-    ("adapter", "recipe", "quant"),
-    ("data",),
-    ("memory", "router"),
-    ("evaluate", "infer", "summary"),
-    ("chat", "export", "serve"),
-    ("evaluation", "train"),
+    ("recipe", "quant"),
+    ("data", "run_files"),
+    ("adapter", "memory"),
+    ("infer", "router"),
+    ("chat", "evaluate", "serve", "summary"),
+    ("export",),
+    ("train",),
     ("bench",),
     ("cli",),
     ("__main__", "__init__"),
@@ -102,12 +103,12 @@ def test_imports_run_one_way_and_through_doors():
 def test_the_check_sees_what_it_should():
     assert faults_of("moe", "from finetune.errors import ModelError") == []
     assert faults_of("moe", "from finetune.moe.config import Moe4bitConfig") == []
-    assert faults_of("moe", "import finetune.train") == ["moe (row 2) imports train (row 8)"]
-    assert faults_of("adapter", "def f():\n    from finetune.recipe import Recipe") == [
-        "adapter (row 3) imports recipe (row 3)"
+    assert faults_of("moe", "import finetune.train") == ["moe (row 2) imports train (row 9)"]
+    assert faults_of("adapter", "def f():\n    from finetune.memory import Run") == [
+        "adapter (row 5) imports memory (row 5)"
     ]
     assert faults_of("data", "from finetune import memory") == ["data (row 4) imports memory (row 5)"]
-    assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 4) imports __init__ (row 11)"]
+    assert faults_of("data", "from finetune import Moe4bitConfig") == ["data (row 4) imports __init__ (row 12)"]
     assert faults_of("data", "from finetune.moe.arch import MoeArch") == [
         "data goes past the door: finetune.moe.arch.MoeArch"
     ]

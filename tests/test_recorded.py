@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.adapter.adapter import is_adapter, load
-from finetune.moe import LoadedModel, hash_experts
+from finetune.moe.census import hash_experts
+from finetune.moe.load import LoadedModel
 from tests.running import run_finetune
 
 RECORDED = Path(__file__).parent / "recorded"

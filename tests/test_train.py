@@ -21,7 +21,7 @@ from finetune.data.pipeline import Reading, encode_source
 from finetune.data.readers import Source
 from finetune.data.worker import Teaching
 from finetune.errors import DeviceError
-from finetune.evaluate import completion_loss
+from finetune.evaluate.divergence import completion_loss
 from finetune.memory.activations import ActivationPlan
 from finetune.recipe.load import load_recipe
 from finetune.summary import held_out_loss

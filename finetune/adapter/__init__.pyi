@@ -13,6 +13,14 @@ from .lora_layers import FusedLoraLinear4bit as FusedLoraLinear4bit
 from .masters import keep_fp32_masters as keep_fp32_masters
 from .masters import trainable_count as trainable_count
 from .masters import trained_tensors as trained_tensors
+from .merging import MergeSource as MergeSource
+from .merging import Weighted as Weighted
+from .merging import open_source as open_source
+from .merging import tuned_weight as tuned_weight
 from .non_moe import load_non_moe as load_non_moe
 from .non_moe import read_non_moe as read_non_moe
+from .report import TRAINING_FILE as TRAINING_FILE
+from .report import data_facts as data_facts
+from .report import inspect_adapter as inspect_adapter
+from .report import show_adapter as show_adapter
 from .unfreeze import unfreeze_non_moe as unfreeze_non_moe

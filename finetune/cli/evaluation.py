@@ -93,7 +93,7 @@ def evaluate(
         _refuse(context, _OF_BENCHMARKS if tasks is None else _OF_HELD_OUT, with_tasks=tasks is not None)
         quiet_libraries(debug)
         if tasks is not None:
-            from finetune.evaluation import run_harness
+            from finetune.evaluate import run_harness
 
             document = run_harness(
                 model,
@@ -109,7 +109,7 @@ def evaluate(
                 device=device,
             )
         else:
-            from finetune.evaluation import run_evaluate
+            from finetune.evaluate import run_evaluate
 
             document = run_evaluate(
                 model,

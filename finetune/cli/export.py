@@ -122,7 +122,7 @@ def adapter_inspect(
     """Show what an adapter is: kind, rank, targets, base, recipe, data, and its norms layer by layer."""
     with reporting(as_json, debug) as report:
         quiet_libraries(debug)
-        from finetune.export import inspect_adapter, show_adapter
+        from finetune.adapter import inspect_adapter, show_adapter
 
         document = inspect_adapter(adapter, base_path=base)
         show_adapter(document, report)

@@ -1,16 +1,9 @@
-from .adapter_report import inspect_adapter as inspect_adapter
-from .adapter_report import show_adapter as show_adapter
 from .download import pull as pull
 from .hub import Destination as Destination
 from .hub import Hub as Hub
 from .hub import require_writable as require_writable
 from .merge import run_merge as run_merge
 from .quantized import write_quantized as write_quantized
-from .run_files import HeldOut as HeldOut
-from .source import MergeSource as MergeSource
-from .source import Weighted as Weighted
-from .source import open_source as open_source
-from .source import tuned_weight as tuned_weight
 from .upload import destination_of as destination_of
 from .upload import push as push
 from .upload import push_after_training as push_after_training

@@ -21,11 +21,11 @@ from finetune.checkpoint import read_json
 from finetune.errors import HubError, ModelError, OutputError
 from finetune.export.hub import Destination, Hub, Kind
 from finetune.export.published import is_local, public_name
-from finetune.export.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
 from finetune.jsonl import read_metrics
 from finetune.memory import EXPERT_FORMATS
 from finetune.moe import QUANT_METHOD, BaseSpec
 from finetune.recipe import Recipe
+from finetune.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
 from finetune.runfolder import RunFolder, set_aside
 from finetune.summary import held_out_loss
 

@@ -25,13 +25,12 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from finetune.adapter import MergeSource
 from finetune.checkpoint import read_json
-from finetune.export.base import expert_place
 from finetune.export.serving import write_about
-from finetune.export.source import MergeSource
 from finetune.export.writing import Item, parse_size, resumable, write_shards
 from finetune.kernels import ExpertStack, empty_experts
-from finetune.moe import Moe4bitConfig, hub_expert_names, hub_name, refuse_without_toolkit, role_of
+from finetune.moe import Moe4bitConfig, expert_place, hub_expert_names, hub_name, refuse_without_toolkit, role_of
 from finetune.runfolder import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

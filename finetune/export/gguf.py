@@ -33,8 +33,8 @@ from datasets.utils import tqdm
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from finetune.adapter import MergeSource
 from finetune.errors import ModelError, OutputError
-from finetune.export.base import expert_place
 from finetune.export.gguf_config import (
     ROPE_FREQS,
     describe_config,
@@ -43,9 +43,8 @@ from finetune.export.gguf_config import (
     rope_divisors,
 )
 from finetune.export.serving import write_about
-from finetune.export.source import MergeSource
 from finetune.export.writing import Partial, made_ahead, resumable
-from finetune.moe import EXPERT_PROJECTIONS, role_of
+from finetune.moe import EXPERT_PROJECTIONS, expert_place, role_of
 from finetune.runfolder import require_space
 
 WRITTEN_TYPES = ("f16", "q8_0")

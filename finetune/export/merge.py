@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 
-from finetune.adapter import load
+from finetune.adapter import MergeSource, Weighted, load, open_source
 from finetune.console import Report, gib
 from finetune.errors import OutputError
-from finetune.evaluate import Fidelity, fidelity_between
-from finetune.export.base import Onto
+from finetune.evaluate import Fidelity, HeldOut, fidelity_between
 from finetune.export.formats import DTYPES, write_folder
 from finetune.export.gguf import write_gguf
-from finetune.export.run_files import HeldOut
-from finetune.export.source import MergeSource, Weighted, open_source
 from finetune.export.writing import parse_size
-from finetune.moe import resolve_device
+from finetune.moe import Onto, resolve_device
 from finetune.runfolder import require_fresh, write_json
 
 FORMATS = ("nf4", *DTYPES, "gguf")

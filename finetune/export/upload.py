@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.adapter import TRAINING_FILE, data_facts
 from finetune.console import Report, gib, strict_json
-from finetune.export.adapter_report import TRAINING_FILE, data_facts
 from finetune.export.card import RunFacts, base_licence, make_card
 from finetune.export.hub import Destination, Hub, kind_of, publish, require_repo_id, require_writable
 from finetune.export.published import adapter_files, is_local, merged_files, public_name, public_values

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from finetune.checkpoint import read_json
 from finetune.errors import FinetuneError, OutputError
-from finetune.export.base import Tensors
+from finetune.moe import Tensors
 from finetune.runfolder import full_disk_explained, require_fresh, require_space, write_json
 
 DONE = "done.json"

@@ -14,12 +14,14 @@ from .arch import router_path as router_path
 from .arch import why_no_lora as why_no_lora
 from .attention import VARLEN as VARLEN
 from .attention import FullRows as FullRows
+from .base_weights import Onto as Onto
+from .base_weights import Tensors as Tensors
+from .base_weights import TrainedBase as TrainedBase
+from .base_weights import expert_place as expert_place
 from .census import Census as Census
 from .census import hash_experts as hash_experts
-from .census import joined_hash as joined_hash
 from .census import require_quantized_experts as require_quantized_experts
 from .census import require_same_experts as require_same_experts
-from .census import stack_hash as stack_hash
 from .census import take_census as take_census
 from .config import QUANT_METHOD as QUANT_METHOD
 from .config import AttentionStorage as AttentionStorage
@@ -28,8 +30,6 @@ from .config import refuse_without_toolkit as refuse_without_toolkit
 from .experts import FEW_CHOICES as FEW_CHOICES
 from .experts import QuantizedExperts as QuantizedExperts
 from .experts import run_experts as run_experts
-from .finite import is_finite as is_finite
-from .finite import not_finite as not_finite
 from .fused_layers import wants_fused_layers as wants_fused_layers
 from .load import BASE_FILE as BASE_FILE
 from .load import UNRECORDED_DTYPE as UNRECORDED_DTYPE

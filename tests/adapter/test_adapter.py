@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.adapter.adapter import Adapter
 from finetune.adapter.settings import IDLE_FIELDS, READ_FIELDS, read_lora_settings
 from finetune.errors import AdapterError, DataError, ModelError
-from finetune.evaluation.models import open_compared
+from finetune.evaluate.models import open_compared
 from finetune.infer.engine import Engine
 from finetune.infer.generation import generate
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent

@@ -26,9 +26,9 @@ from finetune.data.readers import Source
 from finetune.data.worker import Teaching
 from finetune.errors import AdapterError
 from finetune.export import merge as merging
-from finetune.export.base import Tensors
 from finetune.export.quantized import write_quantized
 from finetune.infer.loading import load_models
+from finetune.moe.base_weights import Tensors
 from finetune.moe.load import BaseSpec, load_base
 from tests.conftest import TOKENIZER_FILES
 from tests.export.in_memory import merged_weight, save_merged

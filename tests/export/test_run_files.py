@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import AdapterError, OutputError
-from finetune.export.run_files import DataFile, FidelityFile, SummaryFile, recorded, recorded_recipe
+from finetune.run_files import DataFile, FidelityFile, SummaryFile, recorded, recorded_recipe
 
 RECIPE = {"model": {"path": "m"}, "data": {"train": "d"}, "output": {"dir": "o"}}
 

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.adapter.merging import Weighted, open_source
 from finetune.errors import OutputError
 from finetune.export import gguf, writing
-from finetune.export.base import Tensors
 from finetune.export.formats import write_folder
-from finetune.export.source import Weighted, open_source
 from finetune.export.writing import Item, Partial, made_ahead, resumable, write_shards
+from finetune.moe.base_weights import Tensors
 from tests.running import contents, refused, run_finetune
 
 

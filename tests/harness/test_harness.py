@@ -249,7 +249,7 @@ def test_a_group_beside_the_harness_own_tasks(adapter: tuple[Path, LoadedModel],
     assert of_group[0]["value"] == of_task[0]["value"]  # of one task: its own
 
 
-# ---- refused; what is refused before the harness is looked for: tests/evaluation/test_harness.py -------------------
+# ---- refused; what is refused before the harness is looked for: tests/evaluate/test_harness.py -------------------
 
 
 def test_a_task_that_there_is_not(adapter: tuple[Path, LoadedModel], tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.lora import save_adapter
 from finetune.adapter.non_moe import save_non_moe
+from finetune.adapter.report import inspect_adapter
 from finetune.adapter.unfreeze import unfreeze_non_moe
-from finetune.export.adapter_report import inspect_adapter
 from finetune.moe.load import BaseSpec, load_base
 from tests.running import refused, run_finetune
 

@@ -21,10 +21,10 @@ from datasets.utils import tqdm
 
 from finetune.console import Report
 from finetune.errors import DataError
-from finetune.evaluate import KeptAnswers, Row, RowSums, row_sums, said_to
-from finetune.evaluation.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
-from finetune.evaluation.models import Compared
-from finetune.export import HeldOut
+from finetune.evaluate.divergence import KeptAnswers, Row, RowSums, row_sums, said_to
+from finetune.evaluate.held_out import HeldOut
+from finetune.evaluate.intervals import CONFIDENCE, DRAWS, Bootstrap, Estimate
+from finetune.evaluate.models import Compared
 from finetune.moe import LoadedModel
 
 

@@ -20,13 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.adapter import Adapter
+from finetune.adapter.adapter import Adapter
 from finetune.checkpoint import check_model_folder, read_json, shard_files
 from finetune.console import Report
 from finetune.errors import AdapterError
-from finetune.export.base import Tensors
-from finetune.export.run_files import DataFile, recorded
-from finetune.moe import MoeArch, fingerprint_of, hub_name, require_fingerprint, router_path
+from finetune.moe import MoeArch, Tensors, fingerprint_of, hub_name, require_fingerprint, router_path
+from finetune.run_files import DataFile, recorded
 from finetune.runfolder import RunFolder
 
 TRAINING_FILE = "training.json"

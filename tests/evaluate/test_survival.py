@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from finetune.evaluation.survival import Kept, Survival, lost_in
+from finetune.evaluate.retention import Kept, Survival, lost_in
 from tests.export.tunings import nf4_values, tuned, tuned_non_moe, update
 from tests.running import run_finetune
 

@@ -10,7 +10,7 @@ from tests.running import refused
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, saved_adapter: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr("finetune.evaluation.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.evaluate.harness.find_spec", lambda name: None)
     says = ("lm-evaluation-harness is not installed", "pip install 'moe-qlora[harness]'")
     refused(tmp_path, "evaluate", saved_adapter, "--tasks", "hellaswag", says=says)
 

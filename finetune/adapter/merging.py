@@ -21,13 +21,15 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.adapter import Adapter, is_adapter
+from finetune.adapter.adapter import Adapter, is_adapter
 from finetune.checkpoint import read_json
 from finetune.errors import AdapterError, ModelError
-from finetune.export.base import Onto, Tensors, TrainedBase
 from finetune.moe import (
     BaseSpec,
     MoeArch,
+    Onto,
+    Tensors,
+    TrainedBase,
     check_base,
     fingerprint_of,
     load_tokenizer,

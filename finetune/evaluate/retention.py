@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.export import MergeSource, tuned_weight
+from finetune.adapter import MergeSource, tuned_weight
 from finetune.kernels import dequantize_expert, quantize_stack
 from finetune.moe import role_of
 

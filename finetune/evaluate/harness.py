@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from finetune.console import Report
 from finetune.errors import DataError, FinetuneError, ModelError
-from finetune.evaluation.models import Compared, open_compared
+from finetune.evaluate.models import Compared, open_compared
 from finetune.moe import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
 from finetune.private_api import harness_task_kinds
 from finetune.recipe import provenance

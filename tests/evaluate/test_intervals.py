@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.evaluation.intervals import Bootstrap
+from finetune.evaluate.intervals import Bootstrap
 
 
 def conversations(number: int = 40) -> tuple[np.ndarray, np.ndarray]:
@@ -61,5 +61,5 @@ def test_draws_without_a_token_are_left_out() -> None:
 def test_many_conversations_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, tokens = conversations()
     whole = Bootstrap(len(tokens)).ratio(losses, tokens)
-    monkeypatch.setattr("finetune.evaluation.intervals._AT_ONCE", 40 * 300)
+    monkeypatch.setattr("finetune.evaluate.intervals._AT_ONCE", 40 * 300)
     assert Bootstrap(len(tokens)).ratio(losses, tokens) == whole

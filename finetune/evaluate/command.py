@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.adapter import is_adapter
+from finetune.adapter import Weighted, inspect_adapter, is_adapter, open_source
 from finetune.console import Report
 from finetune.errors import AdapterError
-from finetune.evaluation.compare import Comparison, compare, require_data
-from finetune.evaluation.intervals import CONFIDENCE, Estimate
-from finetune.evaluation.models import open_compared
-from finetune.evaluation.survival import ROUNDINGS, Survival, lost_in, survival
-from finetune.export import HeldOut, Weighted, inspect_adapter, open_source
+from finetune.evaluate.compare import Comparison, compare, require_data
+from finetune.evaluate.held_out import HeldOut
+from finetune.evaluate.intervals import CONFIDENCE, Estimate
+from finetune.evaluate.models import open_compared
+from finetune.evaluate.retention import ROUNDINGS, Survival, lost_in, survival
 
 _COLUMNS = {"nf4": "nf4 again (as PEFT merges)", "bf16": "bf16", "fp16": "fp16"}
 

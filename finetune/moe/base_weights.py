@@ -22,28 +22,11 @@ from torch import Tensor
 
 from finetune.checkpoint import TensorInfo, incomplete, read_tensor_infos, shard_files
 from finetune.errors import FinetuneError, ModelError
-from finetune.kernels import (
-    ExpertStack,
-    ExpertStorage,
-    dequantize_expert,
-    empty_experts,
-    quantize_stack,
-    stack_type,
-)
-from finetune.moe import (
-    EXPERT_PROJECTIONS,
-    AttentionStorage,
-    MoeArch,
-    experts_path,
-    hub_expert_names,
-    hub_name,
-    is_finite,
-    joined_hash,
-    not_finite,
-    require_same_experts,
-    role_of,
-    stack_hash,
-)
+from finetune.kernels import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, quantize_stack, stack_type
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
+from finetune.moe.census import joined_hash, require_same_experts, stack_hash
+from finetune.moe.config import AttentionStorage
+from finetune.moe.finite import is_finite, not_finite
 
 Onto = Literal["trained", "original"]
 Shapes = dict[str, tuple[int, ...]]

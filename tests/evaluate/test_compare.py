@@ -19,8 +19,8 @@ from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.readers import Source
 from finetune.data.worker import Teaching
-from finetune.evaluate import Said, row_sums
-from finetune.evaluation.command import run_evaluate
+from finetune.evaluate.command import run_evaluate
+from finetune.evaluate.divergence import Said, row_sums
 from finetune.moe.load import LoadedModel
 from finetune.recipe.load import load_recipe
 from tests.export.tunings import tuned, update

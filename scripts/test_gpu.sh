@@ -28,7 +28,7 @@ bench() {
   shift
   echo "== $name"
   rm -f "$results/$name.json"
-  if ! "$python" -m finetune bench "$@" --out "$results/$name.json" 2>"$work/$name.log" | grep -v '^{'; then
+  if ! "$python" -m bench "$@" --out "$results/$name.json" 2>"$work/$name.log" | grep -v '^{'; then
     echo "$name failed:"
     tail -n 15 "$work/$name.log"
     status=1

@@ -26,8 +26,12 @@ class Ran:
         return json.loads(self.stdout)
 
 
-def run_finetune(*args: object) -> Ran:
-    """Exit status and output of `finetune ARGS`; errors that are not the user's come through as exceptions."""
+def run_finetune(*args: object, app: typer.Typer = app) -> Ran:
+    """Exit status and output of `finetune ARGS`; errors that are not the user's come through as exceptions.
+
+    Args:
+        app: another command line, such as that of `python -m bench`.
+    """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -43,10 +47,10 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def refused(folder: Path, *args: object, says: tuple[str, ...]) -> Ran:
+def refused(folder: Path, *args: object, says: tuple[str, ...], app: typer.Typer = app) -> Ran:
     """Runs a command that must be refused with a message that holds these words, and must leave `folder` as it is."""
     before = contents(folder)
-    ran = run_finetune(*args)
+    ran = run_finetune(*args, app=app)
     assert ran.status == 2, ran.stderr
     message = ran.stderr[ran.stderr.index("error: ") :]
     for words in says:

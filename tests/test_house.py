@@ -100,6 +100,12 @@ def test_imports_run_one_way_and_through_doors():
     assert {name: faults for name, source in FILES.items() if (faults := faults_of(room_of(name), source))} == {}
 
 
+def test_the_package_does_without_what_lies_beside_it():
+    beside = {"bench", "scripts", "tests"}
+    users = {n for n, source in FILES.items() if any(name.split(".")[0] in beside for name in imports(source))}
+    assert users == set()
+
+
 def test_the_check_sees_what_it_should():
     assert faults_of("moe", "from finetune.errors import ModelError") == []
     assert faults_of("moe", "from finetune.moe.config import Moe4bitConfig") == []

@@ -1,4 +1,4 @@
-"""Measuring: the training path, what others would do instead, single kernels; a table, then one JSON line."""
+"""How fast a recipe trains and a model answers on this machine; a table, then one JSON line."""
 
 import lazy_loader
 

@@ -1,10 +1,4 @@
-from .data import bench_data as bench_data
 from .decode import bench_decode as bench_decode
-from .experts import bench_experts as bench_experts
-from .kernels import TOKENS as TOKENS
-from .kernels import bench_kernels as bench_kernels
-from .peers import bench_peers as bench_peers
 from .result import hand_over as hand_over
 from .result import require_appendable as require_appendable
-from .router import bench_router as bench_router
 from .train import bench_train as bench_train

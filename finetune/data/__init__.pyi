@@ -1,6 +1,3 @@
-from .batching import pack as pack
-from .batching import packing_efficiency as packing_efficiency
-from .batching import row_lengths as row_lengths
 from .chat import apply_template as apply_template
 from .check.check import check_data as check_data
 from .check.report import document as document

@@ -1,9 +1,5 @@
 from .command import run_evaluate as run_evaluate
 from .divergence import Fidelity as Fidelity
-from .divergence import Row as Row
-from .divergence import completion_loss as completion_loss
-from .divergence import fidelity as fidelity
 from .divergence import fidelity_between as fidelity_between
-from .divergence import swapped as swapped
 from .harness import run_harness as run_harness
 from .held_out import HeldOut as HeldOut

@@ -22,9 +22,6 @@ from .nf4 import stack_of_linear as stack_of_linear
 from .nf4_quantize import BLOCK as BLOCK
 from .paged import paged_attention as paged_attention
 from .paged import rope_write as rope_write
-from .rows import combine_rows as combine_rows
-from .rows import gather_rows as gather_rows
-from .rows import sort_by_expert as sort_by_expert
 from .stacks import BITS as BITS
 from .stacks import ExpertStack as ExpertStack
 from .stacks import ExpertStorage as ExpertStorage
@@ -33,8 +30,6 @@ from .stacks import dequantize_stack as dequantize_stack
 from .stacks import empty_experts as empty_experts
 from .stacks import quantize_experts as quantize_experts
 from .stacks import stack_type as stack_type
-from .swiglu import swiglu_backward_ as swiglu_backward_
-from .swiglu import swiglu_forward as swiglu_forward
 from .varlen import compute_dtype as compute_dtype
 from .varlen import flash_serves as flash_serves
 from .varlen import varlen_attention as varlen_attention

@@ -15,7 +15,7 @@
     8 x 1024          878 / 848 ms    cuBLAS's kernels are the faster ones, most of all where experts differ in load
     4 x 4096         1954 / 1934 ms
 
-`finetune bench train --set model.experts_backend=loop` repeats these, `finetune bench kernels` those of one layer.
+`finetune bench train --set model.experts_backend=loop` repeats these, `python -m bench kernels` those of one layer.
 
 Shape suffixes: S rows sorted by expert, E experts, O and I a matrix's output and input.
 """

@@ -159,7 +159,7 @@ def swiglu_backward_kernel(h_ptr, v_ptr, weight_ptr, order_ptr, grad_weight_ptr,
 # ---- launches: shapes and dtypes are the operators' business -----------------------------------------------------
 
 # The best of those tried on an H100 (torch 2.11, triton 3.6) at the shapes of Mixtral 8x7B: dequantization reaches 97%
-# of the copy rate, SwiGLU 96%. `finetune bench kernels` measures the ones chosen.
+# of the copy rate, SwiGLU 96%. `python -m bench kernels` measures the ones chosen.
 DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 512, 4
 COLUMN_BLOCK = 1024
 SORT_CHUNK, SORT_WARPS = 2048, 8

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import finetune.moe.quantizer  # noqa: F401 - registers the storage of the experts with transformers
 from finetune.checkpoint import (
     blamed_on,
     check_model_folder,
@@ -33,10 +34,9 @@ from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
 from finetune.kernels import ExpertStorage
 from finetune.moe.arch import MoeArch, router_path
 from finetune.moe.attention import read_packing, resolve_attention
-from finetune.moe.config import QUANT_METHOD, AttentionStorage
+from finetune.moe.config import QUANT_METHOD, AttentionStorage, Moe4bitConfig
 from finetune.moe.experts import QuantizedExperts
 from finetune.moe.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
-from finetune.moe.quantizer import Moe4bitConfig
 from finetune.moe.random_weights import build_random_model
 from finetune.moe.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.private_api import move_own_tensors

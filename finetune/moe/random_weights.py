@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+import finetune.moe.quantizer  # noqa: F401 - registers the storage of the experts with transformers
 from finetune.kernels import BITS, random_low_bit
 from finetune.moe.arch import EXPERT_PROJECTIONS
+from finetune.moe.config import Moe4bitConfig
 from finetune.moe.experts import QuantizedExperts
-from finetune.moe.quantizer import Moe4bitConfig
 
 
 def build_random_model(

@@ -1,14 +1,9 @@
 from .auxiliary import AuxiliaryLoss as AuxiliaryLoss
 from .callback import RouterCallback as RouterCallback
-from .capture import RouterCapture as RouterCapture
 from .hook import Recording as Recording
 from .media import RouterMedia as RouterMedia
 from .media import RouterMediaCallback as RouterMediaCallback
 from .metrics import layer_metrics as layer_metrics
-from .names import brief_scalars as brief_scalars
-from .names import layer_scalars as layer_scalars
-from .names import layer_vectors as layer_vectors
-from .names import part_scalars as part_scalars
 from .plots import load_heat_map_pixels as load_heat_map_pixels
 from .plots import run_figures as run_figures
 from .recipe_watch import watch_router as watch_router

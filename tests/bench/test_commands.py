@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.__main__ import app as bench
 from finetune.bench.peer import PEERS, measure_peer
 from tests.running import refused, run_finetune
 
@@ -75,8 +76,9 @@ def test_peers_on_a_cpu(small_mixtral: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(PEERS, "liger", ())
     monkeypatch.setitem(PEERS, "unsloth", ("no_such_package",))
     ran = run_finetune(
-        *("bench", "peers", "--shape", small_mixtral, "--json"),
+        *("peers", "--shape", small_mixtral, "--json"),
         *("--batch", "1", "--length", "8", "--steps", "1", "--layers", "1"),
+        app=bench,
     )
     assert ran.status == 0, ran.stderr
     document = ran.document
@@ -99,7 +101,7 @@ def test_a_peer_learns_with_its_experts_in_4_bits(small_mixtral: Path) -> None:
 
 
 def test_kernels(small_mixtral: Path) -> None:
-    ran = run_finetune("bench", "kernels", "--shape", small_mixtral, "--tokens", "3", "--tokens", "16", "--json")
+    ran = run_finetune("kernels", "--shape", small_mixtral, "--tokens", "3", "--tokens", "16", "--json", app=bench)
     assert ran.status == 0, ran.stderr
     names = {kernel["kernel"] for kernel in ran.document["kernels"]}
     assert {"dequantize NF4", "gather", "swiglu forward", "swiglu backward", "combine"} <= names
@@ -120,14 +122,14 @@ def test_refusals(write_recipe: Write, tmp_path: Path) -> None:
     refused(tmp_path, *train, "--set", "training.max_steps=3", says=("a bench sets `training.max_steps`", "--steps"))
     refused(tmp_path, *train, "--out", tmp_path / "no" / "file", says=("cannot be written", "--out"))
     refused(tmp_path, *train, "--set", "training.learning_rat=1", says=("unknown key `learning_rat`",))
-    refused(tmp_path, "bench", "peers", "--shape", tmp_path, says=("config.json",))
-    refused(tmp_path, "bench", "kernels", "--shape", tmp_path / "nowhere", says=("config.json",))
+    refused(tmp_path, "peers", "--shape", tmp_path, says=("config.json",), app=bench)
+    refused(tmp_path, "kernels", "--shape", tmp_path / "nowhere", says=("config.json",), app=bench)
 
 
 @pytest.mark.slow
 def test_experts(small_mixtral: Path, conversations: Path) -> None:
     """Fewer bits, more error, by the numbers of the storage; a checkpoint that is quantized is refused."""
-    ran = run_finetune("bench", "experts", small_mixtral, "--data", conversations, "--rows", "3", "--device", "cpu")
+    ran = run_finetune("experts", small_mixtral, "--data", conversations, "--rows", "3", "--device", "cpu", app=bench)
     assert ran.status == 0, ran.stderr
     *table, line = ran.stdout.splitlines()
     document = json.loads(line)
@@ -148,4 +150,4 @@ def test_experts_of_a_quantized_checkpoint(small_mixtral: Path, conversations: P
     assert ran.status == 0, ran.stderr
     assert "hqq2" in ran.stdout
     says = ("there is nothing to compare with: the checkpoint is quantized", "allowed: a checkpoint in 16 bits")
-    refused(tmp_path, "bench", "experts", tmp_path / "two", "--data", conversations, says=says)
+    refused(tmp_path, "experts", tmp_path / "two", "--data", conversations, says=says, app=bench)

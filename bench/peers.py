@@ -1,4 +1,4 @@
-"""`finetune bench peers`: the stacks of peer.py, one after the other, each in its own process on the same GPU.
+"""`python -m bench peers`: the stacks of peer.py, one after the other, each in its own process on the same GPU.
 
 A stack that is not installed, that needs a GPU where there is none, or that fails has a row that says so; the others
 are measured all the same.
@@ -19,11 +19,11 @@ import torch
 from finetune.bench.peer import PEERS
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import WARM_UP
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report, gib
-from finetune.moe import MoeArch
+from finetune.moe.arch import MoeArch
 
-SHAPE = Path(__file__).resolve().parents[2] / "recipes" / "mixtral-8x7b" / "shape"
+SHAPE = Path(__file__).resolve().parents[1] / "recipes" / "mixtral-8x7b" / "shape"
 _LINES_OF_ERROR = 3
 
 

@@ -1,4 +1,4 @@
-"""`finetune bench experts`: what each storage of the experts costs in quality, on held-out text.
+"""`python -m bench experts`: what each storage of the experts costs in quality, on held-out text.
 
 The reference is the checkpoint in 16 bits; a candidate is the same model with only its experts quantized, so that
 nothing but the storage differs. A table of bytes, weight error, held-out loss, KL, and routing, then one JSON line.
@@ -19,22 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from finetune.bench.result import conditions, rounded
 from finetune.console import Report, gib
-from finetune.data import Reading, Source, Teaching, encode_source, open_source
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source, open_source
+from finetune.data.worker import Teaching
 from finetune.errors import ModelError
-from finetune.evaluate import Row, completion_loss, fidelity, swapped
-from finetune.kernels import ExpertStorage, dequantize_expert
-from finetune.moe import (
-    EXPERT_PROJECTIONS,
-    BaseSpec,
-    MoeArch,
-    QuantizedExperts,
-    check_base,
-    experts_path,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    saved_quantization,
-)
+from finetune.evaluate.divergence import Row, completion_loss, fidelity, swapped
+from finetune.kernels.stacks import ExpertStorage, dequantize_expert
+from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.moe.experts import QuantizedExperts
+from finetune.moe.load import BaseSpec, check_base, load_tokenizer, resolve_device, resolve_dtype, saved_quantization
 
 STORAGES: tuple[ExpertStorage, ...] = get_args(ExpertStorage)
 

@@ -1,4 +1,4 @@
-"""`finetune bench router`: what watching the routers costs a training step, in time and memory.
+"""`python -m bench router`: what watching the routers costs a training step, in time and memory.
 
 The trainer of a recipe makes the batches; then the bare step runs over them with the capture on and off in turns, so
 that clocks and temperature are the same for both. What a log costs (reading the sums, the formulas) is measured apart,
@@ -20,8 +20,10 @@ from finetune.bench.measure import BareStep, Recorder, now, read_peak, reset_pea
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import make_workload
 from finetune.console import Report
-from finetune.router import RouterCapture, brief_scalars, layer_metrics, layer_scalars, layer_vectors, part_scalars
-from finetune.train import prepare, run_steps
+from finetune.router.capture import RouterCapture
+from finetune.router.metrics import layer_metrics
+from finetune.router.names import brief_scalars, layer_scalars, layer_vectors, part_scalars
+from finetune.train.run import prepare, run_steps
 
 _READINGS = 5
 

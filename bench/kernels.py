@@ -1,4 +1,4 @@
-"""`finetune bench kernels`: one layer's kernels against the copy rate, and the experts of one layer by backend.
+"""`python -m bench kernels`: one layer's kernels against the copy rate, and the experts of one layer by backend.
 
 The bytes of a kernel are the least it can move: each input once, each output once. So a gather that reads a token's row
 once for each of its experts has a rate below the copy rate by what the caches do not catch.
@@ -23,26 +23,19 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from finetune.bench.peers import SHAPE
+from bench.peers import SHAPE
 from finetune.bench.result import conditions, rounded
 from finetune.bench.roofline import copy_rate, sustained_seconds
-from finetune.checkpoint import read_json
+from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
-from finetune.kernels import (
-    ExpertStack,
-    ExpertStorage,
-    choose_backend,
-    combine_rows,
-    dequantize_stack,
-    few_experts,
-    gather_rows,
-    sort_by_expert,
-    swiglu_backward_,
-    swiglu_forward,
-    to_halves,
-)
-from finetune.moe import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch, QuantizedExperts
+from finetune.kernels.experts_matmul import choose_backend
+from finetune.kernels.few_rows import few_experts, to_halves
+from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_stack
+from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
+from finetune.moe.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
+from finetune.moe.experts import QuantizedExperts
 
 TOKENS = (1024, 2048, 8192)
 FEW_TOKENS = (1, 2, 4, 16, 64)

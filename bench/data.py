@@ -1,4 +1,4 @@
-"""`finetune bench data`: conversations to packed training rows, beside bare tokenization of the same text.
+"""`python -m bench data`: conversations to packed training rows, beside bare tokenization of the same text.
 
 Two paths over one file of conversations that the bundled ones make by joining: `datasets.map` that only tokenizes text
 which already lies in Arrow, with the same tokenizer and number of processes; and ours, from the JSON lines on: parsed,
@@ -26,17 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from finetune.bench.result import conditions, rounded
 from finetune.bench.workload import BUNDLED
 from finetune.console import Report, gib
-from finetune.data import (
-    Reading,
-    Source,
-    Teaching,
-    apply_template,
-    encode_source,
-    pack,
-    packing_efficiency,
-    row_lengths,
-)
-from finetune.moe import load_tokenizer
+from finetune.data.batching import pack, packing_efficiency, row_lengths
+from finetune.data.chat import apply_template
+from finetune.data.pipeline import Reading, encode_source
+from finetune.data.readers import Source
+from finetune.data.worker import Teaching
+from finetune.moe.load import load_tokenizer
 
 _CHARACTERS = 900  # of a conversation at least; about 400 tokens
 _SAMPLE_SECONDS = 0.2

@@ -3,9 +3,8 @@
 Why not Gradio's chat: it takes a text for Markdown or for HTML, and a text is neither. Here all text goes through
 templates that escape it, and characters that nobody would see are written out.
 
-The colours are those of the router report (`router/study/report.css.jinja`): eight that differ also for protan, deutan
-and tritan eyes, hatched for the next eight experts, a hue of its own for each of more. Colour never stands alone: the
-number of an expert stands where it changes.
+Colours are those of every page (`finetune.report`). Colour never stands alone: the number of an expert stands where it
+changes.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Template
 
 from finetune.chat.conversation import Messages
 from finetune.chat.routes import Routed
 from finetune.data import counts, split_unseen, visible
-
-_COLOURS = 8
+from finetune.report import environment, expert_looks
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,6 @@ class Token:
     number: int
     expert: int
     changes: bool
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an expert looks: a class, and the degrees of its hue where it has one of its own."""
-
-    style: str
-    hue: str
 
 
 def chat_text(messages: Messages, note: str, *, label: str) -> str:
@@ -74,7 +64,7 @@ def coloured_text(routed: Routed, layer: int, *, model: str) -> str:
         model=visible(model),
         layer=layer,
         tokens=tokens,
-        looks=looks(routed.experts),
+        looks=expert_looks(routed.experts),
         counted=counts(len(tokens), "token"),
     )
 
@@ -82,7 +72,7 @@ def coloured_text(routed: Routed, layer: int, *, model: str) -> str:
 def legend(experts: int, texts: list[tuple[str, Routed]], layer: int) -> str:
     """HTML of the experts' colours, with how many tokens of each model's text went to each first."""
     loads = [(visible(model), Counter(routed.first[layer])) for model, routed in texts]
-    return _template("legend.html.jinja").render(looks=looks(experts), loads=loads, layer=layer)
+    return _template("legend.html.jinja").render(looks=expert_looks(experts), loads=loads, layer=layer)
 
 
 def style_sheet() -> str:
@@ -90,22 +80,6 @@ def style_sheet() -> str:
     return _template("page.css.jinja").render()
 
 
-def looks(experts: int) -> list[Look]:
-    """How each expert looks."""
-    if experts > 2 * _COLOURS:
-        # The golden angle keeps neighbours far apart.
-        return [Look("hue", f"{137.508 * expert % 360:.0f}") for expert in range(experts)]
-    hatched = ["" if expert < _COLOURS else " hatched" for expert in range(experts)]
-    return [Look(f"e{expert % _COLOURS}{hatched[expert]}", "") for expert in range(experts)]
-
-
 @cache
 def _template(name: str) -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
+    return environment(Path(__file__).parent).get_template(name)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.checkpoint import read_json
 from finetune.errors import HubError, ModelError, OutputError
@@ -25,6 +24,7 @@ from finetune.jsonl import read_metrics
 from finetune.memory import EXPERT_FORMATS
 from finetune.moe import QUANT_METHOD, BaseSpec
 from finetune.recipe import Recipe
+from finetune.report import environment
 from finetune.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
 from finetune.runfolder import RunFolder, set_aside
 from finetune.summary import held_out_loss
@@ -149,40 +149,43 @@ def _body(
     licence: Mapping[str, str],
     merged: Path | None,
 ) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     base, recipe, public = facts.base, facts.recipe, public_name(facts.base.path)
     on_hub = not is_local(base.path)
     shown = f"[{public}](https://huggingface.co/{public})" if on_hub else f"`{public}` (a local folder)"
-    return environment.get_template("card.md.jinja").render(
-        title=to.repo_id.rpartition("/")[2],
-        repo_id=to.repo_id,
-        branch=to.branch,
-        branch_argument=f', revision="{to.branch}"' if to.branch else "",
-        kind=kind,
-        summary=_summary(facts, kind, shown),
-        base_shown=shown,
-        base_public=public,
-        on_hub=on_hub,
-        revision=base.revision,
-        fingerprint=base.fingerprint,
-        licence_shown=_licence_shown(licence),
-        trained=_trained(recipe),
-        experts=EXPERT_FORMATS[base.experts],
-        attention={"nf4": "NF4", "16bit": "16 bits"}[base.attention],
-        run=facts.summary,
-        held_out=held_out_loss(facts.summary),
-        data=_data(facts.data),
-        versions=", ".join(f"{name} {facts.packages.get(name)}" for name in ("torch", "transformers", "trl", "peft")),
-        version=facts.packages.get("moe-qlora"),
-        pictures={name: f"figures/router_{name}.png" in files for name in ("load", "drift")},
-        router=_router(facts),
-        fidelity=_fidelity(merged),
-        merged=_merged(merged, files),
-        limits="The adapter fits the base named above and no other, not even one of equal shape."
-        if kind != "model"
-        else "It is its base with the update added to the attention, not a model trained anew.",
+    return (
+        environment(Path(__file__).parent, escape=False)
+        .get_template("card.md.jinja")
+        .render(
+            title=to.repo_id.rpartition("/")[2],
+            repo_id=to.repo_id,
+            branch=to.branch,
+            branch_argument=f', revision="{to.branch}"' if to.branch else "",
+            kind=kind,
+            summary=_summary(facts, kind, shown),
+            base_shown=shown,
+            base_public=public,
+            on_hub=on_hub,
+            revision=base.revision,
+            fingerprint=base.fingerprint,
+            licence_shown=_licence_shown(licence),
+            trained=_trained(recipe),
+            experts=EXPERT_FORMATS[base.experts],
+            attention={"nf4": "NF4", "16bit": "16 bits"}[base.attention],
+            run=facts.summary,
+            held_out=held_out_loss(facts.summary),
+            data=_data(facts.data),
+            versions=", ".join(
+                f"{name} {facts.packages.get(name)}" for name in ("torch", "transformers", "trl", "peft")
+            ),
+            version=facts.packages.get("moe-qlora"),
+            pictures={name: f"figures/router_{name}.png" in files for name in ("load", "drift")},
+            router=_router(facts),
+            fidelity=_fidelity(merged),
+            merged=_merged(merged, files),
+            limits="The adapter fits the base named above and no other, not even one of equal shape."
+            if kind != "model"
+            else "It is its base with the update added to the attention, not a model trained anew.",
+        )
     )
 
 

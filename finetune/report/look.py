@@ -24,12 +24,13 @@ PALETTE: dict[str, tuple[str, str]] = {
     "warn": ("#8a5200", "#f2c069"), "warn-back": ("#fdf1dc", "#362a12"), "warn-fill": ("#e0a03a", "#c98a26"),
     "bad": ("#a91d2a", "#ff9aa2"), "bad-back": ("#fbe6e7", "#3d1a1e"), "bad-fill": ("#cf4553", "#d65561"),
     "blue": ("#2a6f97", "#5fa8d3"), "copy-fill": ("#8fa3b5", "#64798b"),
-    "chip": ("#dfe6ea", "#2c3a44"), "chip-ink": ("#2b4454", "#b9d3e3"), "odd": ("#6b2fa0", "#d3b0f5"),
-    "odd-back": ("#f0e6fa", "#33224a"),
+    "chip": ("#dfe6ea", "#2c3a44"), "chip-ink": ("#2b4454", "#b9d3e3"),
     "train": ("#0b6aa8", "#5fb0ea"), "held": ("#c2510a", "#f39a55"), "mean": ("#1a8a6a", "#4fc79b"),
     "alarm": ("#cf2233", "#ff6270"), "heat": ("1", "0.62"),
 }  # fmt: skip
-EXPERTS: dict[str, tuple[str, str]] = {
+# What text itself wears: what nobody would see, and its experts.
+TEXT: dict[str, tuple[str, str]] = {
+    "odd": ("#6b2fa0", "#d3b0f5"), "odd-back": ("#f0e6fa", "#33224a"),
     "e0": ("#32a9ea", "#4373bf"), "e1": ("#d2835b", "#936b4a"), "e2": ("#feea99", "#595d05"),
     "e3": ("#898dae", "#2c354e"), "e4": ("#d9fdcb", "#677682"), "e5": ("#a9887e", "#4f2d08"),
     "e6": ("#2ee5ff", "#714386"), "e7": ("#9ac4bf", "#833b48"), "token": ("#141a17", "#ffffff"),
@@ -86,7 +87,7 @@ def environment(folder: Path, *functions: Callable[..., Any], escape: bool = Tru
     return made
 
 
-def variables(theme: int, *, pages: bool = True, experts: bool = True) -> str:
-    """The colours of a theme, 0 light or 1 dark, as declarations of CSS variables."""
-    named = {**(PALETTE if pages else {}), **(EXPERTS if experts else {})}
+def variables(theme: int, *, pages: bool = True) -> str:
+    """The colours of a theme, 0 light or 1 dark, as declarations of CSS variables; without `pages`, those of text."""
+    named = {**PALETTE, **TEXT} if pages else TEXT
     return " ".join(f"--{name}: {colours[theme]};" for name, colours in named.items())

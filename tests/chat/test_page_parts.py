@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from finetune.chat.answering import Answering
-from finetune.chat.parts import chat_text, coloured_text, head, legend, looks, refusal, style_sheet
+from finetune.chat.parts import chat_text, coloured_text, head, legend, refusal, style_sheet
 from finetune.chat.routes import Routed
 from finetune.chat.sides import Turn, answered, history, requests_for, summary
 from finetune.errors import DataError, EngineError
 from finetune.infer.request import Sampling
+from finetune.report import expert_looks
 from tests.chat.fake import FakeEngine
 
 INJECTED = "<script>alert(1)</script><img src=x onerror=alert(2)> &lt; ${alert(3)} {{value}} \x1b[2J \u202e"
@@ -156,8 +157,6 @@ def test_every_token_has_a_span_and_a_number_where_the_expert_changes() -> None:
     ]
 
 
-def test_experts_look_different() -> None:
-    for experts in (8, 16, 64, 128):
-        assert len({(look.style, look.hue) for look in looks(experts)}) == experts
-    used = {style for look in looks(16) for style in look.style.split()}
+def test_the_style_sheet_knows_every_look_of_an_expert() -> None:
+    used = {style for look in expert_looks(16) for style in look.style.split()}
     assert [style for style in used | {"hue"} if f".{style} {{" not in style_sheet()] == []

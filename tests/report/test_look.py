@@ -10,7 +10,7 @@ import pytest
 from jinja2 import UndefinedError
 
 from finetune.report.figures import LESS, MORE
-from finetune.report.look import EXPERTS, PALETTE, environment, expert_looks
+from finetune.report.look import PALETTE, TEXT, environment, expert_looks
 
 # Machado, Oliveira and Fernandes 2009, complete dichromacy, linear RGB; and eyes that see all.
 EYES = {
@@ -35,8 +35,8 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_the_colours_of_experts_are_told_apart_by_all_eyes(theme: int):
-    colours = [EXPERTS[f"e{expert}"][theme] for expert in range(8)]
-    ink = EXPERTS["token"][theme]
+    colours = [TEXT[f"e{expert}"][theme] for expert in range(8)]
+    ink = TEXT["token"][theme]
     for colour in colours:
         dark, light = sorted((linear(colour) @ XYZ[1], linear(ink) @ XYZ[1]))
         assert (light + 0.05) / (dark + 0.05) >= 4.5

@@ -26,7 +26,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from finetune.report.look import PALETTE
+from finetune.report.look import PALETTE, SERIES
 
 INK, SOFT, LINE, TRAIN, HELD, MEAN, ALARM, WARN = (
     PALETTE[name][0] for name in ("ink", "soft", "line", "train", "held", "mean", "alarm", "warn")
@@ -39,7 +39,7 @@ HEAT = ListedColormap(
     [(*(c / 255 for c in (LESS if at < 0 else MORE)), abs(at) / _SHADES) for at in range(-_SHADES, _SHADES + 1)], "heat"
 )
 # What a part of a drawing is: an artist's gid, its class in a page.
-KINDS = {"train", "held", "mean", "base", "band", "alarm", "chance", "ramp"}
+KINDS = {"train", "held", "mean", "base", "band", "alarm", "chance", "ramp", *SERIES}
 styled = matplotlib.rc_context({  # decorates a function that draws
     "figure.dpi": 150, "text.color": INK, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT, "axes.facecolor": "none",
     "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE, "grid.linewidth": 0.6, "axes.linewidth": 0.6,
@@ -47,7 +47,7 @@ styled = matplotlib.rc_context({  # decorates a function that draws
     "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
     "lines.linewidth": 1.5, "lines.markersize": 3.5, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.titlelocation": "left",
-    "figure.titlesize": 11, "figure.labelsize": 9,
+    "figure.titlesize": 11, "figure.labelsize": 9, "text.parse_math": False,
 })  # fmt: skip
 
 

@@ -28,6 +28,11 @@ PALETTE: dict[str, tuple[str, str]] = {
     "train": ("#0b6aa8", "#5fb0ea"), "held": ("#c2510a", "#f39a55"), "mean": ("#1a8a6a", "#4fc79b"),
     "alarm": ("#cf2233", "#ff6270"), "heat": ("1", "0.62"),
 }  # fmt: skip
+# Of lines that are more than a few, by Okabe and Ito; they differ in dash as well.
+SERIES: dict[str, tuple[str, str]] = {
+    "s0": ("#0072b2", "-"), "s1": ("#d55e00", "--"), "s2": ("#009e73", "-"), "s3": ("#cc79a7", ":"),
+    "s4": ("#e69f00", "-"), "s5": ("#56b4e9", "-."), "s6": ("#8c8c00", "-"), "s7": ("#8855cc", "--"),
+}  # fmt: skip
 # What text itself wears: what nobody would see, and its experts.
 TEXT: dict[str, tuple[str, str]] = {
     "odd": ("#6b2fa0", "#d3b0f5"), "odd-back": ("#f0e6fa", "#33224a"),

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from finetune.report.figures import ALARM, HELD, LINE, MEAN, SOFT, TRAIN, Drawn, Hint, styled
+from finetune.report.look import SERIES
 
 Panel = Callable[[Axes], list[Hint]]
 Points = Sequence[tuple[float, float | None]]
@@ -26,6 +27,7 @@ _ACROSS = 8  # small panels in a row of it
 _POINTS = 160  # of a line
 _LINES = {  # kind of a line: its colour and dash
     "train": (TRAIN, "-"), "held": (HELD, "--"), "mean": (MEAN, ":"), "prompt": (HELD, "-."), "base": (SOFT, "--"),
+    **SERIES,
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from .plots import run_figures as run_figures
 from .recipe_watch import watch_router as watch_router
 from .study.analyze import router_analyze as router_analyze
 from .study.drift_command import router_drift as router_drift
-from .study.passing import require_writable as require_writable
-from .study.passing import routed_rows as routed_rows
 from .study.probe import Probe as Probe
 from .study.probe import ProbeRow as ProbeRow
+from .study.probe import require_writable as require_writable
+from .study.probe import routed_rows as routed_rows
 from .study.report_command import report_run as report_run

@@ -81,7 +81,7 @@ def run_figures(run: RunFolder, folder: str | Path) -> list[Path]:
     made = {"training": together([[panel] for panel in training_panels(history)], "Training", wide=7.2)}
     if history.train:
         load = [mean_load(history.train, layer) for layer in range(history.layers)]
-        made["router_load"] = _maps("Load of every expert", [("Expert load over the training tokens", load, False)])
+        made["router_load"] = load_heat_map(load, title="Expert load over the training tokens")
         made["router_load_over_training"] = load_over_training(history)
         few = history.layers <= _LAYERS_WITH_ALL_METRICS
         made["router_layers"] = layer_curves(history, logged_metrics(history) if few else ["max_vio"])
@@ -91,54 +91,73 @@ def run_figures(run: RunFolder, folder: str | Path) -> list[Path]:
     return [drawn.save(Path(folder) / f"{name}.png") for name, drawn in made.items()]
 
 
-def load_heat_map(load_LE: Tensor, *, title: str = "Expert load") -> Drawn:
-    """Each expert's load relative to an even share, layer by expert.
+@dataclass(frozen=True)
+class HeatMap:
+    """Values [rows][columns], and what they are compared with.
 
-    Even has no colour. The scale always runs from 0 (never chosen) to 2 (twice its share, or more), so that figures of
-    different runs and models can be compared by eye; beyond it the printed value tells.
+    The scale is always the same, so that figures of different runs and models can be compared by eye; beyond it the
+    printed value tells. None has no colour.
 
-    Args:
-        load_LE: share of assignments per expert [L, E], each row summing to 1.
+    Attributes:
+        middle: the value without a colour, and what it is called.
+        reach: how far from it a value has the full colour.
     """
-    return _maps(title, [(title, load_LE.tolist(), False)])
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    middle: tuple[float, str] = (1.0, "even")
+    reach: float = 1.0
+    rows: str = "layer"
+
+    @classmethod
+    def of_load(cls, title: str, load: Sequence[Sequence[float]]) -> HeatMap:
+        """Shares of assignments [L][E], each row summing to 1, in even shares: from 0 (never chosen) to twice that."""
+        return cls(title, [[share * len(row) for share in row] for row in load])
+
+
+def load_heat_map(load: Sequence[Sequence[float]], *, title: str = "Expert load") -> Drawn:
+    """Each expert's load relative to an even share, from shares [L][E]."""
+    return heat_maps(title, [HeatMap.of_load(title, load)])
 
 
 def load_heat_map_pixels(load_LE: Tensor, title: str) -> np.ndarray:
     """The same as uint8 RGB [height, width, 3], for loggers that take images."""
-    return load_heat_map(load_LE, title=title).pixels()
+    return load_heat_map(load_LE.tolist(), title=title).pixels()
 
 
 def load_maps(before: Window, after: Window, names: tuple[str, str]) -> Drawn:
     """Two states of the load and their difference, beside each other."""
-    change = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(before.load, after.load, strict=True)]
-    maps = [(names[0], before.load, False), (names[1], after.load, False), ("difference", change, True)]
-    return _maps(f"Load, layer by expert: {names[0]}, {names[1]}, and the difference", maps)
+    maps = [HeatMap.of_load(name, window.load) for name, window in zip(names, (before, after), strict=True)]
+    change = np.array(maps[1].values, dtype=float) - np.array(maps[0].values, dtype=float)
+    maps.append(HeatMap("difference", change.tolist(), (0.0, "same"), _DIFFERENCE))
+    return heat_maps(f"Load, layer by expert: {names[0]}, {names[1]}, and the difference", maps)
 
 
 @styled
-def _maps(label: str, maps: Sequence[tuple[str, Sequence[Sequence[float]], bool]]) -> Drawn:
-    """Heat maps of shares [L][E] with a title each; the last of a tuple says whether it is a difference."""
-    layers, experts = len(maps[0][1]), len(maps[0][1][0])
+def heat_maps(label: str, maps: Sequence[HeatMap]) -> Drawn:
+    """Heat maps of one shape beside each other, experts across."""
+    rows, experts = len(maps[0].values), len(maps[0].values[0])
     numbered = experts <= _NUMBERS
     across = min(max(experts * (0.5 if numbered else 0.06), 2.8), 8.0) if len(maps) == 1 else WIDTH / len(maps) - 0.6
-    height = max(layers * min(0.27, 7.0 / layers), 0.9)
+    height = max(rows * min(0.27, 7.0 / rows), 0.9)
     figure = Figure(figsize=((across + 0.6) * len(maps) + 0.5, height + 1.0), layout="constrained")
+    small = {"fontsize": min(8.0, 72 * across / experts / 2.6, 72 * height / rows * 0.75)}
     hints = []
-    small = {"fontsize": min(8.0, 72 * across / experts / 2.6, 72 * height / layers * 0.75)}
-    for axes, (title, load, difference) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
-        shares = np.array(load) * experts
-        reach = _DIFFERENCE if difference else 1.0
-        low, form = (-reach, "{:+.2f}") if difference else (0.0, "{:.2f}")
-        image = axes.imshow(shares, cmap=HEAT, vmin=low, vmax=low + 2 * reach, aspect="auto", interpolation="none")
-        for layer, expert in np.ndindex(layers, experts):
-            text = form.format(round(float(shares[layer, expert]), 2) + 0.0)  # never -0.00
-            hints.append(Hint(axes, f"layer {layer}, expert {expert}: {text}", cell(expert, layer)))
+    for axes, each in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        (middle, called), signed = each.middle, each.middle[0] == 0
+        low, high = middle - each.reach, middle + each.reach
+        values = np.array(each.values, dtype=float)
+        image = axes.imshow(values, cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="none")
+        for row, expert in zip(*np.isfinite(values).nonzero(), strict=True):
+            value = round(float(values[row, expert]), 2) + 0.0  # never -0.00
+            text = f"{value:+.2f}" if signed else f"{value:.2f}"
+            hints.append(Hint(axes, f"{each.rows} {row}, expert {expert}: {text}", cell(expert, row)))
             if numbered:
                 # It lies inside the axes; measuring all of them for the layout takes a third of the time.
-                axes.text(expert, layer, text, ha="center", va="center", **small).set_in_layout(False)
-        bare(axes, xticks=ticks(experts, 16 if numbered else 8), yticks=ticks(layers, 32))
-        axes.set(title=title, xlabel="expert", ylabel="layer" if axes.get_subplotspec().is_first_col() else "")
-        labels = ("-0.5", "same", "+0.5") if difference else ("0", "even", "2 or more")
+                axes.text(expert, row, text, ha="center", va="center", **small).set_in_layout(False)
+        bare(axes, xticks=ticks(experts, 16 if numbered else 8), yticks=ticks(rows, 32))
+        axes.set(title=each.title, xlabel="expert", ylabel=each.rows if axes is figure.axes[0] else "")
+        labels = (f"{low:+g}", called, f"{high:+g}") if signed else (f"{low:g}", called, f"{high:g} or more")
         colour_bar(figure, image, labels, ax=axes, location="bottom", aspect=35, pad=0.02, shrink=0.9)
     return Drawn(figure, label, hints)
 

@@ -20,7 +20,7 @@ def a_figure(label: str = "a <b>label</b>") -> Drawn:
     axes = figure.add_subplot()
     axes.plot([0, 1], [0.1234567, 1], color=TRAIN)[0].set_gid("train")
     axes.axhspan(0.2, 0.3, color=SOFT, alpha=0.17).set_gid("band")
-    axes.set_title("3.14159 & <script>")
+    axes.set_title("3.14159 & $x^$ <script>")
     axes.set(xlim=(0, 4), ylim=(0, 2))
     hints = [
         Hint(axes, "a <i>place</i>", (1, 0.5, 2, 1.5), "alarm"),
@@ -57,7 +57,7 @@ def test_colours_are_the_pages_and_texts_are_texts(svg: tuple[str, Node]):
     (drawn,) = root.all("svg")
     assert drawn.attributes["aria-label"] == "a <b>label</b>"
     assert drawn.attributes["role"] == "img"
-    assert "3.14159 & <script>" in [node.text for node in root.all("text")]  # not cut to two digits, as paths are
+    assert "3.14159 & $x^$ <script>" in [node.text for node in root.all("text")]  # not cut to two digits, as paths are
     assert [len(root.all("g", kind=kind)) for kind in ("train", "band")] == [1, 1]
     assert not re.search(r' d="[^"]*\.\d{3}', text)
 

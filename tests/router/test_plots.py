@@ -57,7 +57,7 @@ def even_but(layers: int, experts: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("layers", "experts"), [(1, 2), (32, 8), (16, 64), (48, 128)])
 def test_heat_map(layers: int, experts: int, tmp_path: Path) -> None:
     load = even_but(layers, experts)
-    drawn = load_heat_map(load, title="Expert load, training")
+    drawn = load_heat_map(load.tolist(), title="Expert load, training")
     assert drawn.save(tmp_path / "figures" / "load.png").read_bytes().startswith(PNG)
     assert_nothing_is_clipped(drawn.figure)
     values = [text.get_text() for text in drawn.figure.axes[0].texts]
@@ -68,7 +68,7 @@ def test_heat_map(layers: int, experts: int, tmp_path: Path) -> None:
 
 def test_heat_map_is_white_at_even_and_its_scale_does_not_depend_on_the_data() -> None:
     even, collapsed = torch.full((2, 8), 0.125), torch.tensor([[0.5, 0.5, 0, 0, 0, 0, 0, 0]] * 2)
-    images = [load_heat_map(load).figure.axes[0].images[0] for load in (even, collapsed)]
+    images = [load_heat_map(load.tolist()).figure.axes[0].images[0] for load in (even, collapsed)]
     assert [image.get_clim() for image in images] == [(0.0, 2.0)] * 2
     colours = [image.to_rgba(image.get_array()) for image in images]
     assert colours[0][..., 3].max() == 0  # nothing is drawn over the page

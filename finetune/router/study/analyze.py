@@ -25,8 +25,7 @@ from finetune.router.metrics import LAYER_METRICS, RouterSums, layer_metrics, no
 from finetune.router.study.analyze_page import render_analysis
 from finetune.router.study.analyze_show import show_analysis
 from finetune.router.study.choices import MIN_COUNT, Choices
-from finetune.router.study.passing import require_writable, routed_rows, row_tokens
-from finetune.router.study.probe import MAX_TOKENS, Probe, read_probe
+from finetune.router.study.probe import MAX_TOKENS, Probe, read_probe, require_writable, routed_rows, row_tokens
 from finetune.runfolder import write_json, write_text
 
 TEXT_TOKENS = 160  # of the coloured beginning of each domain

@@ -1,7 +1,6 @@
 """The routing study as one page: loads as heat maps, repetition as curves, and text coloured by expert.
 
-The page carries its style and drawings and asks nothing of the network; its content security policy forbids scripts and
-requests. Words and positions are laid out here, the looks are in `analysis.html.jinja` and `analysis.css.jinja`.
+Words and positions are laid out here, the looks are in `analysis.html.jinja` and `analysis.css.jinja`.
 Colour never stands alone: the number of an expert stands in the text where it changes, values are in the titles.
 """
 
@@ -9,28 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from finetune.data import split_unseen, visible
-from finetune.report import environment
+from finetune.report import Drawn, environment, expert_looks, line_panel, together
+from finetune.router.plots import HeatMap, heat_maps, load_heat_map
 
 # Of more experts than these a page shows the most telling ones: cards of favourite tokens, pairs one by one.
 MAX_CARDS, MAX_PAIR_MAP = 32, 64
 _LIKED = 8
-_DOMAIN_COLOURS = 8
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A square of a heat map: `strength` 0 is even, 1 is twice as much, or nothing, and `over` says which."""
-
-    x: int
-    y: int
-    strength: float
-    over: bool
-    title: str
+_SERIES = 8  # colours of lines
 
 
 @dataclass(frozen=True)
@@ -48,17 +38,48 @@ class Run:
 
 def render_analysis(document: Mapping[str, Any]) -> str:
     """One self-contained HTML page of the document of `finetune router analyze`, to be written as UTF-8."""
-    functions = (load_cells, pair_cells, strongest_pairs, curve, runs, cards, visible)
-    made = environment(Path(__file__).parent, *functions)
+    experts, shown = document["experts"], document["texts"][0]["layers"]
+    made = environment(Path(__file__).parent, strongest_pairs, runs, cards, visible)
     return made.get_template("analysis.html.jinja").render(
         document=document,
-        texts=with_all(document),
-        shown=document["texts"][0]["layers"],
-        hues=[expert_hue(expert, document["experts"]) for expert in range(document["experts"])],
-        top_repetition=_top_repetition(document),
-        domain_colours=_DOMAIN_COLOURS,
+        loads=[(domain, _load(domain)) for domain in with_all(document)],
+        repetition=_repetition(document),
+        pairs=[(layer, _pairs(document, layer) if experts <= MAX_PAIR_MAP else None) for layer in shown],
+        shown=shown,
+        looks=expert_looks(experts),
         max_pair_map=MAX_PAIR_MAP,
     )
+
+
+def _load(domain: Mapping[str, Any]) -> Drawn:
+    name = visible(domain["name"])
+    return load_heat_map([layer["load"] for layer in domain["layers"]], title=name)
+
+
+def _pairs(document: Mapping[str, Any], layer: int) -> Drawn:
+    """How often two experts are chosen together, in units of chance."""
+    title = f"Pairs in layer {layer}"
+    return heat_maps(title, [HeatMap(title, document["coactivation_lift"][layer], (1.0, "chance"), rows="expert")])
+
+
+def _repetition(document: Mapping[str, Any]) -> list[Drawn]:
+    """The two shares of neighbours by layer, a line for each kind of text."""
+    titles = {
+        "repeat_first": "The same first expert",
+        "repeat_any": f"Any of the {document['top_k']} in common",
+    }
+    found = []
+    for name, title in titles.items():
+        lines = [
+            (f"s{index % _SERIES}", visible(domain["name"]), [(at, x[name]) for at, x in enumerate(domain["layers"])])
+            for index, domain in enumerate(document["domains"])
+        ]
+        rules = [(document["random"][name], "random routing")]
+        panel = partial(
+            line_panel, title=title, about="share of neighbours", lines=lines, rules=rules, low=0.0, x="layer"
+        )
+        found.append(together([[panel]], f"{title}, by layer"))
+    return found
 
 
 def with_all(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -67,37 +88,10 @@ def with_all(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*document["domains"], *([together] if len(document["domains"]) > 1 else [])]
 
 
-def load_cells(domain: Mapping[str, Any]) -> list[Cell]:
-    """A domain's load, layer by expert, in units of an even share."""
-    return [
-        _cell(expert, layer, share * len(values["load"]), f"layer {layer}, expert {expert}: {100 * share:.1f}%")
-        for layer, values in enumerate(domain["layers"])
-        for expert, share in enumerate(values["load"])
-    ]
-
-
-def pair_cells(lift: Sequence[Sequence[float | None]]) -> list[Cell]:
-    """How often pairs are chosen together, in units of chance; none on the diagonal."""
-    return [
-        _cell(j, i, value, f"experts {i} and {j}: {value:.2f} times chance")
-        for i, row in enumerate(lift)
-        for j, value in enumerate(row)
-        if value is not None
-    ]
-
-
 def strongest_pairs(lift: Sequence[Sequence[float | None]], *, top: int = 12) -> list[tuple[int, int, float]]:
     """The pairs that are chosen together most often beyond chance."""
     pairs = [(i, j, value) for i, row in enumerate(lift) for j, value in enumerate(row) if i < j and value is not None]
     return sorted(pairs, key=lambda pair: -pair[2])[:top]
-
-
-def curve(domain: Mapping[str, Any], name: str, top: float) -> str:
-    """Points of a polyline over the layers in a box of 100 by 100; `top` is the value at its upper edge."""
-    layers = domain["layers"]
-    width = max(len(layers) - 1, 1)
-    points = ((100 * i / width, 100 * (1 - values[name] / top)) for i, values in enumerate(layers))
-    return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
 
 
 def runs(pieces: Sequence[str], first: Sequence[int]) -> Iterator[Run]:
@@ -108,10 +102,10 @@ def runs(pieces: Sequence[str], first: Sequence[int]) -> Iterator[Run]:
         yield Run(expert, text[:begins], list(split_unseen(text[begins:])))
 
 
-def cards(document: Mapping[str, Any], layer: int) -> list[dict[str, Any]]:
+def cards(document: Mapping[str, Any], layer: int, *, most: int = MAX_CARDS) -> list[dict[str, Any]]:
     """Experts with their favourite tokens; of many experts those with the strongest favourites."""
     liked = [expert for expert in document["favourites"][layer] if expert["tokens"]]
-    strongest = sorted(liked, key=lambda expert: -expert["tokens"][0]["lift"])[:MAX_CARDS]
+    strongest = sorted(liked, key=lambda expert: -expert["tokens"][0]["lift"])[:most]
     return [
         {
             "expert": expert["expert"],
@@ -120,21 +114,3 @@ def cards(document: Mapping[str, Any], layer: int) -> list[dict[str, Any]]:
         }
         for expert in sorted(strongest, key=lambda expert: expert["expert"])
     ]
-
-
-def expert_hue(expert: int, experts: int) -> tuple[int, int]:
-    """Hue in degrees, evenly around the circle, and in turn one of two lightnesses, so that neighbours differ."""
-    return round(360 * expert / experts), expert % 2
-
-
-def _cell(x: int, y: int, utilization: float, title: str) -> Cell:
-    return Cell(x, y, round(min(abs(utilization - 1.0), 1.0), 3), utilization > 1.0, title)
-
-
-def _top_repetition(document: Mapping[str, Any]) -> dict[str, float]:
-    """Upper edge of the two drawings, a full tenth above all values."""
-    found = {}
-    for name in ("repeat_first", "repeat_any"):
-        largest = max(values[name] for domain in document["domains"] for values in domain["layers"])
-        found[name] = min(1.0, (int(10 * max(largest, document["random"][name])) + 1) / 10)
-    return found

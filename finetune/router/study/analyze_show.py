@@ -15,12 +15,12 @@ from rich.text import Text
 
 from finetune.console import Report
 from finetune.data import split_unseen, visible
-from finetune.router.study.analyze_page import with_all
+from finetune.router.study.analyze_page import cards, strongest_pairs, with_all
 
 # Fifteen backgrounds of the 256 colours with black on them, told apart by lightness as well; more experts repeat them.
 _COLOURS = (117, 215, 120, 211, 228, 141, 80, 250, 209, 156, 183, 222, 75, 188, 173)
 _COLUMNS = 8  # experts that a table shows one by one
-_LIKED, _PAIRS, _TEXT_TOKENS = 8, 2, 60
+_PAIRS, _TEXT_TOKENS = 2, 60
 _SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
@@ -85,6 +85,7 @@ def _show_repetition(report: Report, document: Mapping[str, Any], layers: Sequen
 
 
 def _show_health(report: Report, document: Mapping[str, Any]) -> None:
+    lifts = document["coactivation_lift"]
     rows = [
         (
             str(layer),
@@ -94,7 +95,7 @@ def _show_health(report: Report, document: Mapping[str, Any]) -> None:
             f"{values['token_entropy']:.2f}",
             f"{values['top1_prob']:.2f}",
             f"{values['balance_loss']:.3f}",
-            _strongest_pairs(document, layer),
+            ", ".join(f"{i}+{j} {lift:.1f}" for i, j, lift in strongest_pairs(lifts[layer], top=_PAIRS) if lift > 0),
         )
         for layer, values in enumerate(document["overall"]["layers"])
     ]
@@ -111,22 +112,16 @@ def _show_health(report: Report, document: Mapping[str, Any]) -> None:
     report.table(f"By layer, all text (noise floor of MaxVio {document['overall']['noise_floor']:.2f})", columns, rows)
 
 
-def _strongest_pairs(document: Mapping[str, Any], layer: int) -> str:
-    lift = document["coactivation_lift"][layer]
-    pairs = [(lift[i][j], i, j) for i in range(len(lift)) for j in range(i + 1, len(lift)) if lift[i][j] is not None]
-    return ", ".join(f"{i}+{j} {value:.1f}" for value, i, j in sorted(pairs, reverse=True)[:_PAIRS] if value > 0)
-
-
 def _show_favourites(report: Report, document: Mapping[str, Any], layer: int) -> None:
     """Tokens and how many times as often the expert takes them; of many experts those with the strongest ones."""
-    experts = [expert for expert in document["favourites"][layer] if expert["tokens"]]
-    shown = sorted(experts, key=lambda expert: -expert["tokens"][0]["lift"])[: 2 * _COLUMNS]
-    load = document["overall"]["layers"][layer]["load"]
-    rows = []
-    for expert in sorted(shown, key=lambda expert: expert["expert"]):
-        tokens = (f"{visible(token['text'])!r} {100 * token['share']:.0f}" for token in expert["tokens"][:_LIKED])
-        usual = document["top_k"] * load[expert["expert"]]
-        rows.append((str(expert["expert"]), f"{100 * usual:.0f}", "  ".join(tokens)))
+    rows = [
+        (
+            str(card["expert"]),
+            f"{100 * card['usual']:.0f}",
+            "  ".join(f"{visible(token['text'])!r} {100 * token['share']:.0f}" for token in card["tokens"]),
+        )
+        for card in cards(document, layer, most=2 * _COLUMNS)
+    ]
     report.prose_table(
         f"Favourite tokens in layer {layer}: percent of all tokens, and of a token's occurrences, that an expert takes",
         ("expert", "all", "tokens"),

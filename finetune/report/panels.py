@@ -68,7 +68,10 @@ def line_panel(
     _frame(axes, title, about, rules, (low, high))
     axes.set_xlabel(x)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if lines:
+    if len(lines) > 3:  # above them, in room of its own
+        axes.set_ylim(top=1.4 * axes.get_ylim()[1])
+        axes.legend(loc="upper center", ncols=3)
+    elif lines:
         axes.legend()  # before the alarms, which are many
     else:
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=SOFT)

@@ -190,7 +190,8 @@ def test_a_killed_start_leaves_no_rows_behind(tmp_path):
     """SIGKILL in the middle of tokenizing: the next start finds nothing that looks whole."""
     path = write(tmp_path / "rows.jsonl", [{"messages": conversation(i, 3)} for i in range(30000)])
     program = (
-        "from finetune.data import *; from finetune.moe.load import load_tokenizer\n"
+        "from finetune.data import Reading, Source, Teaching, apply_template, encode_source\n"
+        "from finetune.moe.load import load_tokenizer\n"
         "tokenizer = load_tokenizer('recipes/tiny-mixtral/model'); apply_template(tokenizer, 'auto')\n"
         f"encode_source(Reading(Source({str(path)!r})), tokenizer, Teaching(), processes=2)\n"
     )

@@ -96,9 +96,11 @@ def measure_load(folder: str, **kwargs: Any) -> tuple[int, int, torch.nn.Module]
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    done.set()
-    sampler.join()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    finally:
+        done.set()
+        sampler.join()
     return peak - before, sum(tensor.nbytes for tensor in model.state_dict().values()), model
 
 

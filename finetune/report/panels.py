@@ -68,9 +68,9 @@ def line_panel(
     _frame(axes, title, about, rules, (low, high))
     axes.set_xlabel(x)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if len(lines) > 3:  # above them, in room of its own
-        axes.set_ylim(top=1.4 * axes.get_ylim()[1])
-        axes.legend(loc="upper center", ncols=3)
+    if len(lines) > 2:  # above them, in room of its own
+        axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+        axes.legend(loc="upper center", ncols=2 if len(lines) == 3 else 3)
     elif lines:
         axes.legend()  # before the alarms, which are many
     else:

@@ -1,6 +1,6 @@
 """The router, watched: counts on the device, formulas over them, and a trainer callback that logs both.
 
-Figures live in `finetune.router.plots`, which alone imports matplotlib and is therefore not imported here.
+Figures are in `finetune.router.plots`; only it and `finetune.report` import matplotlib.
 """
 
 import lazy_loader

@@ -24,7 +24,7 @@ from finetune.data.readers import Source, open_source
 from finetune.data.worker import Teaching
 from finetune.errors import ModelError
 from finetune.evaluate.divergence import Row, completion_loss, fidelity, swapped
-from finetune.kernels.stacks import ExpertStorage, dequantize_expert
+from finetune.kernels.packed_experts import ExpertStorage, dequantize_expert
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.moe.experts import QuantizedExperts
 from finetune.moe.load import BaseSpec, check_base, load_tokenizer, resolve_device, resolve_dtype, saved_quantization
@@ -98,10 +98,10 @@ def _measure(
         for projection in EXPERT_PROJECTIONS:
             weight = fused.get_parameter(projection)
             quantized.quantize(projection, weight)
-            stack = quantized.stack(projection)
-            size += stack.nbytes
+            weights = quantized.packed(projection)
+            size += weights.nbytes
             for expert, matrix in enumerate(weight):
-                difference = dequantize_expert(stack, expert, torch.float32) - matrix.float()
+                difference = dequantize_expert(weights, expert, torch.float32) - matrix.float()
                 squares["error"] += difference.square().sum().item()
                 squares["weight"] += matrix.float().square().sum().item()
         replacements[experts_path(layer)] = quantized

@@ -30,9 +30,9 @@ from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
 from finetune.kernels.experts_matmul import choose_backend
-from finetune.kernels.few_rows import few_experts, to_halves
+from finetune.kernels.packed_experts import ExpertStorage, PackedExperts, dequantize_experts
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from finetune.kernels.stacks import ExpertStack, ExpertStorage, dequantize_stack
+from finetune.kernels.skinny_gemm import skinny_experts, to_fp16_activations
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 from finetune.moe.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
 from finetune.moe.experts import QuantizedExperts
@@ -61,7 +61,7 @@ def bench_kernels(report: Report, *, shape: Path | None = None, tokens: Sequence
     copied = copy_rate(device) if device.type == "cuda" else None
     layer = _random_layer(arch, device, dtype)
     kernels = [
-        *_dequantization(arch, layer.stack(GATE_UP_PROJ), device, dtype),
+        *_dequantization(arch, layer.packed(GATE_UP_PROJ), device, dtype),
         *_dequantization_low_bit(arch, device, dtype),
         *_row_kernels(arch, max(tokens), device, dtype),
     ]
@@ -121,7 +121,7 @@ def _timed(name: str, bytes_moved: int, work: Callable[[], object], device: torc
 
 
 def _dequantization(
-    arch: MoeArch, stack: ExpertStack, device: torch.device, dtype: torch.dtype
+    arch: MoeArch, stack: PackedExperts, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     weights = arch.experts * stack.matrix_shape[0] * stack.matrix_shape[1]
     moved = stack.nbytes + weights * dtype.itemsize
@@ -129,7 +129,7 @@ def _dequantization(
     packed, state = bnb.quantize_4bit(fused, blocksize=64, compress_statistics=True, quant_type="nf4")
     del fused
     return [
-        _timed("dequantize NF4", moved, lambda: dequantize_stack(stack, dtype), device),
+        _timed("dequantize NF4", moved, lambda: dequantize_experts(stack, dtype), device),
         _timed("dequantize NF4, bitsandbytes", moved, lambda: bnb.dequantize_4bit(packed, state), device),
     ]
 
@@ -137,9 +137,9 @@ def _dequantization(
 def _dequantization_low_bit(arch: MoeArch, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     rows = []
     for storage in STORAGES[1:]:
-        stack = _random_layer(arch, device, dtype, storage).stack(GATE_UP_PROJ)
+        stack = _random_layer(arch, device, dtype, storage).packed(GATE_UP_PROJ)
         moved = stack.nbytes + arch.experts * stack.matrix_shape[0] * stack.matrix_shape[1] * dtype.itemsize
-        rows.append(_timed(f"dequantize {storage}", moved, partial(dequantize_stack, stack, dtype), device))
+        rows.append(_timed(f"dequantize {storage}", moved, partial(dequantize_experts, stack, dtype), device))
     return rows
 
 
@@ -147,10 +147,10 @@ def _few(
     arch: MoeArch, layer: QuantizedExperts, tokens: int, device: torch.device, dtype: torch.dtype, copied: float | None
 ) -> dict[str, Any]:
     """One layer's experts in a decoding step of so many rows, each with its own choices."""
-    gate_up, down = (layer.stack(projection) for projection in EXPERT_PROJECTIONS)
-    rows = to_halves(torch.randn(tokens, arch.hidden, device=device, dtype=dtype))
+    gate_up, down = (layer.packed(projection) for projection in EXPERT_PROJECTIONS)
+    rows = to_fp16_activations(torch.randn(tokens, arch.hidden, device=device, dtype=dtype))
     index = _routing(arch, tokens, "even", device)
-    seconds = _seconds(lambda: few_experts(rows, index, gate_up, down), device)
+    seconds = _seconds(lambda: skinny_experts(rows, index, gate_up, down), device)
     read = (gate_up.nbytes + down.nbytes) * index.unique().numel() / arch.experts
     return {
         "storage": layer.storage,

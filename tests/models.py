@@ -24,8 +24,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from finetune.kernels.nf4 import Nf4Stack, dequantize_reference
-from finetune.kernels.stacks import dequantize_stack
+from finetune.kernels.nf4 import Nf4Weights, dequantize_reference
+from finetune.kernels.packed_experts import dequantize_experts
 from finetune.moe.experts import QuantizedExperts
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
@@ -102,8 +102,8 @@ def dequantized_twin(model: PreTrainedModel, dtype: torch.dtype = torch.float32)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
             for projection in ("gate_up_proj", "down_proj"):
-                stack = module.stack(projection)
-                reference = dequantize_reference if isinstance(stack, Nf4Stack) else dequantize_stack
+                stack = module.packed(projection)
+                reference = dequantize_reference if isinstance(stack, Nf4Weights) else dequantize_experts
                 found[f"{name}.{projection}"] = reference(stack, dtype)
             continue
         for key, parameter in module.named_parameters(recurse=False):

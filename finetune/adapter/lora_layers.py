@@ -17,7 +17,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 
 from finetune import private_api
-from finetune.kernels import Nf4Stack, dequantize_stack, lora_linear, stack_of_linear
+from finetune.kernels import Nf4Weights, dequantize_experts, lora_linear, nf4_of_linear
 
 
 def register_lora_layers(config: LoraConfig) -> LoraConfig:
@@ -70,10 +70,10 @@ class FusedLoraLinear4bit(_Fused, PeftLinear4bit):
         2.5 GiB for Mixtral 8x7B. A step without checkpointing launches 128 dequantizations instead of 381, 77.5 ms of
         them instead of 80.0 (H100, 2 x 1024 tokens, `finetune bench train`).
         """
-        self._resident = dequantize_stack(stack_of_linear(self._layer()), dtype)[0]
+        self._resident = dequantize_experts(nf4_of_linear(self._layer()), dtype)[0]
 
-    def _frozen_weight(self) -> Nf4Stack | Tensor:
-        return stack_of_linear(self._layer()) if self._resident is None else self._resident
+    def _frozen_weight(self) -> Nf4Weights | Tensor:
+        return nf4_of_linear(self._layer()) if self._resident is None else self._resident
 
 
 class FusedLoraLinear(_Fused, PeftLinear):

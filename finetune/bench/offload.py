@@ -110,7 +110,7 @@ def _rates(loaded: LoadedModel) -> dict[str, Any]:
         fetch = torch.arange(loaded.arch.experts, dtype=torch.int32, device=loaded.device)
         size = sum(tensor.nbytes for tensor in layer._hosts)
         link = size / _seconds(lambda: fetch_experts(fetch, layer._hosts, layer._slots), loaded.device)
-    stack = layer.experts.stack(EXPERT_PROJECTIONS[0])
+    stack = layer.experts.packed(EXPERT_PROJECTIONS[0])
     out, in_ = stack.matrix_shape
     weight = torch.randn(out, in_)
     packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from finetune.kernels import ExpertStack, dequantize_stack
+from finetune.kernels import PackedExperts, dequantize_experts
 from finetune.moe import GATE_UP_PROJ, NF4_BYTES_PER_WEIGHT, MoeArch
 
 COPY_BYTES = 2 * 2**30  # of each buffer: far beyond any cache
@@ -41,7 +41,7 @@ class Rates:
         return asdict(self)
 
 
-def measure_rates(arch: MoeArch, tokens: int, stack: ExpertStack, dtype: torch.dtype) -> Rates:
+def measure_rates(arch: MoeArch, tokens: int, stack: PackedExperts, dtype: torch.dtype) -> Rates:
     """Rates on the stack's GPU, for a micro-batch of `tokens`.
 
     Args:
@@ -55,7 +55,7 @@ def measure_rates(arch: MoeArch, tokens: int, stack: ExpertStack, dtype: torch.d
     gemm = 2 * rows * in_ * out / sustained_seconds(lambda: torch.mm(x, weight.T))
     weights = arch.experts * out * in_
     moved = stack.nbytes + weights * dtype.itemsize
-    dequantize = moved / sustained_seconds(lambda: dequantize_stack(stack, dtype))
+    dequantize = moved / sustained_seconds(lambda: dequantize_experts(stack, dtype))
     return Rates(copy_rate(device), gemm, (rows, in_, out), dequantize)
 
 

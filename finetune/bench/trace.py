@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.infer import DecodeStep, Layer
-from finetune.kernels import Halves
+from finetune.kernels import Fp16Activations
 
 # Shares of "first or second choice" repeated, the mean over the table's eight sources, at these layers of 32.
 SHARED = {0: 0.480, 15: 0.637, 31: 0.509}
@@ -61,7 +61,7 @@ class TracedStep(DecodeStep):
         """From now on, over and over. Must be called before the step is captured."""
         self._trace, self._step = trace_NTLK, torch.zeros(1, dtype=torch.int64, device=trace_NTLK.device)
 
-    def _route(self, layer: Layer, number: int, rows: Halves, which_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(self, layer: Layer, number: int, rows: Fp16Activations, which_T: Tensor) -> tuple[Tensor, Tensor]:
         _, weight_TK = super()._route(layer, number, rows, which_T)
         if number == 0:
             self._step.add_(1).remainder_(self._trace.shape[0])

@@ -152,7 +152,7 @@ def _rates(ready: Prepared, tokens: int) -> Rates:
     experts = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
     torch.cuda.empty_cache()
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else model.dtype
-    return measure_rates(ready.arch, tokens, experts.stack(GATE_UP_PROJ), dtype)
+    return measure_rates(ready.arch, tokens, experts.packed(GATE_UP_PROJ), dtype)
 
 
 def _speed(speed: Speed, steps: int, flops: int) -> dict[str, Any]:

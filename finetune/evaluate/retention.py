@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from finetune.adapter import MergeSource, tuned_weight
-from finetune.kernels import dequantize_expert, quantize_stack
+from finetune.kernels import dequantize_expert, quantize_nf4
 from finetune.moe import role_of
 
 # Below this share of the update a merge is another model than the one that was trained.
@@ -34,7 +34,7 @@ KEPT_AT_LEAST = 0.9
 
 
 def _nf4(weight: Tensor) -> Tensor:
-    return dequantize_expert(quantize_stack(weight.unsqueeze(0)), 0, torch.float32)
+    return dequantize_expert(quantize_nf4(weight.unsqueeze(0)), 0, torch.float32)
 
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {

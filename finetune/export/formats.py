@@ -29,7 +29,7 @@ from finetune.adapter import MergeSource
 from finetune.checkpoint import read_json
 from finetune.export.serving import write_about
 from finetune.export.writing import Item, parse_size, resumable, write_shards
-from finetune.kernels import ExpertStack, empty_experts
+from finetune.kernels import PackedExperts, empty_experts
 from finetune.moe import Moe4bitConfig, expert_place, hub_expert_names, hub_name, refuse_without_toolkit, role_of
 from finetune.runfolder import write_json
 
@@ -44,8 +44,8 @@ def write_folder(
     Args:
         source: for the nf4 format, onto what was trained.
         format: "nf4", or a key of `DTYPES`.
-        shard_size: the largest size of a file, like "4GB", of which one is in memory; in the nf4 format a layer's stack
-            of experts' matrices is not divided.
+        shard_size: the largest size of a file, like "4GB", of which one is in memory; in the nf4 format
+            a layer's packed expert weights are not divided.
         attention: of the nf4 format, a key of `DTYPES`: fp16 rounds 8 times finer, which reaches the answers where the
             model runs in float16 or float32.
 
@@ -106,7 +106,7 @@ def _plain_items(source: MergeSource, dtype: torch.dtype) -> list[Item]:
 
 
 def _nf4_items(source: MergeSource, attention: torch.dtype) -> list[Item]:
-    """All tensors in order of the layers, by transformers' names; an item is a layer's stack of experts' matrices."""
+    """All tensors in order of the layers, by transformers' names; an item is a layer's packed expert weights."""
     assert source.weights.onto == "trained", "experts that were not trained have no bytes of training"
     items = []
     for name, shape in source.shapes.items():
@@ -114,8 +114,8 @@ def _nf4_items(source: MergeSource, attention: torch.dtype) -> list[Item]:
             dtype = attention if role_of(name) == "attention" else torch.bfloat16
             items.append(Item(prod(shape) * dtype.itemsize, partial(_parameter, source, name, name, dtype)))
             continue
-        size = sum(field.nbytes for field in _empty_stack(source, shape, "meta"))
-        items.append(Item(size, partial(_stack, source, name, shape)))
+        size = sum(field.nbytes for field in _empty_experts(source, shape, "meta"))
+        items.append(Item(size, partial(_experts, source, name, shape)))
     return items
 
 
@@ -129,16 +129,16 @@ def _matrices(source: MergeSource, layer: int, expert: int, projection: str, dty
     return dict(zip(names, matrix.chunk(len(names)), strict=True))
 
 
-def _stack(source: MergeSource, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _experts(source: MergeSource, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
     layer, projection = expert_place(name)
-    stack = _empty_stack(source, shape, "cpu")
+    weights = _empty_experts(source, shape, "cpu")
     for expert in range(shape[0]):
-        for field, of_expert in zip(stack, source.weights.stack(layer, expert, projection), strict=True):
+        for field, of_expert in zip(weights, source.weights.packed(layer, expert, projection), strict=True):
             field[expert] = of_expert[0]
-    return {f"{name}_{field}": tensor for field, tensor in stack._asdict().items()}
+    return {f"{name}_{field}": tensor for field, tensor in weights._asdict().items()}
 
 
-def _empty_stack(source: MergeSource, shape: tuple[int, ...], device: str) -> ExpertStack:
+def _empty_experts(source: MergeSource, shape: tuple[int, ...], device: str) -> PackedExperts:
     experts, out, in_ = shape
     return empty_experts(source.weights.experts, experts, out, in_, device)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import DeviceError
-from finetune.kernels import ExpertStack, assign_slots, fetch_experts
+from finetune.kernels import PackedExperts, assign_slots, fetch_experts
 from finetune.moe import EXPERT_PROJECTIONS, FEW_CHOICES, MoeArch, QuantizedExperts, experts_path, run_experts
 
 # Prompts go through the experts in pieces of so many tokens: their rows then take 0.4 GB of Mixtral's, not 1.6.
@@ -77,7 +77,7 @@ class OffloadedExperts(nn.Module):
 
     Args:
         experts: the module with all its weights in host memory.
-        slots: both projections' stacks [S, ...] on the device, which all layers share.
+        slots: both projections' packed weights [S, ...] on the device, which all layers share.
         owner_S, used_S: what lies in all slots and since when (`kernels/expert_cache.py`), which all layers share.
         first, count: the layer's own slots among them.
         hot: experts that keep a slot for good.
@@ -86,7 +86,7 @@ class OffloadedExperts(nn.Module):
     def __init__(
         self,
         experts: QuantizedExperts,
-        slots: Sequence[ExpertStack],
+        slots: Sequence[PackedExperts],
         owner_S: Tensor,
         used_S: Tensor,
         *,
@@ -100,12 +100,12 @@ class OffloadedExperts(nn.Module):
         self.num_experts, self.first, self.count, self.counts = experts.num_experts, first, count, counts
         self.gate_up, self.down = slots
         for projection in EXPERT_PROJECTIONS:
-            stack = experts.stack(projection)
-            experts.set_stack(projection, type(stack)(*[_device_readable(t.detach(), device) for t in stack]))
+            weights = experts.packed(projection)
+            experts.set_packed(projection, type(weights)(*[_device_readable(t.detach(), device) for t in weights]))
         # In a list, not as a submodule: `model.to` must not take the host's weights along.
         self._experts = [experts]
-        self._hosts = [tensor.detach() for projection in EXPERT_PROJECTIONS for tensor in experts.stack(projection)]
-        self._slots = [tensor for stack in slots for tensor in stack]
+        self._hosts = [tensor.detach() for projection in EXPERT_PROJECTIONS for tensor in experts.packed(projection)]
+        self._slots = [tensor for weights in slots for tensor in weights]
         self._owner_S, self._used_S = owner_S, used_S
         self._hot_E = torch.zeros(self.num_experts, dtype=torch.int32)
         self._hot_E[list(hot)] = 1
@@ -147,8 +147,8 @@ class OffloadedExperts(nn.Module):
 
 def expert_bytes(experts: QuantizedExperts) -> int:
     """Bytes of all tensors of one expert, which is the size of a slot."""
-    stacks = [experts.stack(projection) for projection in EXPERT_PROJECTIONS]
-    return sum(tensor.nbytes for stack in stacks for tensor in stack) // experts.num_experts
+    both = [experts.packed(projection) for projection in EXPERT_PROJECTIONS]
+    return sum(weights.nbytes for weights in both) // experts.num_experts
 
 
 def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.device) -> Tensor:
@@ -163,7 +163,7 @@ def offload_experts(model: Any, arch: MoeArch, plan: SlotPlan, device: torch.dev
     some = model.get_submodule(experts_path(0))
     owner_S = torch.full((plan.total,), -1, dtype=torch.int32, device=device)
     used_S = torch.zeros(plan.total, dtype=torch.int64, device=device)
-    slots = [_empty_slots(some.stack(projection), plan.total, device) for projection in EXPERT_PROJECTIONS]
+    slots = [_empty_slots(some.packed(projection), plan.total, device) for projection in EXPERT_PROJECTIONS]
     counts_L3 = torch.zeros(arch.layers, 3, dtype=torch.int64, device=device)
     first = 0
     for layer, count in enumerate(plan.counts):
@@ -192,10 +192,10 @@ def undo_offload(model: Any, arch: MoeArch) -> None:
         model.set_submodule(experts_path(layer), offloaded.experts)
 
 
-def _empty_slots(stack: ExpertStack, slots: int, device: torch.device) -> ExpertStack:
+def _empty_slots(weights: PackedExperts, slots: int, device: torch.device) -> PackedExperts:
     # Zeros, not whatever was there: a product over an expert without rows may read a slot that was never filled.
-    empty = [torch.zeros(slots, *t.shape[1:], dtype=t.dtype, device=device) for t in stack]
-    return type(stack)(*empty)
+    empty = [torch.zeros(slots, *t.shape[1:], dtype=t.dtype, device=device) for t in weights]
+    return type(weights)(*empty)
 
 
 def _device_readable(tensor: Tensor, device: torch.device) -> Tensor:

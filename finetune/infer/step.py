@@ -23,16 +23,16 @@ from finetune.infer.pages import PagePool
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.weights import Adapters, Layer, read_layers
 from finetune.kernels import (
-    Halves,
+    Fp16Activations,
     add_norm,
-    few_experts,
     lora_rows,
-    nf4_rows,
+    nf4_of_linear,
+    nf4_skinny_gemm,
     paged_attention,
     rope_write,
     route,
     runs_on_kernels,
-    stack_of_linear,
+    skinny_experts,
 )
 from finetune.moe import MoeArch
 
@@ -79,11 +79,11 @@ class DecodeStep:
             index_TK, weight_TK = self._route(layer, number, rows, which_T)
             if layer.fetch is not None:
                 index_TK = layer.fetch(index_TK)
-            delta_PSH = few_experts(rows, index_TK, layer.gate_up, layer.down)
+            delta_PSH = skinny_experts(rows, index_TK, layer.gate_up, layer.down)
         _, rows = add_norm(x_TH, delta_PSH, weight_TK, *_norm(self.decoder.norm))
         return self.head(rows.x).float()
 
-    def _route(self, layer: Layer, number: int, rows: Halves, which_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(self, layer: Layer, number: int, rows: Fp16Activations, which_T: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts and their weights; a bench replaces it by a trace of real routing."""
         return route(rows.x, layer.gates_NEH, which_T, layer.top_k, normalize=layer.normalize)
 
@@ -91,12 +91,12 @@ class DecodeStep:
         self,
         layer: Layer,
         number: int,
-        rows: Halves,
+        rows: Fp16Activations,
         position_T: Tensor,
         pages_TP: Tensor,
         adapter_T: Tensor,
         pool: PagePool,
-    ) -> Halves:
+    ) -> Fp16Activations:
         heads, groups, dim = self.arch.heads, self.arch.kv_heads, self.arch.head_dim
         widths = (heads * dim, groups * dim, groups * dim)
         qkv_PTO = _project(layer.qkv, rows)
@@ -119,10 +119,10 @@ def _norm(norm: nn.Module) -> tuple[Tensor, float]:
     return norm.get_parameter("weight"), float(norm.variance_epsilon)  # type: ignore[arg-type]
 
 
-def _project(layers: Sequence[nn.Module], rows: Halves) -> Tensor:
+def _project(layers: Sequence[nn.Module], rows: Fp16Activations) -> Tensor:
     """float32 [P, T, O]: partial products of the layers, side by side."""
     if runs_on_kernels(rows.x) and all(isinstance(layer, Linear4bit) for layer in layers):
-        return nf4_rows(rows, [stack_of_linear(layer) for layer in layers])  # type: ignore[arg-type]
+        return nf4_skinny_gemm(rows, [nf4_of_linear(layer) for layer in layers])  # type: ignore[arg-type]
     return torch.cat([layer(rows.x) for layer in layers], dim=1).float().unsqueeze(0)
 
 

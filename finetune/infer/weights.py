@@ -19,7 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from finetune.infer.offloaded import OffloadedExperts
-from finetune.kernels import ExpertStack, dequantize_linear
+from finetune.kernels import PackedExperts, dequantize_linear
 from finetune.moe import EXPERT_PROJECTIONS, MoeArch, QuantizedExperts
 
 
@@ -50,8 +50,8 @@ class Layer:
     gates_NEH: Tensor
     top_k: int
     normalize: bool
-    gate_up: ExpertStack
-    down: ExpertStack
+    gate_up: PackedExperts
+    down: PackedExperts
     fetch: Callable[[Tensor], Tensor] | None
 
 
@@ -70,7 +70,7 @@ def _read_layer(layer: Any, arch: MoeArch, adapters: Sequence[str]) -> Layer:
     gate, experts = layer.mlp.gate, layer.mlp.experts
     offloaded = isinstance(experts, OffloadedExperts)
     assert offloaded or isinstance(experts, QuantizedExperts), type(experts)
-    stacks = [experts.gate_up, experts.down] if offloaded else [experts.stack(name) for name in EXPERT_PROJECTIONS]
+    both = [experts.gate_up, experts.down] if offloaded else [experts.packed(name) for name in EXPERT_PROJECTIONS]
     router: Any = gate.original_module if isinstance(gate, ModulesToSaveWrapper) else gate
     return Layer(
         input_norm=layer.input_layernorm,
@@ -84,8 +84,8 @@ def _read_layer(layer: Any, arch: MoeArch, adapters: Sequence[str]) -> Layer:
         top_k=router.top_k,
         # Mixtral's router always divides; the others say so in their config.
         normalize=arch.model_type == "mixtral" or bool(router.norm_topk_prob),
-        gate_up=stacks[0],
-        down=stacks[1],
+        gate_up=both[0],
+        down=both[1],
         fetch=experts.fetch if offloaded else None,
     )
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.kernels.few_rows import Halves, half_like, runs_on_kernels
 from finetune.kernels.operators import HAS_TRITON, define
+from finetune.kernels.skinny_gemm import Fp16Activations, fp16_like, runs_on_kernels
 
 if HAS_TRITON:
     from finetune.kernels import triton_decode
@@ -33,7 +33,7 @@ def _add_norm_plain(
     x = total.float()
     normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(total.dtype)
     out = norm.to(total.dtype) * normed
-    return total, out, half_like(out)
+    return total, out, fp16_like(out)
 
 
 def _add_norm_cuda(
@@ -41,7 +41,7 @@ def _add_norm_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not runs_on_kernels(residual):
         return _add_norm_plain(residual, delta, weight, norm, eps)
-    outputs = torch.empty_like(residual), torch.empty_like(residual), half_like(residual)
+    outputs = torch.empty_like(residual), torch.empty_like(residual), fp16_like(residual)
     triton_decode.add_norm(residual, delta, weight, norm, eps, *outputs)
     return outputs
 
@@ -53,14 +53,14 @@ _add_norm = define(
     fake=lambda residual, delta, weight, norm, eps: (
         torch.empty_like(residual),
         torch.empty_like(residual),
-        half_like(residual),
+        fp16_like(residual),
     ),
 )
 
 
 def add_norm(
     residual_TH: Tensor, delta_PSH: Tensor, weight_TK: Tensor | None, norm_H: Tensor, eps: float
-) -> tuple[Tensor, Halves]:
+) -> tuple[Tensor, Fp16Activations]:
     """The residual stream after a block, and its RMSNorm (Zhang and Sennrich, arXiv 1910.07467).
 
     Args:
@@ -70,7 +70,7 @@ def add_norm(
         norm_H: the norm's weight.
     """
     total, out, half = _add_norm(residual_TH, delta_PSH, weight_TK, norm_H, eps)
-    return total, Halves(out, half)
+    return total, Fp16Activations(out, half)
 
 
 # ---- router -------------------------------------------------------------------------------------------------------

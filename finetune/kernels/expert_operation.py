@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.kernels.experts_matmul import Backend, experts_matmul
+from finetune.kernels.packed_experts import PackedExperts
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from finetune.kernels.stacks import ExpertStack
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 
 
@@ -39,8 +39,8 @@ def frozen_experts(
     x_TH: Tensor,
     index_TK: Tensor,
     weight_TK: Tensor,
-    gate_up: ExpertStack,
-    down: ExpertStack,
+    gate_up: PackedExperts,
+    down: PackedExperts,
     *,
     backend: Backend = "loop",
     keep_gate_up: bool = True,
@@ -88,8 +88,8 @@ class _FrozenExperts(torch.autograd.Function):
         x_TH: Tensor,
         index_TK: Tensor,
         weight_TK: Tensor,
-        gate_up: ExpertStack,
-        down: ExpertStack,
+        gate_up: PackedExperts,
+        down: PackedExperts,
         backend: Backend,
         keep_gate_up: bool,
         source: Any,

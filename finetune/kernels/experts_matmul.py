@@ -1,6 +1,6 @@
 """The products of rows with the dequantized matrices of their experts, in two ways behind one call.
 
-    grouped   dequantizes the whole stack into one workspace and multiplies it in one grouped GEMM. No host
+    grouped   dequantizes all experts into one workspace and multiplies it in one grouped GEMM. No host
               synchronization, few launches. Needs bfloat16 and compute capability 9 or 10: elsewhere torch's grouped
               GEMM is a loop that synchronizes. Workspace for Mixtral 8x7B: 1.88 GB.
     loop      dequantizes one expert at a time and multiplies its rows. Any device and dtype. Workspace: 0.24 GB.
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.errors import DeviceError
-from finetune.kernels.stacks import ExpertStack, dequantize_expert, dequantize_stack
+from finetune.kernels.packed_experts import PackedExperts, dequantize_expert, dequantize_experts
 
 Backend = Literal["grouped", "loop"]
 BackendChoice = Literal["auto", "grouped", "loop"]
@@ -69,10 +69,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 class ExpertsMatmul(Protocol):
     """Multiplies rows by their experts' matrices."""
 
-    def forward(self, x_SI: Tensor, stack: ExpertStack) -> Tensor:
+    def forward(self, x_SI: Tensor, weights: PackedExperts) -> Tensor:
         """[S, O]: x W^T."""
 
-    def backward(self, grad_SO: Tensor, stack: ExpertStack) -> Tensor:
+    def backward(self, grad_SO: Tensor, weights: PackedExperts) -> Tensor:
         """[S, I]: the input's gradient, grad W."""
 
 
@@ -82,11 +82,11 @@ class GroupedMatmul:
     def __init__(self, end_E: Tensor):
         self.end_E = end_E
 
-    def forward(self, x_SI: Tensor, stack: ExpertStack) -> Tensor:
-        return F.grouped_mm(x_SI, dequantize_stack(stack, x_SI.dtype).transpose(-2, -1), offs=self.end_E)
+    def forward(self, x_SI: Tensor, weights: PackedExperts) -> Tensor:
+        return F.grouped_mm(x_SI, dequantize_experts(weights, x_SI.dtype).transpose(-2, -1), offs=self.end_E)
 
-    def backward(self, grad_SO: Tensor, stack: ExpertStack) -> Tensor:
-        return F.grouped_mm(grad_SO, dequantize_stack(stack, grad_SO.dtype), offs=self.end_E)
+    def backward(self, grad_SO: Tensor, weights: PackedExperts) -> Tensor:
+        return F.grouped_mm(grad_SO, dequantize_experts(weights, grad_SO.dtype), offs=self.end_E)
 
 
 class LoopMatmul:
@@ -100,30 +100,30 @@ class LoopMatmul:
             self._copied.record()
         self._ends: list[int] | None = None
 
-    def forward(self, x_SI: Tensor, stack: ExpertStack) -> Tensor:
-        out = x_SI.new_empty(x_SI.shape[0], stack.matrix_shape[0])
-        for rows, weight in self._experts(stack, x_SI.dtype):
+    def forward(self, x_SI: Tensor, weights: PackedExperts) -> Tensor:
+        out = x_SI.new_empty(x_SI.shape[0], weights.matrix_shape[0])
+        for rows, weight in self._experts(weights, x_SI.dtype):
             torch.mm(x_SI[rows], weight.T, out=out[rows])
         return out
 
-    def backward(self, grad_SO: Tensor, stack: ExpertStack) -> Tensor:
-        out = grad_SO.new_empty(grad_SO.shape[0], stack.matrix_shape[1])
-        for rows, weight in self._experts(stack, grad_SO.dtype):
+    def backward(self, grad_SO: Tensor, weights: PackedExperts) -> Tensor:
+        out = grad_SO.new_empty(grad_SO.shape[0], weights.matrix_shape[1])
+        for rows, weight in self._experts(weights, grad_SO.dtype):
             torch.mm(grad_SO[rows], weight, out=out[rows])
         return out
 
-    def _experts(self, stack: ExpertStack, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    def _experts(self, weights: PackedExperts, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(an expert's rows, its matrix) for every expert that has rows; the matrix is valid until the next one."""
-        workspace = torch.empty(stack.matrix_shape, dtype=dtype, device=stack.packed.device)
+        workspace = torch.empty(weights.matrix_shape, dtype=dtype, device=weights.packed.device)
         # Dequantized before the counts are asked for, so that the device works while the host waits for them.
         ready = self._ends is None and workspace.is_cuda
         if ready:
-            dequantize_expert(stack, 0, dtype, out=workspace)
+            dequantize_expert(weights, 0, dtype, out=workspace)
         start = 0
         for expert, end in enumerate(self._row_ends()):
             if end > start:
                 if not (ready and expert == 0):
-                    dequantize_expert(stack, expert, dtype, out=workspace)
+                    dequantize_expert(weights, expert, dtype, out=workspace)
                 yield slice(start, end), workspace
             start = end
 

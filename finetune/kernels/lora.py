@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.kernels.nf4 import Nf4Stack
-from finetune.kernels.stacks import dequantize_stack
+from finetune.kernels.nf4 import Nf4Weights
+from finetune.kernels.packed_experts import dequantize_experts
 
 
-def lora_linear(x: Tensor, weight: Tensor | Nf4Stack, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor | Nf4Weights, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
     """[..., O] in x's dtype.
 
     Args:
         x: [..., I], float32, bfloat16 or float16.
-        weight: [O, I], or a stack of that one matrix; frozen.
+        weight: [O, I], or that one matrix packed; frozen.
         a_RI: LoRA's A, any float dtype; gets its gradient in that dtype.
         b_OR: LoRA's B, likewise.
         scaling: factor of the update.
@@ -42,14 +42,14 @@ def lora_linear(x: Tensor, weight: Tensor | Nf4Stack, a_RI: Tensor, b_OR: Tensor
     return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
-def _matrix(weight: Tensor | Nf4Stack, dtype: torch.dtype) -> Tensor:
-    return dequantize_stack(weight, dtype)[0] if isinstance(weight, Nf4Stack) else weight.to(dtype)
+def _matrix(weight: Tensor | Nf4Weights, dtype: torch.dtype) -> Tensor:
+    return dequantize_experts(weight, dtype)[0] if isinstance(weight, Nf4Weights) else weight.to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, weight: Tensor | Nf4Stack, a_RI: Tensor, b_OR: Tensor, scaling: float
+        ctx: Any, x_TI: Tensor, weight: Tensor | Nf4Weights, a_RI: Tensor, b_OR: Tensor, scaling: float
     ) -> Tensor:
         with torch.autocast(x_TI.device.type, enabled=False):
             a, scaled_b = a_RI.to(x_TI.dtype), (b_OR * scaling).to(x_TI.dtype)

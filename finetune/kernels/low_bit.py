@@ -1,4 +1,4 @@
-"""Weights of 2 or 3 bits, for a stack of equally shaped expert matrices: half-quadratic quantization (HQQ).
+"""Weights of 2 or 3 bits, for equally shaped expert matrices: half-quadratic quantization (HQQ).
 
 Groups of 64 consecutive input weights share a scale s and a zero z in fp16, so that w = s (q - z) with codes q of 2 or
 3 bits: 2.5 or 3.5 bits a weight in all, where NF4 takes 4.13. Mixtral 8x7B's experts then take 13.1 or 18.4 GiB.
@@ -11,9 +11,9 @@ of normal weights 0.33 instead of 0.43). And residuals are shrunk in units of th
 constant has the same codes.
 
 How codes lie: a byte holds the two low bits of columns 2b, 32 + 2b, 2b + 1 and 33 + 2b of its group, lowest first: each
-field of a run of bytes is a run of a row whose even columns come first (`few_rows.Halves`), and each nibble of a 32-bit
-word belongs to columns j and 32 + j. Of 3 bits the third ones follow a row's low bits, 16 of them for each of those
-words, in the places that `_high_place` says.
+field of a run of bytes is a run of a row whose even columns come first (`skinny_gemm.Fp16Activations`), and each nibble
+of a 32-bit word belongs to columns j and 32 + j. Of 3 bits the third ones follow a row's low bits, 16 of them for each
+of those words, in the places that `_high_place` says.
 
 Leaves out: grids that are learnt from data, and attention, whose few weights stay NF4 or 16-bit.
 
@@ -43,7 +43,7 @@ START = 0.9
 _CHUNK = 2**24
 
 
-class LowBitStack(NamedTuple):
+class LowBitWeights(NamedTuple):
     """E matrices of shape [out, in] in 2 or 3 bits. `in` is a multiple of 64.
 
     packed: uint8 [E, out, in / 4], or [E, out, in / 4 + in / 8] with the third bits after the low ones.
@@ -72,10 +72,10 @@ class LowBitStack(NamedTuple):
         _dequantize(*self, out)
 
 
-def empty_low_bit(bits: Bits, experts: int, out: int, in_: int, device: torch.device | str) -> LowBitStack:
-    """An uninitialised stack with the right shapes and dtypes (the meta device serves for placeholders)."""
+def empty_low_bit(bits: Bits, experts: int, out: int, in_: int, device: torch.device | str) -> LowBitWeights:
+    """Uninitialised weights with the right shapes and dtypes (the meta device serves for placeholders)."""
     assert in_ % GROUP == 0, f"input dimension {in_} is not a multiple of {GROUP}"
-    return LowBitStack(
+    return LowBitWeights(
         torch.empty(experts, out, in_ * bits // 8, dtype=torch.uint8, device=device),
         torch.empty(experts, out, in_ // GROUP, 2, dtype=torch.float16, device=device),
     )
@@ -83,34 +83,34 @@ def empty_low_bit(bits: Bits, experts: int, out: int, in_: int, device: torch.de
 
 def random_low_bit(
     bits: Bits, shape_EOI: torch.Size, std: float, device: torch.device, generator: torch.Generator
-) -> LowBitStack:
+) -> LowBitWeights:
     """Codes drawn evenly, scaled to weights of that standard deviation around zero: to measure speed.
 
     Solving for Mixtral's 45 billion weights takes an H100 minutes, and would say no more.
     """
     experts, out, in_ = shape_EOI
-    stack = empty_low_bit(bits, experts, out, in_, device)
-    stack.packed.random_(0, 256, generator=generator)
-    stack.affine[..., 0] = std / ((4**bits - 1) / 12) ** 0.5
-    stack.affine[..., 1] = (2**bits - 1) / 2
-    return stack
+    weights = empty_low_bit(bits, experts, out, in_, device)
+    weights.packed.random_(0, 256, generator=generator)
+    weights.affine[..., 0] = std / ((4**bits - 1) / 12) ** 0.5
+    weights.affine[..., 1] = (2**bits - 1) / 2
+    return weights
 
 
 # ---- solving ------------------------------------------------------------------------------------------------------
 
 
-def quantize_low_bit(weight_EOI: Tensor, bits: Bits) -> LowBitStack:
+def quantize_low_bit(weight_EOI: Tensor, bits: Bits) -> LowBitWeights:
     """Quantizes [E, out, in] (float32, bfloat16 or float16) in float32; the result lives on the same device."""
     experts, out, in_ = weight_EOI.shape
-    stack = empty_low_bit(bits, experts, out, in_, weight_EOI.device)
+    weights = empty_low_bit(bits, experts, out, in_, weight_EOI.device)
     rows = max(1, _CHUNK // in_)
     for expert, matrix in enumerate(weight_EOI):
         for first in range(0, matrix.shape[0], rows):
             some = slice(first, first + rows)
             codes, affine = solve(matrix[some].float().unflatten(1, (-1, GROUP)), bits)
-            stack.packed[expert, some] = pack(codes, bits)
-            stack.affine[expert, some] = affine
-    return stack
+            weights.packed[expert, some] = pack(codes, bits)
+            weights.affine[expert, some] = affine
+    return weights
 
 
 def solve(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:

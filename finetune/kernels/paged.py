@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.few_rows import Halves, half_like, runs_on_kernels
 from finetune.kernels.operators import HAS_TRITON, define
+from finetune.kernels.skinny_gemm import Fp16Activations, fp16_like, runs_on_kernels
 
 if HAS_TRITON:
     from finetune.kernels import triton_decode
@@ -93,7 +93,7 @@ def _attention_plain(
             query[None], keys[None], values[None], scale=scale, enable_gqa=True
         ).view(q.shape[1:])
     flat = out.flatten(1)
-    return flat, half_like(flat)
+    return flat, fp16_like(flat)
 
 
 def _attention_cuda(
@@ -102,7 +102,7 @@ def _attention_cuda(
     if not runs_on_kernels(q):
         return _attention_plain(q, k, v, pages, position, scale, window)
     out = torch.empty_like(q).flatten(1)
-    half = half_like(out)
+    half = fp16_like(out)
     triton_decode.paged_attention(q, k, v, pages, position, scale, window, out, half)
     return out, half
 
@@ -114,7 +114,7 @@ _attention = define(
     cuda=_attention_cuda,
     fake=lambda q, k, v, pages, position, scale, window: (
         torch.empty_like(q).flatten(1),
-        half_like(torch.empty_like(q).flatten(1)),
+        fp16_like(torch.empty_like(q).flatten(1)),
     ),
 )
 
@@ -128,6 +128,8 @@ def paged_attention(
     scale: float,
     *,
     window: int | None = None,
-) -> Halves:
+) -> Fp16Activations:
     """Rows [T, H * D]: each row's query over the keys at positions 0 to `position`, or the last `window` of them."""
-    return Halves(*_attention(q_THD, k, v, pages_TP, position_T, scale, NO_WINDOW if window is None else window))
+    return Fp16Activations(
+        *_attention(q_THD, k, v, pages_TP, position_T, scale, NO_WINDOW if window is None else window)
+    )

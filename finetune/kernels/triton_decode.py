@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels.triton_few_rows import LIMIT
 from finetune.kernels.triton_launch import launch_chained, wait_for_previous
+from finetune.kernels.triton_skinny_gemm import LIMIT
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def add_norm_kernel(
 
 @triton.jit
 def store_half(half_ptr, column, value, mask, WIDTH: tl.constexpr):
-    """fp16 with the even columns first, as `triton_few_rows.py` reads a row."""
+    """fp16 with the even columns first, as `triton_skinny_gemm.py` reads a row."""
     value = tl.minimum(tl.maximum(value.to(tl.float32), -LIMIT), LIMIT)
     tl.store(half_ptr + column // 2 + (column % 2) * (WIDTH // 2), value.to(tl.float16), mask=mask)
 

@@ -1,9 +1,9 @@
 """The raw Triton kernels: one for each memory-bound pass around the experts' matrix products.
 
-Imported only where triton is installed, and called only through the operators beside it (`nf4.py`, `rows.py`,
-`swiglu.py`), each of which has the same operation in plain torch as its truth. Every output element is written by
-exactly one program in a fixed order of summation: no atomics, so the same bits every time. Offsets that can pass 2^31
-elements (S rows of 2F: from 37,450 tokens of Mixtral 8x7B) are computed in 64 bits.
+Imported only where triton is installed, and called only through the operators beside it (`rows.py`, `swiglu.py`), each
+of which has the same operation in plain torch as its truth. Every output element is written by exactly one program in a
+fixed order of summation: no atomics, so the same bits every time. Offsets that can pass 2^31 elements (S rows of 2F:
+from 37,450 tokens of Mixtral 8x7B) are computed in 64 bits.
 
 Leaves out: the matrix products, which are cuBLAS's or CUTLASS's.
 
@@ -15,44 +15,11 @@ Shape suffixes: T tokens, K choices, S = T * K rows sorted by expert, H hidden, 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.triton_launch import launch
-
-
-@triton.jit
-def dequantize_nf4_kernel(
-    words_ptr,
-    absmax_ptr,
-    nested_ptr,
-    offset_ptr,
-    code_ptr,
-    map_ptr,
-    out_ptr,
-    words_per_matrix,
-    scales_per_matrix,
-    nested_per_matrix,
-    NESTED_BLOCK: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """One program: WORDS words of 8 weights (4 packed bytes) of one matrix; a scale serves 8 words, 64 weights."""
-    matrix = tl.program_id(1).to(tl.int64)
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    inside = word < words_per_matrix
-    scale_index = word // 8
-    absmax = tl.load(absmax_ptr + matrix * scales_per_matrix + scale_index, mask=inside, other=0)
-    nested = tl.load(nested_ptr + matrix * nested_per_matrix + scale_index // NESTED_BLOCK, mask=inside, other=0.0)
-    scale = tl.load(map_ptr + absmax.to(tl.int32)) * nested + tl.load(offset_ptr + matrix)
-    packed = tl.load(words_ptr + matrix * words_per_matrix + word, mask=inside, other=0)
-    # Little-endian bytes, the even column in the high nibble: weight j sits at bit 8 * (j // 2) + 4 * (1 - j % 2).
-    j = tl.arange(0, 8)
-    nibble = (packed[:, None] >> ((j // 2) * 8 + (1 - j % 2) * 4)[None, :]) & 0xF
-    value = tl.load(code_ptr + nibble) * scale[:, None]
-    out = out_ptr + (matrix * words_per_matrix + word[:, None]) * 8 + j[None, :]
-    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -158,47 +125,11 @@ def swiglu_backward_kernel(h_ptr, v_ptr, weight_ptr, order_ptr, grad_weight_ptr,
 
 # ---- launches: shapes and dtypes are the operators' business -----------------------------------------------------
 
-# The best of those tried on an H100 (torch 2.11, triton 3.6) at the shapes of Mixtral 8x7B: dequantization reaches 97%
-# of the copy rate, SwiGLU 96%. `python -m bench kernels` measures the ones chosen.
-DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 512, 4
+# The best of those tried on an H100 (torch 2.11, triton 3.6) at the shapes of Mixtral 8x7B: SwiGLU reaches 96% of the
+# copy rate. `python -m bench kernels` measures the ones chosen.
 COLUMN_BLOCK = 1024
 SORT_CHUNK, SORT_WARPS = 2048, 8
 SWIGLU_BACKWARD_BLOCK, SWIGLU_BACKWARD_WARPS = 2048, 8
-
-
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    code: Tensor,
-    dynamic_map: Tensor,
-    nested_block: int,
-    out: Tensor,
-) -> None:
-    """Writes `out` [E, ...]: `packed` uint8 [E, bytes], `absmax` [E, N], `nested_absmax` [E, n], `offset` [E]."""
-    experts = packed.shape[0]
-    words = packed.view(experts, -1).view(torch.int32)
-    grid = (triton.cdiv(words.shape[1], DEQUANTIZE_WORDS), experts)
-    launch(
-        dequantize_nf4_kernel,
-        grid,
-        words,
-        absmax,
-        nested_absmax,
-        offset,
-        code,
-        dynamic_map,
-        out,
-        words.shape[1],
-        absmax.shape[1],
-        nested_absmax.shape[1],
-        NESTED_BLOCK=nested_block,
-        WORDS=DEQUANTIZE_WORDS,
-        num_warps=DEQUANTIZE_WARPS,
-        # Two roundings, as bitsandbytes makes them: a fused multiply-add would change the scale's last bit.
-        enable_fp_fusion=False,
-    )
 
 
 def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: Tensor, end_E: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Raw Triton kernels that multiply few rows (decoding: 1 to 64) with 2- and 3-bit matrices without writing them out.
 
-As `triton_few_rows.py` does with NF4, whose rows, intermediate rows and partial sums these share. What differs:
+As `triton_skinny_gemm.py` does with NF4, whose rows, intermediate rows and partial sums these share. What differs:
 
 - A code becomes fp16 without a table (`triton_low_bit_codes.py`). Compiled for sm_90 (triton 3.9), the loop of a vector
   product is 44 instructions for 16 weights of 2 bits and 60 of 3, where NF4's is 93; on the tensor cores, at 8 rows,
@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels.triton_few_rows import ASSEMBLY, SHRINK, store_act, tile_rows
 from finetune.kernels.triton_launch import launch, launch_chained, wait_for_previous
 from finetune.kernels.triton_low_bit_codes import dot16, fp16_weights, high_bits, sum16, unpack_affine
+from finetune.kernels.triton_skinny_gemm import ASSEMBLY, SHRINK, store_act, tile_rows
 
 # ---- few choices: the vector units -------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ def gate_up(
 ) -> None:
     """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
 
-    Arguments as `triton_few_rows.gate_up`, with the tensors of a `LowBitStack`.
+    Arguments as `triton_skinny_gemm.gate_up`, with the tensors of a `LowBitWeights`.
     """
     count, width = out_SF.shape
     experts, _, groups, _ = affine.shape

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from finetune.checkpoint import TensorInfo, incomplete, read_tensor_infos, shard_files
 from finetune.errors import FinetuneError, ModelError
-from finetune.kernels import ExpertStack, ExpertStorage, dequantize_expert, empty_experts, quantize_stack, stack_type
+from finetune.kernels import ExpertStorage, PackedExperts, dequantize_expert, empty_experts, packed_type, quantize_nf4
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
-from finetune.moe.census import joined_hash, require_same_experts, stack_hash
+from finetune.moe.census import joined_hash, packed_hash, require_same_experts
 from finetune.moe.config import AttentionStorage
 from finetune.moe.finite import is_finite, not_finite
 
@@ -125,10 +125,10 @@ class TrainedBase:
         self._folder = folder
         self._quantizing_dtype = quantizing_dtype
         self.arch, self.attention, self.experts, self.onto = arch, attention, experts, onto
-        self._stack = stack_type(experts)
+        self._packed_type = packed_type(experts)
         self.tensors = Tensors(shard_files(folder))
         first = f"{experts_path(0)}.{EXPERT_PROJECTIONS[0]}"
-        self._holds_stacks = f"{first}_{self._stack._fields[0]}" in self.tensors
+        self._holds_packed = f"{first}_{self._packed_type._fields[0]}" in self.tensors
         self._holds_fused = first in self.tensors
         self.tensors.require(self._stored_shapes(shapes))
 
@@ -150,7 +150,7 @@ class TrainedBase:
             return self.tensors.read(stored)
         if role_of(name) != "attention" or self.attention == "16bit":
             return self._as_loaded(self.tensors.read(stored))
-        if self._holds_stacks:
+        if self._holds_packed:
             parts = {f"weight.{part}": self.tensors.read(f"{stored}.{part}") for part in _LINEAR4BIT_PARTS}
             state = copy.copy(bnb.QuantState.from_dict(parts, device=torch.device("cpu")))
             state.dtype = torch.float32  # else the values come in the dtype that was quantized
@@ -164,7 +164,7 @@ class TrainedBase:
             ModelError: a weight is not finite.
         """
         if self.onto == "trained":
-            return dequantize_expert(self.stack(layer, expert, projection), 0, dtype)
+            return dequantize_expert(self.packed(layer, expert, projection), 0, dtype)
         stored = self._stored_expert(layer, expert, projection)
         self._require_finite(layer, expert, projection, stored)
         return stored.to(dtype)
@@ -173,26 +173,26 @@ class TrainedBase:
         if not is_finite(*tensors):
             fused = f"{experts_path(layer)}.{projection}"
             held = hub_expert_names(self.arch.model_type, layer, expert, projection)
-            fields = (f"{fused}_{field}" for field in self._stack._fields)
+            fields = (f"{fused}_{field}" for field in self._packed_type._fields)
             raise not_finite(f"{fused} of expert {expert}", self._folder, [*held, fused, *fields])
 
-    def stack(self, layer: int, expert: int, projection: str) -> ExpertStack:
-        """A stack of one expert: the bytes that training had."""
+    def packed(self, layer: int, expert: int, projection: str) -> PackedExperts:
+        """The packed weights of one expert: the bytes that training had."""
         fused = f"{experts_path(layer)}.{projection}"
-        if self._holds_stacks:
-            fields = (self.tensors.read(f"{fused}_{field}", row=expert) for field in self._stack._fields)
-            stack: ExpertStack = self._stack(*(field.unsqueeze(0) for field in fields))
+        if self._holds_packed:
+            fields = (self.tensors.read(f"{fused}_{field}", row=expert) for field in self._packed_type._fields)
+            weights: PackedExperts = self._packed_type(*(field.unsqueeze(0) for field in fields))
         else:
-            stack = self._quantized(self._stored_expert(layer, expert, projection))
-        self._require_finite(layer, expert, projection, *(field for field in stack if field.is_floating_point()))
+            weights = self._quantized(self._stored_expert(layer, expert, projection))
+        self._require_finite(layer, expert, projection, *(field for field in weights if field.is_floating_point()))
         if self._recorded:
-            self._hashes[fused, expert] = stack_hash(stack)
-        return stack
+            self._hashes[fused, expert] = packed_hash(weights)
+        return weights
 
     @property
     def quantized_from(self) -> str | None:
         """The dtype that experts are quantized from; None where the folder holds them quantized, or they stay as is."""
-        made = self.onto == "trained" and not self._holds_stacks
+        made = self.onto == "trained" and not self._holds_packed
         return str(self._quantizing_dtype).removeprefix("torch.") if made else None
 
     def prove(self) -> bool:
@@ -211,7 +211,7 @@ class TrainedBase:
                 fused = f"{experts_path(layer)}.{projection}"
                 for expert in range(self.arch.experts):
                     if (fused, expert) not in self._hashes:
-                        self.stack(layer, expert, projection)
+                        self.packed(layer, expert, projection)
                 found[fused] = joined_hash(self._hashes[fused, expert] for expert in range(self.arch.experts))
         require_same_experts(self._recorded, found, where=str(self._folder))
         return True
@@ -222,9 +222,9 @@ class TrainedBase:
         names = hub_expert_names(self.arch.model_type, layer, expert, projection)
         return torch.cat([self.tensors.read(name) for name in names])
 
-    def _quantized(self, stored_OI: Tensor) -> ExpertStack:
-        """A stack of one from [out, in]."""
-        return quantize_stack(self._as_loaded(stored_OI).unsqueeze(0))
+    def _quantized(self, stored_OI: Tensor) -> PackedExperts:
+        """The packed weights of one expert from [out, in]."""
+        return quantize_nf4(self._as_loaded(stored_OI).unsqueeze(0))
 
     def _as_loaded(self, stored: Tensor) -> Tensor:
         # 16 bits are the same values in float32, and give the same bytes.
@@ -240,9 +240,9 @@ class TrainedBase:
         for name, shape in shapes.items():
             path, _, projection = name.rpartition(".")
             if role_of(name) != "experts":
-                packed = self._holds_stacks and self.attention == "nf4" and role_of(name) == "attention"
+                packed = self._holds_packed and self.attention == "nf4" and role_of(name) == "attention"
                 stored[self._stored_name(name)] = (shape[0] * shape[1] // 2, 1) if packed else shape
-            elif self._holds_stacks:
+            elif self._holds_packed:
                 experts, out, in_ = shape
                 parts = empty_experts(self.experts, experts, out, in_, "meta")._asdict().items()
                 stored |= {f"{path}.{projection}_{field}": tuple(tensor.shape) for field, tensor in parts}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import AdapterError, ModelError
-from finetune.kernels import ExpertStack
+from finetune.kernels import PackedExperts
 from finetune.moe.arch import EXPERT_PROJECTIONS, role_of
 from finetune.moe.experts import QuantizedExperts
 
@@ -115,16 +115,16 @@ def hash_experts(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules():
             if isinstance(module, QuantizedExperts):
                 for projection in EXPERT_PROJECTIONS:
-                    stack = module.stack(projection)
-                    each = pool.map(partial(_expert_hash, stack), range(stack.packed.shape[0]))
+                    weights = module.packed(projection)
+                    each = pool.map(partial(_expert_hash, weights), range(weights.packed.shape[0]))
                     found[f"{name}.{projection}"] = joined_hash(each)
     return found
 
 
-def stack_hash(stack: ExpertStack) -> str:
-    """SHA-256 of a stack's bytes: codes, scales and all that belongs to them, in order."""
+def packed_hash(weights: PackedExperts) -> str:
+    """SHA-256 of packed weights' bytes: codes, scales and all that belongs to them, in order."""
     digest = hashlib.sha256()
-    for tensor in stack:
+    for tensor in weights:
         for piece in tensor.detach().contiguous().view(-1).view(torch.uint8).split(_PIECE):
             # Page-locked: through ordinary memory the same takes 13 s.
             host = torch.empty_like(piece, device="cpu", pin_memory=True).copy_(piece) if piece.is_cuda else piece
@@ -154,8 +154,8 @@ def require_same_experts(recorded: Mapping[str, str], found: Mapping[str, str], 
         )
 
 
-def _expert_hash(stack: ExpertStack, expert: int) -> str:
-    return stack_hash(type(stack)(*(tensor[expert : expert + 1] for tensor in stack)))
+def _expert_hash(weights: PackedExperts, expert: int) -> str:
+    return packed_hash(type(weights)(*(tensor[expert : expert + 1] for tensor in weights)))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

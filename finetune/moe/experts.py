@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from finetune.kernels import (
     BackendChoice,
-    ExpertStack,
     ExpertStorage,
+    PackedExperts,
     choose_backend,
     empty_experts,
-    few_experts,
     frozen_experts,
+    packed_type,
     quantize_experts,
     remember,
     runs_on_kernels,
-    stack_type,
-    to_halves,
+    skinny_experts,
+    to_fp16_activations,
 )
 from finetune.moe.arch import EXPERT_PROJECTIONS
 from finetune.private_api import mark_initialized
@@ -35,16 +35,16 @@ FEW_CHOICES = 64
 
 
 class QuantizedExperts(nn.Module):
-    """E SwiGLU experts: gate_up_proj [E, 2F, H] and down_proj [E, H, F], each as the tensors of an `Nf4Stack`
-    or a `LowBitStack`, named `<projection>_<field>`.
+    """E SwiGLU experts: gate_up_proj [E, 2F, H] and down_proj [E, H, F], each as the tensors of an `Nf4Weights`
+    or a `LowBitWeights`, named `<projection>_<field>`.
 
     While a full-precision checkpoint is loading, `<projection>` itself is a meta parameter that tells transformers
-    where the fused tensor belongs; `set_stack` removes it.
+    where the fused tensor belongs; `set_packed` removes it.
 
     Attributes:
         backend: how the products are made; auto is `kernels.experts_matmul.choose_backend`'s rule.
         keep_gate_up: False computes the gate_up output again in the backward pass, for less memory.
-        quantized_in: the dtype of the weights that `quantize` got; None where stacks were read as they were saved.
+        quantized_in: the dtype of the weights that `quantize` got; None where they were read packed.
     """
 
     backend: BackendChoice = "auto"
@@ -63,7 +63,7 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.storage = storage
         # Not asked of the type: a forward pass asks 256 times.
-        self._stack_type = stack_type(storage)
+        self._packed_type = packed_type(storage)
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, intermediate
         shapes = dict(zip(EXPERT_PROJECTIONS, ((2 * intermediate, hidden), (hidden, intermediate)), strict=True))
         for projection, (out, in_) in shapes.items():
@@ -71,13 +71,13 @@ class QuantizedExperts(nn.Module):
                 fused = torch.empty(experts, out, in_, device="meta")
                 self.register_parameter(projection, nn.Parameter(fused, requires_grad=False))
             else:
-                self.set_stack(projection, empty_experts(storage, experts, out, in_, "meta"))
+                self.set_packed(projection, empty_experts(storage, experts, out, in_, "meta"))
 
-    def set_stack(self, projection: str, stack: ExpertStack) -> None:
-        """Takes the stack, in this module's storage, as this projection's weights."""
-        assert isinstance(stack, self._stack_type), type(stack)
+    def set_packed(self, projection: str, weights: PackedExperts) -> None:
+        """Takes the weights, in this module's storage, as this projection's weights."""
+        assert isinstance(weights, self._packed_type), type(weights)
         self._parameters.pop(projection, None)
-        for field, tensor in stack._asdict().items():
+        for field, tensor in weights._asdict().items():
             parameter = nn.Parameter(tensor, requires_grad=False)
             mark_initialized(parameter)
             self.register_parameter(f"{projection}_{field}", parameter)
@@ -85,16 +85,16 @@ class QuantizedExperts(nn.Module):
     def quantize(self, projection: str, weight_EOI: Tensor) -> None:
         """Quantizes a fused tensor [E, out, in] and keeps only its quantized form."""
         self.quantized_in = weight_EOI.dtype
-        self.set_stack(projection, quantize_experts(self.storage, weight_EOI))
+        self.set_packed(projection, quantize_experts(self.storage, weight_EOI))
 
-    def stack(self, projection: str) -> ExpertStack:
+    def packed(self, projection: str) -> PackedExperts:
         # Not `get_parameter`, which walks a path: a forward pass asks 256 times.
         stored: Any = self._parameters
-        return self._stack_type(*(stored[f"{projection}_{field}"] for field in self._stack_type._fields))
+        return self._packed_type(*(stored[f"{projection}_{field}"] for field in self._packed_type._fields))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H] in hidden_states' dtype."""
-        gate_up, down = (self.stack(projection) for projection in EXPERT_PROJECTIONS)
+        gate_up, down = (self.packed(projection) for projection in EXPERT_PROJECTIONS)
         return run_experts(
             hidden_states,
             top_k_index,
@@ -123,8 +123,8 @@ def run_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up: ExpertStack,
-    down: ExpertStack,
+    gate_up: PackedExperts,
+    down: PackedExperts,
     *,
     backend: BackendChoice = "auto",
     keep_gate_up: bool = True,
@@ -135,7 +135,7 @@ def run_experts(
         x = x.to(torch.get_autocast_dtype(device.type))
     few = top_k_index.numel() <= FEW_CHOICES and backend == "auto" and not torch.is_grad_enabled()
     if few and runs_on_kernels(x):
-        parts_PSH = few_experts(to_halves(x), top_k_index, gate_up, down)
+        parts_PSH = skinny_experts(to_fp16_activations(x), top_k_index, gate_up, down)
         y_TKH = parts_PSH.sum(0).view(*top_k_index.shape, -1)
         return (y_TKH * top_k_weights.float().unsqueeze(-1)).sum(1).to(hidden_states.dtype)
     source = None

@@ -52,8 +52,8 @@ def build_random_model(
                     module.quantize(projection, draw(shape, dtype))
                 else:
                     std = config.initializer_range
-                    stack = random_low_bit(BITS[module.storage], shape, std, device, generator)
-                    module.set_stack(projection, stack)
+                    weights = random_low_bit(BITS[module.storage], shape, std, device, generator)
+                    module.set_packed(projection, weights)
             module.to(experts_device or device)
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.export.formats import plain_config
 from finetune.export.quantized import write_quantized
 from finetune.kernels.low_bit import unpack
-from finetune.kernels.nf4 import Nf4Stack, dequantize_reference
+from finetune.kernels.nf4 import Nf4Weights, dequantize_reference
 from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
 from tests.export.in_memory import merged_weight
@@ -46,7 +46,7 @@ def live_weights(live: LoadedModel) -> dict[str, Tensor]:
             weights[f"{path}.weight"] = merged_weight(module).detach()
         elif path.endswith(".experts"):
             for projection in ("gate_up_proj", "down_proj"):
-                stack = Nf4Stack(*(module.get_parameter(f"{projection}_{field}") for field in Nf4Stack._fields))
+                stack = Nf4Weights(*(module.get_parameter(f"{projection}_{field}") for field in Nf4Weights._fields))
                 weights[f"{path}.{projection}"] = dequantize_reference(stack, torch.float32)
     return weights
 

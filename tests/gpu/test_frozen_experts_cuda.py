@@ -14,12 +14,12 @@ from torch import Tensor
 
 from finetune.kernels.expert_operation import frozen_experts
 from finetune.kernels.experts_matmul import Backend
-from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
-from finetune.kernels.stacks import dequantize_expert, dequantize_stack
+from finetune.kernels.nf4 import Nf4Weights, dequantize_reference, quantize_nf4
+from finetune.kernels.packed_experts import dequantize_expert, dequantize_experts
 
 DEVICE = torch.device("cuda")
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 4096, 14336, 2
-Stacks = tuple[Nf4Stack, Nf4Stack]
+Stacks = tuple[Nf4Weights, Nf4Weights]
 BACKENDS: dict[torch.dtype, tuple[Backend, ...]] = {torch.bfloat16: ("grouped", "loop"), torch.float16: ("loop",)}
 
 
@@ -27,9 +27,9 @@ BACKENDS: dict[torch.dtype, tuple[Backend, ...]] = {torch.bfloat16: ("grouped", 
 def stacks() -> Iterator[Stacks]:
     generator = torch.Generator(DEVICE).manual_seed(0)
 
-    def draw(out: int, in_: int) -> Nf4Stack:
+    def draw(out: int, in_: int) -> Nf4Weights:
         weight = torch.empty(EXPERTS, out, in_, dtype=torch.bfloat16, device=DEVICE)
-        return quantize_stack(weight.normal_(0, in_**-0.5, generator=generator))
+        return quantize_nf4(weight.normal_(0, in_**-0.5, generator=generator))
 
     yield draw(2 * INTERMEDIATE, HIDDEN), draw(HIDDEN, INTERMEDIATE)
     torch.cuda.empty_cache()
@@ -141,11 +141,11 @@ def test_the_grouped_backend_never_synchronizes(stacks: Stacks) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dequantization_has_the_bits_of_the_codec(dtype: torch.dtype, stacks: Stacks) -> None:
-    small = quantize_stack(torch.randn(3, 40, 192, device=DEVICE))
-    assert torch.equal(dequantize_stack(small, dtype), dequantize_reference(small, dtype))
-    one = Nf4Stack(*(tensor[5:6] for tensor in stacks[1]))
-    assert torch.equal(dequantize_stack(one, dtype), dequantize_reference(one, dtype))
-    assert torch.equal(dequantize_stack(one, dtype)[0], dequantize_expert(stacks[1], 5, dtype))
+    small = quantize_nf4(torch.randn(3, 40, 192, device=DEVICE))
+    assert torch.equal(dequantize_experts(small, dtype), dequantize_reference(small, dtype))
+    one = Nf4Weights(*(tensor[5:6] for tensor in stacks[1]))
+    assert torch.equal(dequantize_experts(one, dtype), dequantize_reference(one, dtype))
+    assert torch.equal(dequantize_experts(one, dtype)[0], dequantize_expert(stacks[1], 5, dtype))
 
 
 def test_swiglu_backward_in_place_is_seen_by_autograd(stacks: Stacks) -> None:
@@ -161,7 +161,7 @@ def test_bits_and_values_equal_the_cpu() -> None:
     """What a GPU quantized for training, the CPU makes again for the merge: every byte, in every dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         weight = torch.randn(2, 1024, 14336, generator=torch.Generator().manual_seed(0)).to(dtype)
-        cpu, cuda = quantize_stack(weight), quantize_stack(weight.cuda())
+        cpu, cuda = quantize_nf4(weight), quantize_nf4(weight.cuda())
         for field, tensor in cpu._asdict().items():
             assert torch.equal(getattr(cuda, field).cpu(), tensor), (dtype, field)
     moved = cpu._replace(**{field: tensor.cuda() for field, tensor in cpu._asdict().items()})

@@ -29,7 +29,7 @@ from finetune.infer.pages import page_bytes, pages_for
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings, needs_offload, read_load, split_memory
 from finetune.kernels.expert_cache import PINNED
-from finetune.kernels.stacks import ExpertStorage
+from finetune.kernels.packed_experts import ExpertStorage
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
 from finetune.moe.experts import QuantizedExperts
 from finetune.moe.load import read_config
@@ -139,7 +139,7 @@ def test_hits_are_those_of_a_cache_counted_by_hand() -> None:
     assert plan is not None
     assert plan.counts == (4,) * ARCH.layers
     assert [row[0] for row in plan.hot] == [6] * ARCH.layers
-    stacks = [model.get_submodule(experts_path(1)).stack(name) for name in EXPERT_PROJECTIONS]
+    stacks = [model.get_submodule(experts_path(1)).packed(name) for name in EXPERT_PROJECTIONS]
     counts = offload_experts(model, ARCH, plan, CPU)
     layer = model.get_submodule(experts_path(1))
     assert isinstance(layer, OffloadedExperts)
@@ -176,7 +176,7 @@ def test_hits_are_those_of_a_cache_counted_by_hand() -> None:
     assert all(
         torch.equal(a, b)
         for name, stack in zip(EXPERT_PROJECTIONS, stacks, strict=True)
-        for a, b in zip(again.stack(name), stack, strict=True)
+        for a, b in zip(again.packed(name), stack, strict=True)
     )
 
 

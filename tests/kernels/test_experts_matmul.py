@@ -8,7 +8,7 @@ import torch
 from finetune.errors import DeviceError
 from finetune.kernels import experts_matmul
 from finetune.kernels.experts_matmul import BackendChoice, GroupedMatmul, LoopMatmul, choose_backend
-from finetune.kernels.nf4 import dequantize_reference, quantize_stack
+from finetune.kernels.nf4 import dequantize_reference, quantize_nf4
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -64,7 +64,7 @@ def test_grouped_where_it_does_not_run(
 @pytest.mark.parametrize("backend", [LoopMatmul, GroupedMatmul])
 def test_products(counts: list[int], backend: type[LoopMatmul | GroupedMatmul]) -> None:
     """torch's grouped product runs on the CPU too, in bfloat16."""
-    stack = quantize_stack(torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(0)))
+    stack = quantize_nf4(torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(0)))
     weights = dequantize_reference(stack, BF16)
     products = backend(torch.tensor(counts).cumsum(0).int())
     x, grad = torch.randn(sum(counts), 128).to(BF16), torch.randn(sum(counts), 64).to(BF16)

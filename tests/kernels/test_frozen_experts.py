@@ -19,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from finetune.kernels import expert_operation as frozen_experts_module
 from finetune.kernels.expert_operation import frozen_experts
-from finetune.kernels.nf4 import Nf4Stack, dequantize_reference, quantize_stack
+from finetune.kernels.nf4 import Nf4Weights, dequantize_reference, quantize_nf4
 from finetune.moe.experts import QuantizedExperts
 
 EXPERTS, HIDDEN, INTERMEDIATE = 6, 128, 192
@@ -36,11 +36,11 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def stacks() -> tuple[Nf4Stack, Nf4Stack]:
+def stacks() -> tuple[Nf4Weights, Nf4Weights]:
     generator = torch.Generator().manual_seed(0)
     gate_up = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) * HIDDEN**-0.5
     down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) * INTERMEDIATE**-0.5
-    return quantize_stack(gate_up), quantize_stack(down)
+    return quantize_nf4(gate_up), quantize_nf4(down)
 
 
 def make_case(
@@ -60,7 +60,7 @@ def make_case(
     )
 
 
-def reference(case: Case, stacks: tuple[Nf4Stack, Nf4Stack]) -> tuple[Tensor, Tensor, Tensor]:
+def reference(case: Case, stacks: tuple[Nf4Weights, Nf4Weights]) -> tuple[Tensor, Tensor, Tensor]:
     """Output, gradient of x and of the routing weights, in float64."""
     gate_up, down = (dequantize_reference(stack, case.x.dtype).double() for stack in stacks)
     x, weight = case.x.double().requires_grad_(), case.weight.double().requires_grad_()
@@ -72,7 +72,7 @@ def reference(case: Case, stacks: tuple[Nf4Stack, Nf4Stack]) -> tuple[Tensor, Te
     return y.detach(), *grads
 
 
-def plain(case: Case, stacks: tuple[Nf4Stack, Nf4Stack]) -> tuple[Tensor, Tensor, Tensor]:
+def plain(case: Case, stacks: tuple[Nf4Weights, Nf4Weights]) -> tuple[Tensor, Tensor, Tensor]:
     """The same three by transformers' eager experts with 16- or 32-bit weights."""
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=EXPERTS)
     config._experts_implementation = "eager"
@@ -84,7 +84,7 @@ def plain(case: Case, stacks: tuple[Nf4Stack, Nf4Stack]) -> tuple[Tensor, Tensor
     return y.detach(), *torch.autograd.grad(y, (x, weight), case.grad)
 
 
-def ours(case: Case, stacks: tuple[Nf4Stack, Nf4Stack]) -> tuple[Tensor, Tensor, Tensor]:
+def ours(case: Case, stacks: tuple[Nf4Weights, Nf4Weights]) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
     y = frozen_experts(x, case.index, weight, *stacks)
     return y.detach(), *torch.autograd.grad(y, (x, weight), case.grad)
@@ -115,7 +115,7 @@ LIMITS = {torch.float32: 6e-7, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_output_and_gradients_are_as_exact_as_plain_autograd(
-    stacks: tuple[Nf4Stack, Nf4Stack], routing: str, dtype: torch.dtype
+    stacks: tuple[Nf4Weights, Nf4Weights], routing: str, dtype: torch.dtype
 ) -> None:
     tokens, draws, allowed = ROUTINGS[routing]
     cases = [make_case(tokens, dtype, allowed=allowed, seed=seed) for seed in range(draws)]
@@ -131,7 +131,7 @@ def test_output_and_gradients_are_as_exact_as_plain_autograd(
         assert error <= LIMITS[dtype], f"{quantity}: {error:.2e}"
 
 
-def test_dtypes_of_output_and_gradients(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_dtypes_of_output_and_gradients(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     """x and the routing weights each get their own dtype back; OLMoE's router gives 16-bit weights."""
     for x_dtype in (torch.float32, torch.bfloat16):
         for weight_dtype in (torch.float32, torch.bfloat16):
@@ -140,12 +140,12 @@ def test_dtypes_of_output_and_gradients(stacks: tuple[Nf4Stack, Nf4Stack]) -> No
             assert [t.dtype for t in ours(case, stacks)] == [x_dtype, x_dtype, weight_dtype]
 
 
-def test_no_tokens(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_no_tokens(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     case = make_case(0, torch.float32)
     assert [t.shape for t in ours(case, stacks)] == [(0, HIDDEN), (0, HIDDEN), (0, 2)]
 
 
-def test_zero_stride_gradient(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_zero_stride_gradient(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     """`y.sum()` sends back a gradient without strides, as losses do."""
     case = make_case(7, torch.float32)
     case.grad = torch.ones(1).expand_as(case.x)
@@ -154,7 +154,7 @@ def test_zero_stride_gradient(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expanded, ours(case, stacks), strict=True))
 
 
-def test_same_bits_every_time_and_in_any_token_order(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_same_bits_every_time_and_in_any_token_order(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     """No atomics: repeated runs agree bitwise, and a token's result does not depend on the order of its choices."""
     case = make_case(300, torch.bfloat16)
     first, second = ours(case, stacks), ours(case, stacks)
@@ -166,7 +166,7 @@ def test_same_bits_every_time_and_in_any_token_order(stacks: tuple[Nf4Stack, Nf4
     assert torch.equal(grad_weight.flip(1), first[2])
 
 
-def test_gradient_flows_only_where_it_is_asked_for(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_gradient_flows_only_where_it_is_asked_for(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     case = make_case(7, torch.float32)
     experts = make_module(stacks)
     _, full_x, full_weight = ours(case, stacks)
@@ -187,7 +187,7 @@ def test_gradient_flows_only_where_it_is_asked_for(stacks: tuple[Nf4Stack, Nf4St
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_gives_the_same_bits(stacks: tuple[Nf4Stack, Nf4Stack], use_reentrant: bool) -> None:
+def test_checkpointing_gives_the_same_bits(stacks: tuple[Nf4Weights, Nf4Weights], use_reentrant: bool) -> None:
     case = make_case(40, torch.bfloat16)
     x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
     y = checkpoint(frozen_experts, x, case.index, weight, *stacks, use_reentrant=use_reentrant)
@@ -198,7 +198,7 @@ def test_checkpointing_gives_the_same_bits(stacks: tuple[Nf4Stack, Nf4Stack], us
     assert all(torch.equal(a, b) for a, b in zip((y, *grads), ours(case, stacks), strict=True))
 
 
-def test_saved_tensors_hold_no_weights(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_saved_tensors_hold_no_weights(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     """The gate_up output (2 * top_k * F a token), the row order and the routing weights; neither NF4 bytes nor
     dequantized weights, which would be 2.8 GB a layer of Mixtral 8x7B."""
     case = make_case(300, torch.bfloat16)
@@ -218,7 +218,7 @@ def test_saved_tensors_hold_no_weights(stacks: tuple[Nf4Stack, Nf4Stack]) -> Non
     assert not owned & {t.data_ptr() for t in saved}
 
 
-def test_a_second_backward_pass_is_refused(stacks: tuple[Nf4Stack, Nf4Stack]) -> None:
+def test_a_second_backward_pass_is_refused(stacks: tuple[Nf4Weights, Nf4Weights]) -> None:
     """The gradient of the gate_up output takes its place: reading it again would be silently wrong."""
     case = make_case(7, torch.float32)
     y = frozen_experts(case.x.requires_grad_(), case.index, case.weight, *stacks)
@@ -229,7 +229,7 @@ def test_a_second_backward_pass_is_refused(stacks: tuple[Nf4Stack, Nf4Stack]) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputing_the_gate_up_output_gives_the_same_bits(
-    stacks: tuple[Nf4Stack, Nf4Stack], dtype: torch.dtype
+    stacks: tuple[Nf4Weights, Nf4Weights], dtype: torch.dtype
 ) -> None:
     case = make_case(40, dtype)
     experts = make_module(stacks)
@@ -246,7 +246,7 @@ def test_recomputing_the_gate_up_output_gives_the_same_bits(
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_checkpoint_recomputes_neither_routing_nor_experts(
-    stacks: tuple[Nf4Stack, Nf4Stack], keep: bool, monkeypatch: pytest.MonkeyPatch
+    stacks: tuple[Nf4Weights, Nf4Weights], keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its recomputation ends before the experts: they are called once, also where it gives another input back."""
     case = make_case(40, torch.float32)
@@ -271,15 +271,15 @@ def test_a_checkpoint_recomputes_neither_routing_nor_experts(
     assert len(calls) == (1 if keep else 2)
 
 
-def make_module(stacks: tuple[Nf4Stack, Nf4Stack]) -> QuantizedExperts:
+def make_module(stacks: tuple[Nf4Weights, Nf4Weights]) -> QuantizedExperts:
     experts = QuantizedExperts(EXPERTS, HIDDEN, INTERMEDIATE)
     for projection, stack in zip(("gate_up_proj", "down_proj"), stacks, strict=True):
-        experts.set_stack(projection, stack)
+        experts.set_packed(projection, stack)
     return experts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_module_under_autocast(stacks: tuple[Nf4Stack, Nf4Stack], dtype: torch.dtype) -> None:
+def test_module_under_autocast(stacks: tuple[Nf4Weights, Nf4Weights], dtype: torch.dtype) -> None:
     """Under autocast the products run in bfloat16; input, output and gradients keep the caller's dtype."""
     case = make_case(40, dtype)
     x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
@@ -294,7 +294,7 @@ def test_module_under_autocast(stacks: tuple[Nf4Stack, Nf4Stack], dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_module_keeps_its_dtypes(stacks: tuple[Nf4Stack, Nf4Stack], dtype: torch.dtype) -> None:
+def test_module_keeps_its_dtypes(stacks: tuple[Nf4Weights, Nf4Weights], dtype: torch.dtype) -> None:
     """`model.to(torch.bfloat16)` and the like must not round the float32 scales."""
     experts = make_module(stacks)
     before = {name: parameter.clone() for name, parameter in experts.named_parameters()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune.adapter.lora_layers import FusedLoraLinear, FusedLoraLinear4bit, register_lora_layers
 from finetune.kernels.lora import lora_linear
-from finetune.kernels.nf4 import dequantize_linear, stack_of_linear
+from finetune.kernels.nf4 import dequantize_linear, nf4_of_linear
 
 IN, OUT, RANK = 128, 192, 8
 
@@ -117,7 +117,7 @@ def test_keeps_only_the_input_and_its_projection() -> None:
     x = torch.randn(33, IN, requires_grad=True)
     a, b = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lora_linear(x, stack_of_linear(layer), a, b, 2.0)
+        lora_linear(x, nf4_of_linear(layer), a, b, 2.0)
     assert sorted(tuple(t.shape) for t in saved) == sorted([(33, IN), (33, RANK), (RANK, IN), (OUT, RANK)])
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from finetune.kernels import low_bit
 from finetune.kernels.expert_operation import frozen_experts
-from finetune.kernels.few_rows import few_experts, to_halves
-from finetune.kernels.low_bit import Bits, LowBitStack, empty_low_bit, pack, quantize_low_bit, solve, unpack
-from finetune.kernels.stacks import dequantize_expert, dequantize_stack
+from finetune.kernels.low_bit import Bits, LowBitWeights, empty_low_bit, pack, quantize_low_bit, solve, unpack
+from finetune.kernels.packed_experts import dequantize_expert, dequantize_experts
+from finetune.kernels.skinny_gemm import skinny_experts, to_fp16_activations
 
 BITS: tuple[Bits, ...] = (2, 3)
 
@@ -70,7 +70,7 @@ def test_what_needs_no_solving_is_exact(bits: Bits) -> None:
     """A group on a grid comes back (to fp16's rounding of scale and zero); so do equal weights, and zeros."""
     grid = torch.arange(2**bits).float().repeat(64 // 2**bits) * 0.25 - 0.5
     weight = torch.stack([grid, torch.full((64,), 0.3), torch.zeros(64), torch.full((64,), -1e-7)]).view(1, 4, 64)
-    found = dequantize_stack(quantize_low_bit(weight, bits), torch.float32)
+    found = dequantize_experts(quantize_low_bit(weight, bits), torch.float32)
     assert torch.allclose(found, weight, atol=2**-18, rtol=1e-3)
 
 
@@ -98,17 +98,17 @@ def test_dequantizing_is_scale_times_code_less_zero(bits: Bits, dtype: torch.dty
     codes = torch.stack([unpack(packed, 192) for packed in stack.packed]).double()
     scale, zero = stack.affine.double().split(1, -1)
     true = ((codes - zero) * scale).view(2, 6, 192)
-    assert error(dequantize_stack(stack, dtype), true) < torch.finfo(dtype).eps
-    assert torch.equal(dequantize_expert(stack, 1, dtype), dequantize_stack(stack, dtype)[1])
+    assert error(dequantize_experts(stack, dtype), true) < torch.finfo(dtype).eps
+    assert torch.equal(dequantize_expert(stack, 1, dtype), dequantize_experts(stack, dtype)[1])
 
 
-def stacks(bits: Bits) -> tuple[LowBitStack, LowBitStack]:
+def stacks(bits: Bits) -> tuple[LowBitWeights, LowBitWeights]:
     return quantize_low_bit(torch.randn(4, 128, 192) / 8, bits), quantize_low_bit(torch.randn(4, 192, 64) / 8, bits)
 
 
-def by_hand(x: Tensor, index: Tensor, gate_up: LowBitStack, down: LowBitStack) -> Tensor:
+def by_hand(x: Tensor, index: Tensor, gate_up: LowBitWeights, down: LowBitWeights) -> Tensor:
     """[T, K, H] in float64, differentiable."""
-    wide, narrow = (dequantize_stack(stack, torch.float32).double() for stack in (gate_up, down))
+    wide, narrow = (dequantize_experts(stack, torch.float32).double() for stack in (gate_up, down))
     gate, up = torch.einsum("th,tkoh->tko", x, wide[index]).chunk(2, -1)
     return torch.einsum("tko,tkho->tkh", F.silu(gate) * up, narrow[index])
 
@@ -117,7 +117,7 @@ def by_hand(x: Tensor, index: Tensor, gate_up: LowBitStack, down: LowBitStack) -
 def test_few_experts(bits: Bits) -> None:
     gate_up, down = stacks(bits)
     x, index = torch.randn(5, 192), torch.rand(5, 4).topk(2, 1).indices
-    found = few_experts(to_halves(x), index, gate_up, down).sum(0)
+    found = skinny_experts(to_fp16_activations(x), index, gate_up, down).sum(0)
     assert error(found, by_hand(x.double(), index, gate_up, down).view(10, 192)) < 1e-5
 
 

@@ -12,10 +12,17 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from finetune.kernels.nf4 import Nf4Stack, dequantize_linear, dequantize_reference, empty_stack, quantize_stack
-from finetune.kernels.nf4_code import NF4_CODE
-from finetune.kernels.nf4_quantize import dynamic_map, quantize_scales
-from finetune.kernels.stacks import dequantize_expert
+from finetune.kernels.nf4 import (
+    Nf4Weights,
+    code_of,
+    dequantize_linear,
+    dequantize_reference,
+    dynamic_map,
+    empty_nf4,
+    quantize_nf4,
+    quantize_scales,
+)
+from finetune.kernels.packed_experts import dequantize_expert
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +55,7 @@ def by_hand(matrix: Tensor) -> tuple[Tensor, bnb.QuantState]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bits_equal_bitsandbytes_of_each_expert(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     weight = random_weights(shape, dtype)
-    stack = quantize_stack(weight)
+    stack = quantize_nf4(weight)
     assert stack.matrix_shape == shape[1:]
     for expert in range(shape[0]):
         packed, state = by_hand(weight[expert])
@@ -63,13 +70,13 @@ def test_codes_at_the_edges_of_levels_equal_bitsandbytes(dtype: torch.dtype) -> 
     """Weights on and beside the midpoints of levels, blocks of zeros, and the ends."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(640, 4096, generator=generator) * torch.rand(640, 1, generator=generator)
-    levels = torch.tensor(NF4_CODE)
+    levels = code_of(torch.device("cpu"))
     midpoints = (levels[1:] + levels[:-1]) / 2
     edges = torch.cat([midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))])
     matrix[0] = 0
     matrix[1, :64], matrix[1, 64:128] = torch.cat([edges, torch.ones(19)]), torch.cat([edges, -torch.ones(19)])
     weight = matrix.to(dtype)
-    stack = quantize_stack(weight.unsqueeze(0))
+    stack = quantize_nf4(weight.unsqueeze(0))
     packed, state = by_hand(weight)
     assert torch.equal(stack.packed.flatten(), packed.flatten())
     assert torch.equal(stack.absmax[0], state.absmax)
@@ -92,18 +99,18 @@ def test_codes_by_bits_equal_bitsandbytes() -> None:
     for matrix in (usual, rare):
         packed, _ = by_hand(matrix.view(-1, 256))
         wide, _ = by_hand(matrix.view(-1, 256).float())  # whose codes go by arithmetic here
-        found = quantize_stack(matrix.view(1, -1, 256)).packed
+        found = quantize_nf4(matrix.view(1, -1, 256)).packed
         assert torch.equal(found.flatten(), packed.flatten())
-        assert torch.equal(found, quantize_stack(matrix.view(1, -1, 256).float()).packed)
+        assert torch.equal(found, quantize_nf4(matrix.view(1, -1, 256).float()).packed)
         assert torch.equal(packed, wide)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     """Nor on the order in which a device would sum: any number of scales has the sum of one thread."""
     weight = random_weights((2, 1024, 2560), torch.float32)  # 40,960 scales, which torch's sum would share out
-    one = quantize_stack(weight)
+    one = quantize_nf4(weight)
     torch.set_num_threads(3)
-    three = quantize_stack(weight)
+    three = quantize_nf4(weight)
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
     for count in (1, 5, 7, 8, 31, 33, 100, 127, 1000, 4095, 33_333, 700_001):
@@ -132,14 +139,14 @@ def test_8_bit_codes_of_scales_equal_bitsandbytes_at_every_edge() -> None:
 def test_bits_do_not_depend_on_neighbours_or_strides() -> None:
     """An expert quantized alone, in another order, or from a transposed view has the same bytes."""
     weight = random_weights((3, 128, 64), torch.bfloat16)
-    stack = quantize_stack(weight)
-    reverse = quantize_stack(weight.flip(0))
-    strided = quantize_stack(weight.transpose(1, 2).contiguous().transpose(1, 2))
-    for field in Nf4Stack._fields:
+    stack = quantize_nf4(weight)
+    reverse = quantize_nf4(weight.flip(0))
+    strided = quantize_nf4(weight.transpose(1, 2).contiguous().transpose(1, 2))
+    for field in Nf4Weights._fields:
         whole = getattr(stack, field)
         assert torch.equal(getattr(reverse, field).flip(0), whole), field
         assert torch.equal(getattr(strided, field), whole), field
-        assert torch.equal(getattr(quantize_stack(weight[1:2]), field)[0], whole[1]), field
+        assert torch.equal(getattr(quantize_nf4(weight[1:2]), field)[0], whole[1]), field
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
@@ -150,7 +157,7 @@ def test_dequantize_equals_bitsandbytes_and_plain_torch(
 ) -> None:
     """Also the plain reference to the last bit: bitsandbytes multiplies in float32 and rounds once, to nearest even."""
     weight = random_weights(shape, dtype)
-    stack = quantize_stack(weight)
+    stack = quantize_nf4(weight)
     reference = dequantize_reference(stack, out_dtype)
     for expert in range(shape[0]):
         packed, state = by_hand(weight[expert])
@@ -163,17 +170,17 @@ def test_dequantize_equals_bitsandbytes_and_plain_torch(
 
 def test_code_books_are_those_of_bitsandbytes() -> None:
     _, state = by_hand(random_weights((1, 128, 64), torch.float32)[0])
-    assert torch.equal(torch.tensor(NF4_CODE), state.code)
+    assert torch.equal(code_of(torch.device("cpu")), state.code)
     assert torch.equal(dynamic_map(torch.device("cpu")), state.state2.code)
 
 
 def test_weights_on_the_grid_survive() -> None:
     """Weights on the grid come back as they were, up to the 8-bit scale that they share."""
-    block = torch.tensor(NF4_CODE).repeat(4)
-    stack = quantize_stack(block.repeat(1, 128, 1))
+    block = code_of(torch.device("cpu")).repeat(4)
+    stack = quantize_nf4(block.repeat(1, 128, 1))
     back = dequantize_expert(stack, 0, torch.float32)
     assert torch.equal(back[0] / back[0].abs().max(), block)
-    assert torch.equal(dequantize_expert(quantize_stack(torch.zeros(1, 4, 64)), 0, torch.float32), torch.zeros(4, 64))
+    assert torch.equal(dequantize_expert(quantize_nf4(torch.zeros(1, 4, 64)), 0, torch.float32), torch.zeros(4, 64))
 
 
 @pytest.mark.parametrize(("hidden", "intermediate", "experts"), [(4096, 14336, 8), (2048, 768, 128), (2048, 1024, 64)])
@@ -181,20 +188,20 @@ def test_bytes_a_weight(hidden: int, intermediate: int, experts: int) -> None:
     """0.5 B of nibbles, 1/64 B of scales, 4/(64 * 256) B of nested scales, and 4 B of offset a matrix: by meta
     tensors of Mixtral 8x7B, Qwen3-30B-A3B and OLMoE-1B-7B, whose matrices are whole nested blocks."""
     for out, in_ in ((2 * intermediate, hidden), (hidden, intermediate)):
-        stack = empty_stack(experts, out, in_, "meta")
+        stack = empty_nf4(experts, out, in_, "meta")
         assert stack.nbytes == experts * (out * in_ * (0.5 + 1 / 64 + 4 / (64 * 256)) + 4)
 
 
 def test_empty_stack_has_the_shapes_and_dtypes_of_a_quantized_one() -> None:
     for shape in SHAPES:
-        empty, full = empty_stack(*shape, device="cpu"), quantize_stack(random_weights(shape, torch.bfloat16))
+        empty, full = empty_nf4(*shape, device="cpu"), quantize_nf4(random_weights(shape, torch.bfloat16))
         assert [(t.shape, t.dtype) for t in empty] == [(t.shape, t.dtype) for t in full]
         assert empty.nbytes == full.nbytes
 
 
 def test_rows_that_a_block_would_straddle_are_refused() -> None:
     with pytest.raises(AssertionError, match="96 is not a multiple of 64"):
-        empty_stack(2, 64, 96, "cpu")
+        empty_nf4(2, 64, 96, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,7 +210,7 @@ def test_dequantize_linear(dtype: torch.dtype) -> None:
     weight = random_weights((1, 96, 128), dtype)[0]
     layer = Linear4bit(128, 96, bias=False, quant_type="nf4", compress_statistics=True)
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
-    assert torch.equal(dequantize_linear(layer), dequantize_reference(quantize_stack(weight[None]), torch.float32)[0])
+    assert torch.equal(dequantize_linear(layer), dequantize_reference(quantize_nf4(weight[None]), torch.float32)[0])
     assert layer.weight.quant_state.dtype == dtype
 
     plain = nn.Linear(128, 96, bias=False, dtype=dtype)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels import decode, expert_cache, few_rows, nf4, paged, rows, swiglu  # noqa: F401  # registers the operators
-from finetune.kernels.few_rows import half_like
+from finetune.kernels import decode, expert_cache, nf4, paged, rows, skinny_gemm, swiglu  # noqa: F401  # registers the operators
 from finetune.kernels.low_bit import quantize_low_bit
-from finetune.kernels.nf4 import quantize_stack
+from finetune.kernels.nf4 import quantize_nf4
 from finetune.kernels.rows import sort_by_expert
+from finetune.kernels.skinny_gemm import fp16_like
 
 
 def arguments() -> dict[str, tuple[Any, ...]]:
@@ -19,11 +19,11 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(5)])
     x, y, h, v = (torch.randn(n, 64 * m, generator=generator) for n, m in ((5, 1), (10, 1), (10, 4), (10, 2)))
     weight, sorted_rows = torch.rand(5, 2, generator=generator), sort_by_expert(index, 4)
-    stack = quantize_stack(torch.randn(3, 64, 128, generator=generator))
-    half = half_like(x)
-    gate_up = quantize_stack(torch.randn(4, 128, 64, generator=generator))
-    down = quantize_stack(torch.randn(4, 64, 64, generator=generator))
-    matrix = quantize_stack(torch.randn(1, 32, 64, generator=generator))
+    stack = quantize_nf4(torch.randn(3, 64, 128, generator=generator))
+    half = fp16_like(x)
+    gate_up = quantize_nf4(torch.randn(4, 128, 64, generator=generator))
+    down = quantize_nf4(torch.randn(4, 64, 64, generator=generator))
+    matrix = quantize_nf4(torch.randn(1, 32, 64, generator=generator))
     which = torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32)
     position = torch.arange(5, dtype=torch.int32)
     pages, pool = torch.arange(1, 6, dtype=torch.int32)[:, None], torch.randn(6, 8, 1, 16, generator=generator)
@@ -50,8 +50,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             2,
         ),
         "fetch_experts": (torch.tensor([-1, 0, 2], dtype=torch.int32), list(stack), [t.clone() for t in stack]),
-        "nf4_rows": (x, half, list(matrix)),
-        "few_experts": (x, half, index, list(gate_up), list(down)),
+        "nf4_skinny_gemm": (x, half, list(matrix)),
+        "skinny_experts": (x, half, index, list(gate_up), list(down)),
         "rope_write": (qkv, table, table, position, pages, pool, pool.clone(), 2),
         "paged_attention": (torch.randn(5, 2, 16, generator=generator), pool, pool, pages, position, 0.25, 2**30),
         "dequantize_nf4": (*stack, torch.empty(3, 64, 128)),
@@ -66,10 +66,10 @@ def arguments() -> dict[str, tuple[Any, ...]]:
 
 def test_few_experts_of_two_bits() -> None:
     """The same operator, told by the number of tensors that a stack has."""
-    x, half, index, *_ = arguments()["few_experts"]
+    x, half, index, *_ = arguments()["skinny_experts"]
     gate_up = quantize_low_bit(torch.randn(4, 128, 64), 2)
     down = quantize_low_bit(torch.randn(4, 64, 64), 2)
-    operator = torch.ops.moe_qlora.few_experts.default
+    operator = torch.ops.moe_qlora.skinny_experts.default
     given = (x, half, index, list(gate_up), list(down))
     torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 

@@ -19,7 +19,7 @@ from finetune.export.quantized import write_quantized
 from finetune.infer.engine import Engine
 from finetune.infer.request import Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings
-from finetune.kernels.stacks import quantize_experts
+from finetune.kernels.packed_experts import quantize_experts
 from finetune.memory.static import expert_bytes
 from finetune.moe.census import require_quantized_experts, take_census
 from finetune.moe.config import Moe4bitConfig
@@ -53,7 +53,7 @@ def test_loading_gives_the_bits_of_the_solver_and_the_logits_of_the_dequantized_
         experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
         for projection in ("gate_up_proj", "down_proj"):
             by_hand = quantize_experts(storage, file[f"model.layers.{layer}.mlp.experts.{projection}"].float())
-            for found, expected in zip(experts.stack(projection), by_hand, strict=True):
+            for found, expected in zip(experts.packed(projection), by_hand, strict=True):
                 assert torch.equal(found, expected)
     assert relative_error(logits(model), logits(dequantized_twin(model))) < 1e-5
     # The scales stay fp16 whatever the model becomes.

@@ -66,7 +66,7 @@ def assert_experts_equal_by_hand(model: PreTrainedModel, family: str, file: dict
         for expert in range(EXPERTS):
             for projection, matrix in expert_matrices(family, file, layer, expert).items():
                 packed, state = bnb.quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
-                stack = experts.stack(projection)
+                stack = experts.packed(projection)
                 assert torch.equal(stack.packed[expert].flatten(), packed.flatten())
                 assert torch.equal(stack.absmax[expert], state.absmax)
                 assert torch.equal(stack.nested_absmax[expert], state.state2.absmax)

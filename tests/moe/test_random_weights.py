@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.kernels.stacks import ExpertStorage, dequantize_expert
+from finetune.kernels.packed_experts import ExpertStorage, dequantize_expert
 from finetune.moe.census import require_quantized_experts, take_census
 from finetune.moe.config import Moe4bitConfig
 from finetune.moe.random_weights import build_random_model
@@ -68,7 +68,7 @@ def test_experts_of_fewer_bits_have_the_spread_of_the_config(experts: ExpertStor
         seed=0,
     )
     for name in ("gate_up_proj", "down_proj"):
-        stack = model.get_submodule("model.layers.0.mlp.experts").stack(name)  # type: ignore[operator]
+        stack = model.get_submodule("model.layers.0.mlp.experts").packed(name)  # type: ignore[operator]
         weight = dequantize_expert(stack, 0, torch.float32)
         assert len(weight.unique()) == 2**bits
         assert weight.std().item() == pytest.approx(config.initializer_range, rel=0.05)
@@ -83,7 +83,7 @@ def test_values_are_drawn_and_the_rotary_tables_are_real() -> None:
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.1, rel=0.02)
     experts = [
-        dequantize_expert(layer.mlp.experts.stack("down_proj"), expert, torch.float32)
+        dequantize_expert(layer.mlp.experts.packed("down_proj"), expert, torch.float32)
         for layer in model.model.layers
         for expert in range(EXPERTS)
     ]

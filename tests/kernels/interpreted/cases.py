@@ -9,10 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.kernels import triton_kernels
-from finetune.kernels.nf4 import dequantize_reference, quantize_stack
-from finetune.kernels.nf4_code import NF4_CODE
-from finetune.kernels.nf4_quantize import NESTED_BLOCK, dynamic_map
+from finetune.kernels import triton_kernels, triton_nf4
+from finetune.kernels.nf4 import NESTED_BLOCK, code_of, dequantize_reference, dynamic_map, quantize_nf4
 from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
 from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 
@@ -27,9 +25,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 8, 64), (3, 40, 192), (2, 144, 512)])  # 2 x 144 x 512: several nested blocks
 def test_dequantize(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    stack = quantize_stack(randn(*shape))
+    stack = quantize_nf4(randn(*shape))
     out = torch.empty(shape, dtype=dtype)
-    triton_kernels.dequantize_nf4(*stack, torch.tensor(NF4_CODE), dynamic_map(CPU), NESTED_BLOCK, out)
+    triton_nf4.dequantize_nf4(*stack, code_of(CPU), dynamic_map(CPU), NESTED_BLOCK, out)
     expected = dequantize_reference(stack, dtype)
     if (
         dtype == torch.bfloat16

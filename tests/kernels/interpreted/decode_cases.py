@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels import decode, few_rows, paged, triton_decode, triton_few_rows
-from finetune.kernels.few_rows import to_halves
-from finetune.kernels.nf4 import Nf4Stack, code_of, dequantize_reference, quantize_stack
-from finetune.kernels.nf4_quantize import NESTED_BLOCK, dynamic_map
+from finetune.kernels import decode, paged, skinny_gemm, triton_decode, triton_skinny_gemm
+from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Weights, code_of, dequantize_reference, dynamic_map, quantize_nf4
 from finetune.kernels.rows import sort_by_expert
+from finetune.kernels.skinny_gemm import to_fp16_activations
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # The interpreter cuts bfloat16 off where a GPU rounds, and needs seconds for what a GPU does at once.
@@ -41,8 +40,8 @@ def unsplit(x: Tensor) -> Tensor:
     return out
 
 
-def weights_of(stack: Nf4Stack) -> triton_few_rows.Weights:
-    return triton_few_rows.Weights(*stack, code_of(DEVICE), dynamic_map(DEVICE))
+def weights_of(stack: Nf4Weights) -> triton_skinny_gemm.Weights:
+    return triton_skinny_gemm.Weights(*stack, code_of(DEVICE), dynamic_map(DEVICE))
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -54,15 +53,15 @@ def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("hidden", [64, 256])
 def test_dense(tokens: int, hidden: int) -> None:
     widths = (32, 16, 16) if INTERPRETED else (96, 64, 32)
-    stacks = [quantize_stack(rand(1, width, hidden)) for width in widths]
+    stacks = [quantize_nf4(rand(1, width, hidden)) for width in widths]
     x = rand(tokens, hidden)
     for some in (stacks, stacks[:1], stacks[:2]):
         out = torch.full(
-            (triton_few_rows.dense_splits(tokens, hidden), tokens, sum(stack.packed.shape[1] for stack in some)),
+            (triton_skinny_gemm.dense_splits(tokens, hidden), tokens, sum(stack.packed.shape[1] for stack in some)),
             float("nan"),
             device=DEVICE,
         )
-        triton_few_rows.dense([weights_of(stack) for stack in some], NESTED_BLOCK, halves(x), out)
+        triton_skinny_gemm.dense([weights_of(stack) for stack in some], NESTED_BLOCK, halves(x), out)
         exact = [x.double() @ dequantize_reference(stack, torch.float32)[0].double().T for stack in some]
         near(out.sum(0), torch.cat(exact, 1), 1e-3)
 
@@ -72,23 +71,25 @@ def test_dense(tokens: int, hidden: int) -> None:
 @pytest.mark.parametrize("spread", ["random"] if INTERPRETED else ["random", "one pair"])
 def test_experts(tokens: int, sizes: tuple[int, int], spread: str) -> None:
     experts, (hidden, width) = 4, sizes
-    gate_up, down = quantize_stack(rand(experts, 2 * width, hidden)), quantize_stack(rand(experts, hidden, width))
+    gate_up, down = quantize_nf4(rand(experts, 2 * width, hidden)), quantize_nf4(rand(experts, hidden, width))
     x = rand(tokens, hidden)
     index = torch.rand(tokens, experts, device=DEVICE).topk(2, 1).indices
     if spread == "one pair":
         index = torch.tensor([[3, 1]], device=DEVICE).repeat(tokens, 1)
     order = end = None
-    if index.numel() > triton_few_rows.VECTOR_CHOICES:
+    if index.numel() > triton_skinny_gemm.VECTOR_CHOICES:
         rows = sort_by_expert(index, experts)
         order, end = rows.order_S, rows.end_E
     act = torch.full((2 * tokens, width), float("nan"), dtype=torch.float16, device=DEVICE)
-    triton_few_rows.gate_up(weights_of(gate_up), NESTED_BLOCK, halves(x), index, order, end, act)
+    triton_skinny_gemm.gate_up(weights_of(gate_up), NESTED_BLOCK, halves(x), index, order, end, act)
     g, d = (dequantize_reference(stack, torch.float32).double() for stack in (gate_up, down))
     h = torch.stack([g[e] @ x[t].double() for t, chosen in enumerate(index.tolist()) for e in chosen])
     exact = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
-    near(unsplit(act) / triton_few_rows.SHRINK.value, exact, 1e-3)
-    out = torch.full((triton_few_rows.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE)
-    triton_few_rows.down(weights_of(down), NESTED_BLOCK, act, index, order, end, out)
+    near(unsplit(act) / triton_skinny_gemm.SHRINK.value, exact, 1e-3)
+    out = torch.full(
+        (triton_skinny_gemm.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE
+    )
+    triton_skinny_gemm.down(weights_of(down), NESTED_BLOCK, act, index, order, end, out)
     near(out.sum(0), torch.stack([d[e] @ row for e, row in zip(index.flatten().tolist(), exact, strict=True)]), 1e-3)
 
 
@@ -182,8 +183,8 @@ def test_attention_over_pages(window: int | None, shape: tuple[int, int, int]) -
 
 def test_rows_prepared_by_hand_are_what_kernels_prepare() -> None:
     x = rand(3, 64)
-    rows = to_halves(x)
-    if few_rows.runs_on_kernels(x):
+    rows = to_fp16_activations(x)
+    if skinny_gemm.runs_on_kernels(x):
         assert torch.equal(unsplit(rows.half), x.half())
     else:
         assert rows.half.numel() == 0

@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.kernels import triton_few_rows, triton_low_bit
-from finetune.kernels.low_bit import LowBitStack, quantize_low_bit
+from finetune.kernels import triton_low_bit, triton_skinny_gemm
+from finetune.kernels.low_bit import LowBitWeights, quantize_low_bit
 from finetune.kernels.rows import sort_by_expert
 from tests.kernels.interpreted.decode_cases import DEVICE, INTERPRETED, halves, near, rand, unsplit
 from tests.kernels.interpreted.decode_cases import seeded as seeded
 
 
-def reference(stack: LowBitStack, dtype: torch.dtype) -> torch.Tensor:
+def reference(stack: LowBitWeights, dtype: torch.dtype) -> torch.Tensor:
     """By hand, one field after the other: column 32 r + 2 b + p is field 2 p + r of byte b."""
     (experts, out, groups, _), bits = stack.affine.shape, stack.bits
     low, high = stack.packed.long().split([16 * groups, stack.packed.shape[2] - 16 * groups], -1)
@@ -60,7 +60,7 @@ def test_experts(bits: int, tokens: int, sizes: tuple[int, int], spread: str, mo
     if spread == "one pair":
         index = torch.tensor([[3, 1]], device=DEVICE).repeat(tokens, 1)
     order = end = None
-    if index.numel() > triton_few_rows.VECTOR_CHOICES:
+    if index.numel() > triton_skinny_gemm.VECTOR_CHOICES:
         rows = sort_by_expert(index, experts)
         order, end = rows.order_S, rows.end_E
     act = torch.full((2 * tokens, width), float("nan"), dtype=torch.float16, device=DEVICE)
@@ -68,8 +68,10 @@ def test_experts(bits: int, tokens: int, sizes: tuple[int, int], spread: str, mo
     g, d = (reference(stack, torch.float64) for stack in (gate_up, down))
     h = torch.stack([g[e] @ x[t].double() for t, chosen in enumerate(index.tolist()) for e in chosen])
     exact = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
-    near(unsplit(act) / triton_few_rows.SHRINK.value, exact, 1.5e-3)
-    out = torch.full((triton_few_rows.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE)
+    near(unsplit(act) / triton_skinny_gemm.SHRINK.value, exact, 1.5e-3)
+    out = torch.full(
+        (triton_skinny_gemm.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE
+    )
     triton_low_bit.down(*down, act, index, order, end, out)
     near(out.sum(0), torch.stack([d[e] @ row for e, row in zip(index.flatten().tolist(), exact, strict=True)]), 1.5e-3)
 
@@ -86,12 +88,12 @@ def test_rows_at_the_limit_do_not_overflow(bits: int, tokens: int, monkeypatch: 
     weight = rand(1, 64, 64).abs().sort(2).values  # so that a group has codes at both ends
     stack = quantize_low_bit(weight, bits)  # type: ignore[arg-type]
     for codes in (0x00, 0xFF):
-        ends = LowBitStack(stack.packed.fill_(codes), stack.affine)
-        x = torch.full((tokens, 64), triton_few_rows.LIMIT.value, device=DEVICE).half()
+        ends = LowBitWeights(stack.packed.fill_(codes), stack.affine)
+        x = torch.full((tokens, 64), triton_skinny_gemm.LIMIT.value, device=DEVICE).half()
         index = torch.zeros(tokens, 1, dtype=torch.int64, device=DEVICE)
         rows = sort_by_expert(index, 1)
-        order, end = (None, None) if tokens <= triton_few_rows.VECTOR_CHOICES else (rows.order_S, rows.end_E)
-        out = torch.empty(triton_few_rows.down_splits(tokens, 64), tokens, 64, device=DEVICE)
+        order, end = (None, None) if tokens <= triton_skinny_gemm.VECTOR_CHOICES else (rows.order_S, rows.end_E)
+        out = torch.empty(triton_skinny_gemm.down_splits(tokens, 64), tokens, 64, device=DEVICE)
         triton_low_bit.down(*ends, x, index, order, end, out)
-        exact = x.double() @ reference(ends, torch.float64)[0].T / triton_few_rows.SHRINK.value
+        exact = x.double() @ reference(ends, torch.float64)[0].T / triton_skinny_gemm.SHRINK.value
         near(out.sum(0), exact, 1e-2)

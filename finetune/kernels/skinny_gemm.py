@@ -1,8 +1,8 @@
-"""Products of few rows with quantized matrices, without writing the dequantized matrices out: what decoding is made of.
+"""Skinny GEMM: products of few rows with quantized matrices, which are never written out dequantized (decoding).
 
-The operators take rows as `Halves`: in the model's dtype for plain torch, and on CUDA beside it as fp16 with the even
-columns first, which the kernel before has written for nothing (`triton_few_rows.py` says why). The sums are float32,
-as partial products over splits of the columns that the next kernel adds (`decode.add_norm`).
+The operators take rows as `Fp16Activations`: in the model's dtype for plain torch, and on CUDA beside it as fp16 with
+the even columns first, which the kernel before has written for nothing (`triton_skinny_gemm.py` says why). The sums are
+float32, as partial products over splits of the columns that the next kernel adds (`decode.add_norm`).
 
 Errors against float64 on the dequantized weights, H100, shapes of Mixtral 8x7B: 3.0e-4 after SwiGLU and 1.6e-4 of the
 down product alone; the same with bf16 weights and rows, 3.7e-3.
@@ -21,24 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.nf4 import Nf4Stack, code_of
-from finetune.kernels.nf4_quantize import NESTED_BLOCK, dynamic_map
+from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Weights, code_of, dynamic_map
 from finetune.kernels.operators import HAS_TRITON, define
+from finetune.kernels.packed_experts import PackedExperts, dequantize_expert, packed_from
 from finetune.kernels.rows import sort_by_expert
-from finetune.kernels.stacks import ExpertStack, dequantize_expert, stack_of
 
 if HAS_TRITON:
-    from finetune.kernels import triton_few_rows, triton_low_bit
+    from finetune.kernels import triton_low_bit, triton_skinny_gemm
 
 
-class Halves(NamedTuple):
+class Fp16Activations(NamedTuple):
     """Rows twice: x [T, I] in the model's dtype, and half fp16 [T, I], even columns first (CUDA) or [0] (plain)."""
 
     x: Tensor
     half: Tensor
 
 
-def half_like(x: Tensor) -> Tensor:
+def fp16_like(x: Tensor) -> Tensor:
     """Room for the fp16 form, where kernels will read it."""
     return x.new_empty(x.shape if runs_on_kernels(x) else 0, dtype=torch.float16)
 
@@ -48,28 +47,28 @@ def runs_on_kernels(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and x.dtype != torch.float32
 
 
-def to_halves(x_TI: Tensor) -> Halves:
+def to_fp16_activations(x_TI: Tensor) -> Fp16Activations:
     """The form that the operators take, of rows that no kernel has prepared."""
     if not runs_on_kernels(x_TI):
-        return Halves(x_TI, half_like(x_TI))
+        return Fp16Activations(x_TI, fp16_like(x_TI))
     halves = torch.cat([x_TI[:, 0::2], x_TI[:, 1::2]], 1).float()
-    return Halves(x_TI, halves.clamp(-16000.0, 16000.0).half())
+    return Fp16Activations(x_TI, halves.clamp(-16000.0, 16000.0).half())
 
 
 # ---- matrices with one input --------------------------------------------------------------------------------------
 
 
-def _stacks(tensors: list[Tensor]) -> list[Nf4Stack]:
-    return [Nf4Stack(*tensors[first : first + 4]) for first in range(0, len(tensors), 4)]
+def _matrices(tensors: list[Tensor]) -> list[Nf4Weights]:
+    return [Nf4Weights(*tensors[first : first + 4]) for first in range(0, len(tensors), 4)]
 
 
 def _rows_plain(x: Tensor, half: Tensor, matrices: list[Tensor]) -> Tensor:
-    outs = [F.linear(x, dequantize_expert(stack, 0, x.dtype)).float() for stack in _stacks(matrices)]
+    outs = [F.linear(x, dequantize_expert(weights, 0, x.dtype)).float() for weights in _matrices(matrices)]
     return torch.cat(outs, 1).unsqueeze(0)
 
 
 def _empty_rows(x: Tensor, half: Tensor, matrices: list[Tensor]) -> Tensor:
-    splits = triton_few_rows.dense_splits(*x.shape) if runs_on_kernels(x) else 1
+    splits = triton_skinny_gemm.dense_splits(*x.shape) if runs_on_kernels(x) else 1
     out = sum(packed.shape[1] for packed in matrices[::4])
     return x.new_empty(splits, x.shape[0], out, dtype=torch.float32)
 
@@ -78,20 +77,20 @@ def _rows_cuda(x: Tensor, half: Tensor, matrices: list[Tensor]) -> Tensor:
     if not runs_on_kernels(x):
         return _rows_plain(x, half, matrices)
     out = _empty_rows(x, half, matrices)
-    triton_few_rows.dense([_weights(stack) for stack in _stacks(matrices)], NESTED_BLOCK, half, out)
+    triton_skinny_gemm.dense([_weights(weights) for weights in _matrices(matrices)], NESTED_BLOCK, half, out)
     return out
 
 
 _rows = define(
-    "nf4_rows(Tensor x, Tensor half, Tensor[] matrices) -> Tensor",
+    "nf4_skinny_gemm(Tensor x, Tensor half, Tensor[] matrices) -> Tensor",
     plain=_rows_plain,
     cuda=_rows_cuda,
     fake=_empty_rows,
 )
 
 
-def nf4_rows(rows: Halves, matrices: Sequence[Nf4Stack]) -> Tensor:
-    """float32 [P, T, O]: partial products x W^T of one to three matrices (stacks of one), their outputs side by side.
+def nf4_skinny_gemm(rows: Fp16Activations, matrices: Sequence[Nf4Weights]) -> Tensor:
+    """float32 [P, T, O]: partial products x W^T of one to three matrices (E = 1), their outputs side by side.
 
     The outputs are multiples of 16.
     """
@@ -102,53 +101,53 @@ def nf4_rows(rows: Halves, matrices: Sequence[Nf4Stack]) -> Tensor:
 
 
 def _experts_plain(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    stacks = stack_of(gate_up), stack_of(down)
+    first, second = packed_from(gate_up), packed_from(down)
     out_SH = torch.zeros(index.numel(), x.shape[1], dtype=torch.float32, device=x.device)
     flat = index.flatten()
     for expert in flat.unique().tolist():
         choices = (flat == expert).nonzero().flatten()
-        gate, up = F.linear(x[choices // index.shape[1]], dequantize_expert(stacks[0], expert, x.dtype)).chunk(2, -1)
+        gate, up = F.linear(x[choices // index.shape[1]], dequantize_expert(first, expert, x.dtype)).chunk(2, -1)
         act = (F.silu(gate.float()) * up.float()).to(x.dtype)
-        out_SH[choices] = F.linear(act, dequantize_expert(stacks[1], expert, x.dtype)).float()
+        out_SH[choices] = F.linear(act, dequantize_expert(second, expert, x.dtype)).float()
     return out_SH.unsqueeze(0)
 
 
 def _experts_cuda(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
     if not runs_on_kernels(x):
         return _experts_plain(x, half, index, gate_up, down)
-    gate_up_stack, down_stack = stack_of(gate_up), stack_of(down)
+    gate_up_stack, down_stack = packed_from(gate_up), packed_from(down)
     order_S = end_E = None
-    if index.numel() > triton_few_rows.VECTOR_CHOICES:
+    if index.numel() > triton_skinny_gemm.VECTOR_CHOICES:
         rows = sort_by_expert(index, gate_up[0].shape[0])
         order_S, end_E = rows.order_S, rows.end_E
     act_SF = x.new_empty(index.numel(), down_stack.matrix_shape[1], dtype=torch.float16)
-    if isinstance(gate_up_stack, Nf4Stack):
-        triton_few_rows.gate_up(_weights(gate_up_stack), NESTED_BLOCK, half, index, order_S, end_E, act_SF)
+    if isinstance(gate_up_stack, Nf4Weights):
+        triton_skinny_gemm.gate_up(_weights(gate_up_stack), NESTED_BLOCK, half, index, order_S, end_E, act_SF)
     else:
         triton_low_bit.gate_up(*gate_up_stack, half, index, order_S, end_E, act_SF)
     out_PSH = _empty_experts(x, half, index, gate_up, down)
-    if isinstance(down_stack, Nf4Stack):
-        triton_few_rows.down(_weights(down_stack), NESTED_BLOCK, act_SF, index, order_S, end_E, out_PSH)
+    if isinstance(down_stack, Nf4Weights):
+        triton_skinny_gemm.down(_weights(down_stack), NESTED_BLOCK, act_SF, index, order_S, end_E, out_PSH)
     else:
         triton_low_bit.down(*down_stack, act_SF, index, order_S, end_E, out_PSH)
     return out_PSH
 
 
 def _empty_experts(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
-    in_ = stack_of(down).matrix_shape[1]
-    splits = triton_few_rows.down_splits(index.numel(), in_) if runs_on_kernels(x) else 1
+    in_ = packed_from(down).matrix_shape[1]
+    splits = triton_skinny_gemm.down_splits(index.numel(), in_) if runs_on_kernels(x) else 1
     return x.new_empty(splits, index.numel(), x.shape[1], dtype=torch.float32)
 
 
 _experts = define(
-    "few_experts(Tensor x, Tensor half, Tensor index, Tensor[] gate_up, Tensor[] down) -> Tensor",
+    "skinny_experts(Tensor x, Tensor half, Tensor index, Tensor[] gate_up, Tensor[] down) -> Tensor",
     plain=_experts_plain,
     cuda=_experts_cuda,
     fake=_empty_experts,
 )
 
 
-def few_experts(rows: Halves, index_TK: Tensor, gate_up: ExpertStack, down: ExpertStack) -> Tensor:
+def skinny_experts(rows: Fp16Activations, index_TK: Tensor, gate_up: PackedExperts, down: PackedExperts) -> Tensor:
     """float32 [P, T * K, H]: the partial products of each choice's expert, before the routing weights.
 
     Args:
@@ -159,6 +158,6 @@ def few_experts(rows: Halves, index_TK: Tensor, gate_up: ExpertStack, down: Expe
     return _experts(*rows, index_TK.contiguous(), list(gate_up), list(down))
 
 
-def _weights(stack: Nf4Stack) -> triton_few_rows.Weights:
-    device = stack.packed.device
-    return triton_few_rows.Weights(*stack, code_of(device), dynamic_map(device))
+def _weights(weights: Nf4Weights) -> triton_skinny_gemm.Weights:
+    device = weights.packed.device
+    return triton_skinny_gemm.Weights(*weights, code_of(device), dynamic_map(device))

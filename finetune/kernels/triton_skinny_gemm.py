@@ -3,7 +3,7 @@
 At so few rows a product costs what reading its weights costs, 0.52 bytes a weight instead of the 2.5 of dequantizing
 first. Decoding 4e12 weights a second (H100), about five instructions each, must not be what is waited for:
 
-- Packed bytes become fp16 codes without a load (`triton_nf4_codes.py`). The codes are exact to 2^-12, and their scale
+- Packed bytes become fp16 codes without a load (`triton_nf4.py`). The codes are exact to 2^-12, and their scale
   is applied in float32 to the sums over 64 of them: nearer to the float64 product than bf16 weights are.
 - One or two rows multiply as pairs of fp16 in the vector units, eight columns of a row in one piece of
   assembly; more rows share their expert's weights on the fp16 tensor cores.
@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.triton_launch import INTERPRETED, launch_chained, wait_for_previous
-from finetune.kernels.triton_nf4_codes import decode, dot8
+from finetune.kernels.triton_nf4 import decode, dot8
 
 # The columns that one scale serves, as bytes.
 BLOCK_BYTES = tl.constexpr(32)
@@ -323,7 +323,7 @@ VECTOR_DOWN_SPLITS, MATRIX_DOWN_SPLITS, MATRIX_DENSE_SPLITS = 7, 4, 8
 
 
 class Weights(NamedTuple):
-    """An `Nf4Stack` and the two tables, as the kernels take them."""
+    """An `Nf4Weights` and the two tables, as the kernels take them."""
 
     packed: Tensor
     absmax: Tensor
@@ -347,7 +347,7 @@ def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO:
     """Writes float32 `out` [P, T, O], P splits to be added, of one to three matrices' outputs side by side.
 
     Args:
-        matrices: stacks of one; their outputs are multiples of 16.
+        matrices: E = 1 each; their outputs are multiples of 16.
         x_TI: fp16, even columns first.
     """
     (splits, tokens, out), in_ = out_PTO.shape, x_TI.shape[1]

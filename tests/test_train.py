@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.errors import DeviceError
 from finetune.evaluate.divergence import completion_loss

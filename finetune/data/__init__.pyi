@@ -17,9 +17,13 @@ from .forms import to_conversation as to_conversation
 from .loaders import held_out_batches as held_out_batches
 from .loaders import own_loader as own_loader
 from .loaders import training_batches as training_batches
+from .messages import BESIDES as BESIDES
 from .messages import ROLES as ROLES
 from .messages import ContentFault as ContentFault
+from .messages import besides_of as besides_of
 from .messages import text_of as text_of
+from .messages import tools_as_text as tools_as_text
+from .messages import tools_of as tools_of
 from .pieces import token_pieces as token_pieces
 from .pipeline import Reading as Reading
 from .pipeline import encode_source as encode_source
@@ -28,8 +32,6 @@ from .prepare import held_out_name as held_out_name
 from .prepare import held_out_rows as held_out_rows
 from .prepare import prepare_data as prepare_data
 from .prepare import readings_of as readings_of
-from .readers import Source as Source
-from .readers import open_source as open_source
 from .reading import Reader as Reader
 from .reading import first_row as first_row
 from .reading import rows_of as rows_of
@@ -37,10 +39,8 @@ from .reading import sample_row as sample_row
 from .rows import IGNORED as IGNORED
 from .rows import Message as Message
 from .rows import RowFault as RowFault
-from .texts import text_form as text_form
-from .tools import BESIDES as BESIDES
-from .tools import besides_of as besides_of
-from .tools import tools_as_text as tools_as_text
-from .tools import tools_of as tools_of
+from .sources import Source as Source
+from .sources import open_source as open_source
 from .turns import Form as Form
+from .turns import text_form as text_form
 from .worker import Teaching as Teaching

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.data.encoding import Refused, encoder_of
-from finetune.data.learnt import Turns
 from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V1_SPACED, MISTRAL_V3, MISTRAL_V3_SPACED
+from finetune.data.rows import Turns
 from finetune.errors import DataError
 
 if TYPE_CHECKING:

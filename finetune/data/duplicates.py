@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rensa import RMinHash
 
+from finetune.data.messages import tools_as_text
 from finetune.data.rows import Conversation, Message
-from finetune.data.tools import tools_as_text
 
 NEAR = 0.8
 SIGNATURE_VERSION = RMinHash.ALGORITHM_VERSION  # signatures of another version are not comparable

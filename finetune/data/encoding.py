@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from finetune.data.aliases import AliasedTokenizer, Leak
-from finetune.data.learnt import Turns, learnt_turns
+from finetune.data.learnt import learnt_turns
 from finetune.data.prefixes import TemplateRefusal
 from finetune.data.rendering import Rendered, Renderer
-from finetune.data.rows import Encoded, LossOn
+from finetune.data.rows import Encoded, LossOn, Turns
 from finetune.data.words import WordTokenizer
 from finetune.errors import DataError
 

@@ -20,9 +20,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.data import arrow
-from finetune.data.bytelines import BLOCK, BOM, DAMAGE, MAX_LINE, open_binary, read_lines
-from finetune.data.reading import CHUNK_ROWS, SAVE_AS_UTF8, Reader, SizeUnit, digest
+from finetune.data.reading import (
+    ARROW_DAMAGE,
+    BLOCK,
+    BOM,
+    CHUNK_ROWS,
+    GZIP_DAMAGE,
+    MAX_LINE,
+    SAVE_AS_UTF8,
+    Reader,
+    SizeUnit,
+    checked,
+    digest,
+    open_binary,
+    read_lines,
+    values_of,
+)
 from finetune.data.rows import RawChunk, RowFault
 from finetune.errors import DataError
 
@@ -123,7 +136,7 @@ def _whole_json(path: Path) -> Any:
     with open_binary(path) as file:
         try:
             beginning = file.read(MAX_LINE).removeprefix(BOM).lstrip()
-        except DAMAGE as fault:
+        except GZIP_DAMAGE as fault:
             raise _not("gzip", path, fault) from fault
     line, _, rest = beginning.partition(b"\n")
     if not beginning.startswith(b"[") and _is_object(line) and rest.strip():
@@ -131,7 +144,7 @@ def _whole_json(path: Path) -> Any:
     try:
         with open_binary(path) as file:
             return json.loads(file.read().removeprefix(BOM).decode("utf-8"))
-    except DAMAGE as fault:
+    except GZIP_DAMAGE as fault:
         raise _not("gzip", path, fault) from fault
     except (ValueError, RecursionError) as fault:
         raise DataError(
@@ -178,7 +191,7 @@ class Parquet(FileReader):
     def _open(self) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(self.path, buffer_size=BLOCK)
-        except arrow.DAMAGE as fault:
+        except ARROW_DAMAGE as fault:
             raise _not("Parquet", self.path, fault) from fault
 
     def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
@@ -189,8 +202,8 @@ class Parquet(FileReader):
         try:
             for batch in self._open().iter_batches(CHUNK_ROWS):
                 read += batch.num_rows
-                yield arrow.values_of(batch), read * self._bytes // max(self._count, 1)
-        except arrow.DAMAGE as fault:
+                yield values_of(batch), read * self._bytes // max(self._count, 1)
+        except ARROW_DAMAGE as fault:
             raise _damaged(self.path, read, fault) from fault
 
     def count(self) -> int:
@@ -210,8 +223,8 @@ class Arrow(FileReader):
                 for start in range(0, batch.num_rows, CHUNK_ROWS):
                     part = batch.slice(start, CHUNK_ROWS)
                     read += part.num_rows
-                    yield arrow.values_of(part), done
-        except arrow.DAMAGE as fault:
+                    yield values_of(part), done
+        except ARROW_DAMAGE as fault:
             if read == 0:
                 raise _not("Arrow", self.path, fault) from fault
             raise _damaged(self.path, read, fault) from fault
@@ -222,13 +235,13 @@ class Arrow(FileReader):
                 file = pa.ipc.open_file(source)
                 for number in range(file.num_record_batches):
                     yield (
-                        arrow.checked(file.get_batch(number), self._bytes),
+                        checked(file.get_batch(number), self._bytes),
                         (number + 1) * self._bytes // file.num_record_batches,
                     )
                 return
             source.seek(0)
             for batch in pa.ipc.open_stream(source):
-                yield arrow.checked(batch, self._bytes), source.tell()
+                yield checked(batch, self._bytes), source.tell()
 
 
 class Csv(FileReader):

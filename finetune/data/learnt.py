@@ -8,13 +8,7 @@ Leaves out tokens: `encoding.py` finds those of a turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from finetune.data.rows import LossOn
-
-# `rows.Conversation`, or messages without `train`, as the prompt of `generate` is.
-Turns = Sequence[Mapping[str, Any]]
+from finetune.data.rows import LossOn, Turns
 
 
 def learnt_turns(messages: Turns, loss_on: LossOn) -> list[bool]:

@@ -1,17 +1,19 @@
-"""A message's role and text: one rule for what is trained on, checked, served, chatted with and generated from.
+"""A message: its role, its text, what it calls. One rule for training, checks, serving, chat and generation.
 
-Why: a conversation that is written one way in training and another way in serving is two conversations, and the model
-has learnt to answer only one of them. How: whatever becomes a prompt or a training row takes its roles and texts from
-here, and its tokens from `encoding.py`. Text parts are joined by a blank line and empty ones left out, as
-mistral-common does it up to its tokenizer v13 (`instruct/normalize.py`, `_aggregate_content_chunks`); its v15 joins
-them by nothing. Leaves out content other than text.
+Why: a conversation that is written one way in training and another way in serving is two conversations. How: text parts
+are joined by a blank line and empty ones left out, as mistral-common does up to its tokenizer v13 (`normalize.py`,
+`_aggregate_content_chunks`); v15 joins them by nothing. Tools become what transformers' `apply_chat_template`
+documents: {type: function, function: schema}, and calls {type: function, id, function: {name, arguments}} with the
+arguments as an object. Leaves out content other than text, and calls inside the text of an answer, which are text.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.data.reading import parse_json
 from finetune.data.rows import Role, RowFault
 
 # As clients and data sets write them; `developer` is OpenAI's newer name for what a template calls the system.
@@ -74,3 +76,123 @@ def shortened(value: Any) -> str:
     if not isinstance(value, str):
         return kind(value)
     return repr(value if len(value) <= 40 else value[:40] + "...")  # repr escapes what does not print
+
+
+# ---- tools, calls and reasoning -------------------------------------------------------------------------------------
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# Keys of a turn that nobody but the chat template reads, by the role that has them; calls by another are a fault.
+BESIDES: Mapping[Role, tuple[str, ...]] = {
+    "system": ("tool_calls",),
+    "user": ("tool_calls",),
+    "assistant": ("tool_calls", *REASONING),
+    "tool": ("tool_calls", "tool_call_id", "name"),
+}
+
+
+def tools_of(value: Any, name: str) -> list[dict[str, Any]]:
+    """The tools of a conversation, none where the value is empty.
+
+    Args:
+        value: a list of schemas, or JSON of one in a string.
+        name: the column, for messages.
+
+    Raises:
+        RowFault: it is something else, or a tool has no name.
+    """
+    tools = _decoded(value, name)
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise RowFault(f"`{name}` is {kind(tools)}, not a list of tools")
+    return [_tool(tool, name) for tool in tools]
+
+
+def _tool(tool: Any, name: str) -> dict[str, Any]:
+    flat = isinstance(tool, Mapping) and not isinstance(tool.get("function"), Mapping)
+    schema = tool if flat else tool["function"] if isinstance(tool, Mapping) else None
+    if not isinstance(schema, Mapping) or not _is_name(schema.get("name")):
+        raise RowFault(f"`{name}` holds {kind(tool)} that does not name a function")
+    return {"type": "function", "function": dict(schema)} if flat else dict(tool)
+
+
+def calls_of(value: Any) -> list[dict[str, Any]]:
+    """The calls of an assistant's turn, one or a list, or JSON of that in a string; none where the value is empty.
+
+    Raises:
+        RowFault: they are no list of calls, one has no name, or its arguments are no JSON object.
+    """
+    calls = _decoded(value, "what a turn calls")
+    if not calls:
+        return []
+    if not isinstance(calls, list | Mapping):
+        raise RowFault(f"the tool calls of a turn are {kind(calls)}, not a list of calls")
+    return [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not _is_name(function.get("name")):
+        raise RowFault("a tool call does not name a function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except RowFault:
+            raise RowFault("the arguments of a tool call are a string that is not JSON") from None
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise RowFault(f"the arguments of a tool call are {kind(arguments)}, not a JSON object")
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {"type": "function", **named, "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def besides_of(turn: Mapping[str, Any], role: Role) -> dict[str, Any]:
+    """What a turn holds for the template besides its content: calls, whose answer it is, reasoning.
+
+    Raises:
+        RowFault: one of them is not what it should be.
+    """
+    found: dict[str, Any] = {}
+    if calls := calls_of(turn.get("tool_calls")):
+        if role != "assistant":
+            raise RowFault(f"a turn of role {shortened(role)} calls tools")
+        found["tool_calls"] = calls
+    for key in BESIDES[role][1:]:
+        value = turn.get(key)
+        if value in (None, ""):
+            continue
+        if not isinstance(value, str):
+            raise RowFault(f"`{key}` of a turn is {kind(value)}, not a string")
+        found[key] = value
+    return found
+
+
+def besides(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checked message holds besides role and content, without the tools of its conversation."""
+    return {key: message[key] for key in BESIDES.get(message["role"], ()) if key in message}
+
+
+def tools_as_text(message: Mapping[str, Any]) -> str:
+    """The tools, calls and reasoning of a message as one text, the same for the same; empty where it has none."""
+    told = besides(message) | ({"tools": message["tools"]} if "tools" in message else {})
+    return json.dumps(told, sort_keys=True, ensure_ascii=False) if told else ""
+
+
+def is_said(message: Mapping[str, Any]) -> bool:
+    """Whether a turn says or calls anything."""
+    return bool(message["content"].strip()) or bool(besides(message))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _decoded(value: Any, name: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value if not isinstance(value, str) else None
+    try:
+        return parse_json(value)
+    except RowFault:
+        raise RowFault(f"{name if ' ' in name else f'`{name}`'} is a string that is not JSON") from None

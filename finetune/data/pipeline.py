@@ -33,14 +33,13 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from finetune.checkpoint import read_json
-from finetune.data.arrow import DAMAGE
 from finetune.data.duplicates import SIGNATURE_VERSION
 from finetune.data.encoding import encode_settings
 from finetune.data.forms import find_form
 from finetune.data.lengths import Lengths
-from finetune.data.readers import Source, open_source
-from finetune.data.reading import Reader, first_row, sample_row
+from finetune.data.reading import ARROW_DAMAGE, Reader, first_row, sample_row
 from finetune.data.rows import RawChunk, RowFault, Unit
+from finetune.data.sources import Source, open_source
 from finetune.data.turns import Form, FormName
 from finetune.data.worker import SCHEMA, ChunkRows, Teaching, Worker
 from finetune.errors import DataError
@@ -89,7 +88,7 @@ class Places:
 class Ledger:
     """What became of every row of a source: `rows` = `used` + the refused ones.
 
-    `refused` is by reason; `unseen` by the name of what used rows hold and the model never sees (`unseen.py`).
+    `refused` is by reason; `unseen` by the name of what used rows hold and the model never sees (`forms.py`).
     """
 
     where: str
@@ -220,13 +219,13 @@ def _kept(folder: Path) -> tuple[Dataset, Ledger] | None:
         return None
     try:
         return _opened(folder)
-    except DAMAGE:  # a DataError is a ValueError
+    except ARROW_DAMAGE:  # a DataError is a ValueError
         (folder / _LEDGER).unlink(missing_ok=True)
         return None
 
 
 def _opened(folder: Path) -> tuple[Dataset, Ledger]:
-    """Rows and their ledger; raises `DAMAGE`, of which `DataError` is one."""
+    """Rows and their ledger; raises `ARROW_DAMAGE`, of which `DataError` is one."""
     content = read_json(folder / _LEDGER, kind=DataError)
     fix = "delete that folder: the rows are made again"
     ledger = check_object(content, Ledger, kind=DataError, name=_LEDGER, where=str(folder / _LEDGER), fix=fix)

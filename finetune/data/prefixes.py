@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from finetune.data.learnt import Turns
+from finetune.data.rows import Turns
 
 Spans = list[tuple[int, int]]
 HARMLESS = "\ue000"  # a private character, which no template looks for

@@ -23,7 +23,7 @@ from finetune.data.batching import pack
 from finetune.data.duplicates import duplicates_of, leaked, near_leaks
 from finetune.data.mixture import hold_out, interleave
 from finetune.data.pipeline import EncodedSource, Ledger, Reading, encode_source
-from finetune.data.readers import Source
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.recipe import Recipe
 

@@ -1,21 +1,26 @@
 """What a reader is: a source of rows that comes in small chunks, is counted, sliced, joined and fingerprinted.
 
 Why: rows are worked on by other processes and may be more than fit in memory, so the process that reads must neither
-parse nor keep them. How: a `Reader` yields `RawChunk`s; `rows_of` turns one into values, in the worker. `Sliced` and
-`Joined` make new readers out of readers, so `split`, `max_rows` and folders are the same for every kind of file.
-Positions are the source's own (line 7 of the file), and `locate` says them in words. Leaves out the formats
-themselves (fileformats.py) and where a source is found (readers.py).
+parse nor keep them. How: a `Reader` yields `RawChunk`s, and `rows_of` turns one into values in the worker. `Sliced` and
+`Joined` make readers out of readers, so `split`, `max_rows` and folders are the same for every kind of file. Lines are
+read in blocks of a MiB, and Arrow batches are checked in full, since one damaged offset would end the process.
+Leaves out the file formats (fileformats.py) and where a source is found (sources.py).
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow as pa
 
 from finetune.data.rows import RawChunk, RowFault, Unit
 
@@ -226,3 +231,110 @@ def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
     if chunk.lines is not None:
         return RawChunk(chunk.source, first, lines=kept)
     return RawChunk(chunk.source, first, values=kept)
+
+
+# ---- lines of bytes -------------------------------------------------------------------------------------------------
+
+
+MAX_LINE = 64 << 20
+BLOCK = 1 << 20
+BOM = b"\xef\xbb\xbf"
+GZIP_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a damaged or truncated gzip file raises
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """The bytes of a file, decompressed if its name ends in `.gz`."""
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def read_lines(path: Path) -> Iterator[tuple[list[bytes | RowFault], int]]:
+    """Blocks of whole lines without their ends, each with how many bytes of the file are read."""
+    begun: list[bytes] = []  # the line that is not at its end yet
+    length = 0  # of that line, also where it is too long to be kept
+
+    def finished() -> bytes | RowFault:
+        return RowFault(f"longer than {MAX_LINE >> 20} MiB") if length > MAX_LINE else b"".join(begun)
+
+    with path.open("rb") as raw, _unpacked(raw, path) as file:
+        at_start = True
+        while True:
+            try:
+                block = file.read(BLOCK)
+            except GZIP_DAMAGE:
+                yield [RowFault("the compressed file is damaged or ends too early")], raw.tell()
+                return
+            if not block:
+                break
+            if at_start:
+                block, at_start = block.removeprefix(BOM), False
+            first, *more = block.split(b"\n")
+            begun.append(first)
+            length += len(first)
+            if length > MAX_LINE:
+                begun.clear()
+            if more:
+                lines = [finished(), *more[:-1]]
+                begun, length = [more[-1]], len(more[-1])
+                yield lines, raw.tell()
+        if length:
+            yield [finished()], raw.tell()
+
+
+def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
+    return gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[return-value]
+
+
+# ---- Arrow batches --------------------------------------------------------------------------------------------------
+
+
+# What pyarrow raises for a damaged file; a name that is not UTF-8 is a ValueError.
+ARROW_DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
+_BAD_ROW = "a value that cannot be read (bad UTF-8, or out of its type's range)"
+_AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+
+
+def checked(batch: pa.RecordBatch, file_bytes: int) -> pa.RecordBatch:
+    """The batch, if each of its offsets lies in its data.
+
+    Raises:
+        pa.ArrowException: one does not.
+    """
+    if batch.num_columns == 0 and batch.num_rows:
+        raise pa.ArrowInvalid("rows without a column")
+    batch.validate()  # that lengths are possible, and columns equally long
+    for column in batch.columns:
+        _texts_as_bytes(column, file_bytes).validate(full=True)
+    return batch
+
+
+def _texts_as_bytes(array: Any, file_bytes: int) -> Any:
+    """The same buffers with text as bytes, as deep as lists and structs go; nothing is copied, and no offset followed.
+
+    Any other nested array is left as it is, so that bad UTF-8 in it counts as damage.
+    """
+    kind = array.type
+    if pa.types.is_null(kind) and len(array) > 8 * file_bytes:
+        raise pa.ArrowInvalid(f"{len(array)} nulls in a file of {file_bytes} bytes")
+    own, children = array.buffers(), []
+    if kind in _AS_BYTES:
+        kind = _AS_BYTES[kind]
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        children = [_texts_as_bytes(array.values, file_bytes)]
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        own, kind = own[:2], make(children[0].type)
+    elif pa.types.is_struct(kind) and kind.num_fields:
+        children = [_texts_as_bytes(array.field(i), file_bytes) for i in range(kind.num_fields)]
+        own, kind = own[:1], pa.struct([(str(i), child.type) for i, child in enumerate(children)])
+    else:
+        return array
+    return pa.Array.from_buffers(kind, len(array), own, offset=array.offset, children=children)
+
+
+def values_of(batch: pa.RecordBatch) -> list[Any]:
+    """Rows of an Arrow batch as mappings; a row that has no Python value is a `RowFault`."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # UnicodeDecodeError is one; only the row itself is lost
+        if batch.num_rows == 1:
+            return [RowFault(_BAD_ROW)]
+        return [value for place in range(batch.num_rows) for value in values_of(batch.slice(place, 1))]

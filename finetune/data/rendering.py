@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune.data.learnt import Turns
+from finetune.data.forms import cut_from, template_leaves_out
+from finetune.data.messages import REASONING, besides, tools_as_text
 from finetune.data.prefixes import HARMLESS, Spans, TemplateRefusal, derive_spans
-from finetune.data.tools import REASONING, besides, tools_as_text
-from finetune.data.unseen import cut_from, template_leaves_out
+from finetune.data.rows import Turns
 
 T = TypeVar("T")
 

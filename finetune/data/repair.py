@@ -14,9 +14,8 @@ from itertools import groupby
 from typing import Any, NotRequired, cast
 
 from finetune.data.forms import check_conversation, role_of
-from finetune.data.messages import text_of
+from finetune.data.messages import besides, besides_of, is_said, text_of
 from finetune.data.rows import Message, RowFault
-from finetune.data.tools import besides, besides_of, is_said
 from finetune.data.turns import Form, Turn, turns_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -8,6 +8,7 @@ is never held in memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -23,8 +24,8 @@ IGNORED = -100  # the label that cross-entropy leaves out, in torch and in trans
 class Message(TypedDict):
     """A checked turn. `train` is False where a row says so, and on the prompt's turns of a prompt and completion.
 
-    What follows is for chat templates alone (tools.py). `tools`, which the whole conversation may call, stands at its
-    first message.
+    What follows is for chat templates alone (messages.py). `tools`, which the whole conversation may call, stands at
+    its first message.
     """
 
     role: Role
@@ -40,6 +41,7 @@ class Message(TypedDict):
 
 
 Conversation = list[Message]
+Turns = Sequence[Mapping[str, Any]]  # a conversation, or messages without `train`, as the prompt of `generate` is
 
 
 class RowFault(Exception):
@@ -74,7 +76,7 @@ class RawChunk:
 class Parsed:
     """The rows of a chunk: usable ones with their positions, refused ones as (position, reason).
 
-    `unseen` names what usable rows hold and nobody reads (`unseen.py`), with their positions.
+    `unseen` names what usable rows hold and nobody reads (`forms.py`), with their positions.
     """
 
     conversations: list[Conversation]

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"

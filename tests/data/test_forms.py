@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from finetune.data.forms import find_form, parse, to_conversation
+from finetune.data.forms import advice, danger, find_form, matters, parse, to_conversation
 from finetune.data.rows import Message, RawChunk, RowFault
 from finetune.data.turns import Form
-from finetune.data.unseen import advice, danger, matters
 from finetune.errors import DataError
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from finetune.data import pipeline
 from finetune.data.pipeline import Reading, cache_folder, encode_source
-from finetune.data.readers import Source
 from finetune.data.rows import IGNORED
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.errors import DataError
 from finetune.runfolder import staged

@@ -23,11 +23,10 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from finetune.data.hub import DatasetReader, StreamReader
 from finetune.data.pipeline import Reading, form_of
-from finetune.data.readers import Source, open_source
 from finetune.data.reading import Reader, rows_of, sample_row
 from finetune.data.rows import RawChunk, RowFault
+from finetune.data.sources import DatasetReader, Source, StreamReader, open_source
 from finetune.errors import DataError
 
 ROWS = [{"text": f"{i}: Où ?\n“x”, 👍🏽\t", "number": str(i)} for i in range(2500)]  # more than two chunks
@@ -152,7 +151,7 @@ def test_a_byte_order_mark_blank_lines_and_a_missing_last_newline(tmp_path: Path
 def test_lines_are_those_of_python_whatever_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dice = random.Random(0)
     for block in (1, 2, 5, 64):
-        monkeypatch.setattr("finetune.data.bytelines.BLOCK", block)
+        monkeypatch.setattr("finetune.data.reading.BLOCK", block)
         content = b"x" + bytes(dice.choice(b"ab\r\n\n \xff") for _ in range(400))
         (tmp_path / "a.jsonl").write_bytes(content)
         with (tmp_path / "a.jsonl").open("rb") as file:
@@ -318,9 +317,9 @@ def test_a_stream_and_slices_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # A folder stands for the data set of the hub: `datasets` streams both in the same way.
     write(tmp_path / "real" / "train.jsonl", ROWS)
     real, monkey = str(tmp_path / "real"), monkeypatch
-    monkey.setattr("finetune.data.hub.load_dataset", lambda _, **kwargs: load_dataset(real, **kwargs))
-    monkey.setattr("finetune.data.hub.load_dataset_builder", lambda _: datasets.load_dataset_builder(real))
-    monkey.setattr("finetune.data.hub.get_dataset_split_names", lambda _: datasets.get_dataset_split_names(real))
+    monkey.setattr("finetune.data.sources.load_dataset", lambda _, **kwargs: load_dataset(real, **kwargs))
+    monkey.setattr("finetune.data.sources.load_dataset_builder", lambda _: datasets.load_dataset_builder(real))
+    monkey.setattr("finetune.data.sources.get_dataset_split_names", lambda _: datasets.get_dataset_split_names(real))
     for spec, expected in (("train", ROWS), ("train[10:1200]", ROWS[10:1200]), ("train[-2:]", ROWS[-2:])):
         for streaming in (True, False):
             reader = open_source(Source("who/what", split=spec, streaming=streaming))
@@ -363,7 +362,7 @@ def test_what_the_hub_complains_of(
         raise complaint
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("finetune.data.hub.load_dataset", answer)
+    monkeypatch.setattr("finetune.data.sources.load_dataset", answer)
     text = refusal("a/b")
     assert expected in text
     assert fix in text

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.evaluate.command import run_evaluate
 from finetune.evaluate.divergence import Said, row_sums

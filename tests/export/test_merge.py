@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.adapter.adapter import Adapter, load
 from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.errors import AdapterError
 from finetune.export import merge as merging

@@ -1,30 +1,50 @@
 """From what a recipe names (a file, a folder or a hub id, and a split) to a reader of its rows.
 
 Why: most runs that fail, fail here: a path that is not there, a split of another name, a hub that does not answer. How:
-every such mistake is a `DataError` with what is there instead; a source without a single row is one too. Files and
-folders are read by our own readers, folders split by the rules of `datasets` (`train-00000.parquet`,
-`validation/part.jsonl`), and a data set of the hub goes through `datasets.load_dataset`. Leaves out named
-configurations of a hub data set, and data behind a loading script.
+every such mistake is a `DataError` that says what is there instead; so is a source without a single row. Our own
+readers read files and folders, split by the rules of `datasets` (`train-00000.parquet`, `validation/part.jsonl`); a
+data set of the hub goes through `datasets`, and `ask` puts its complaints into our words. A data set in the cache is
+memory-mapped, a streamed one is never kept. Leaves out named configurations of a hub data set and loading scripts.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from datasets import ReadInstruction
+from datasets import (
+    Dataset,
+    IterableDataset,
+    ReadInstruction,
+    get_dataset_split_names,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pydantic import Field
 
 from finetune.checkpoint import read_json
-from finetune.data import hub
 from finetune.data.fileformats import ONLY_SPLIT, SUFFIXES, Arrow, open_file, suffix_of
-from finetune.data.hub import unknown_split
-from finetune.data.reading import Joined, Reader, Sliced, row_count, rows_of, sample_row
+from finetune.data.reading import (
+    CHUNK_ROWS,
+    Joined,
+    Reader,
+    SizeUnit,
+    Sliced,
+    digest,
+    row_count,
+    rows_of,
+    sample_row,
+    values_of,
+)
+from finetune.data.rows import RawChunk
 from finetune.errors import DataError
+from finetune.private_api import dataset_fingerprint
 from finetune.values import FileSchema, check_object
 
 __all__ = ["Reader", "Source", "open_source", "rows_of", "sample_row"]
@@ -209,9 +229,9 @@ def _open_saved(folder: Path) -> Reader:
 
 def _open_hub(source: Source) -> Reader:
     if not source.streaming:
-        return hub.open_hub(source.path, source.split)
-    known = hub.split_names(source.path)
-    return _of_split(source.split, known, lambda name: hub.open_stream(source.path, name), where=source.path)
+        return open_hub(source.path, source.split)
+    known = split_names(source.path)
+    return _of_split(source.split, known, lambda name: open_stream(source.path, name), where=source.path)
 
 
 def _is_hub_id(source: str) -> bool:
@@ -232,4 +252,121 @@ def _missing(path: Path) -> DataError:
         where=str(path),
         allowed=f"what is there: {', '.join(near)}" if near else None,
         fix="check the path in the recipe; one that starts with ./ is relative to the recipe's folder",
+    )
+
+
+# ---- data sets of the hub -------------------------------------------------------------------------------------------
+
+
+class DatasetReader(Reader):
+    """A `datasets.Dataset`, memory-mapped from the cache."""
+
+    def __init__(self, data: Dataset, *, name: str, split: str) -> None:
+        self._data, self._split = data, split
+        self.where, self.unit, self.name = f"{name}, split {split}", "row", f"{name}, split {split},"
+
+    def size(self) -> tuple[int, SizeUnit]:
+        return len(self._data), "rows"
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        first = 1
+        for table in self._data.with_format("arrow").iter(CHUNK_ROWS):
+            values = [value for batch in table.to_batches() for value in values_of(batch)]
+            yield RawChunk(index, first, values=values), first + len(values) - 1
+            first += len(values)
+
+    def fingerprint(self) -> str:
+        return digest("hub", dataset_fingerprint(self._data), self._split)
+
+    def count(self) -> int:
+        return len(self._data)
+
+
+class StreamReader(Reader):
+    """A data set as it comes over the network; its fingerprint is the hub's revision.
+
+    `rows` is what the hub says that the split holds, 0 where it does not say.
+    """
+
+    def __init__(self, data: IterableDataset, *, name: str, split: str, rows: int, revision: str) -> None:
+        self._data, self._split, self._rows, self._revision = data, split, rows, revision
+        self.where, self.unit, self.name = f"{name}, split {split}", "row", f"{name}, split {split},"
+
+    def size(self) -> tuple[int, SizeUnit]:
+        return self._rows, "rows"
+
+    def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
+        rows, first = iter(self._data), 1
+        while values := list(islice(rows, CHUNK_ROWS)):
+            yield RawChunk(index, first, values=values), first + len(values) - 1
+            first += len(values)
+
+    def fingerprint(self) -> str:
+        return digest("stream", self._revision, self._split)
+
+    def count(self) -> int:
+        return self._rows or super().count()
+
+
+def open_hub(name: str, split: str) -> Reader:
+    """A data set fetched into the cache; `split` may be a slice, or a sum of slices."""
+    return DatasetReader(ask(name, split, lambda: load_dataset(name, split=split)), name=name, split=split)
+
+
+def open_stream(name: str, split: str) -> Reader:
+    """One whole split of a data set that is streamed."""
+    builder = ask(name, split, lambda: load_dataset_builder(name))
+    data = ask(name, split, lambda: load_dataset(name, split=split, streaming=True))
+    known = builder.info.splits or {}
+    rows = known[split].num_examples if split in known else 0
+    return StreamReader(data, name=name, split=split, rows=rows, revision=builder.hash)
+
+
+def split_names(name: str) -> list[str]:
+    return ask(name, "", lambda: get_dataset_split_names(name))
+
+
+def ask(name: str, split: str, question: Callable[[], Any]) -> Any:
+    """The answer of `datasets`, or its complaint in our words.
+
+    Raises:
+        DataError: there is no such data set or split, it may not be read, or the hub does not answer.
+    """
+    try:
+        return question()
+    except DatasetNotFoundError as fault:
+        raise DataError(
+            f"the hub has no data set {name!r} that you may read",
+            where=name,
+            fix="check the name; for a gated or private data set run `hf auth login` first",
+        ) from fault
+    except ConnectionError as fault:
+        raise DataError(
+            f"{name!r} is neither a local file or folder nor a data set that the hub could be asked for: {fault}",
+            where=name,
+            fix="check the path, or connect to the network; a data set fetched once is read from the cache",
+        ) from fault
+    except ValueError as fault:
+        if "Unknown split" in str(fault):
+            raise unknown_split(split, split_names(name), where=name) from fault
+        raise _unreadable(name, fault) from fault
+    except (DatasetGenerationError, FileNotFoundError, RuntimeError) as fault:
+        raise _unreadable(name, fault) from fault
+
+
+def unknown_split(split: str, known: list[str], *, where: str) -> DataError:
+    return DataError(
+        f"there is no split {split!r}",
+        where=where,
+        allowed=", ".join(known) + ", or a slice of one as in train[:1000]",
+        fix="name one of these in data.train_split or data.eval_split",
+    )
+
+
+def _unreadable(name: str, fault: Exception) -> DataError:
+    reason = fault.__cause__ or fault
+    return DataError(
+        f"the data set cannot be read: {' '.join(str(reason).split())}",
+        where=name,
+        fix="download it with `hf download ID --repo-type dataset --local-dir DIR`, and name a file or folder of it",
     )

@@ -1,3 +1,6 @@
+from .batching import held_out_batches as held_out_batches
+from .batching import own_loader as own_loader
+from .batching import training_batches as training_batches
 from .chat import apply_template as apply_template
 from .check.check import check_data as check_data
 from .check.report import document as document
@@ -9,14 +12,12 @@ from .check.words import visible as visible
 from .encoding import ChatEncoder as ChatEncoder
 from .encoding import Refused as Refused
 from .encoding import encoder_of as encoder_of
+from .encoding import token_pieces as token_pieces
 from .fileformats import SUFFIXES as SUFFIXES
 from .fileformats import suffix_of as suffix_of
 from .forms import find_form as find_form
 from .forms import parse as parse
 from .forms import to_conversation as to_conversation
-from .loaders import held_out_batches as held_out_batches
-from .loaders import own_loader as own_loader
-from .loaders import training_batches as training_batches
 from .messages import BESIDES as BESIDES
 from .messages import ROLES as ROLES
 from .messages import ContentFault as ContentFault
@@ -24,7 +25,6 @@ from .messages import besides_of as besides_of
 from .messages import text_of as text_of
 from .messages import tools_as_text as tools_as_text
 from .messages import tools_of as tools_of
-from .pieces import token_pieces as token_pieces
 from .pipeline import Reading as Reading
 from .pipeline import encode_source as encode_source
 from .pipeline import form_of as form_of

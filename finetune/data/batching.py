@@ -1,26 +1,29 @@
-"""Rows to packed rows or to batches, and how much of them is real tokens.
+"""Rows to packed rows or to batches, how much of them is real tokens, and the loaders that a trainer iterates over.
 
-Why: rows of 46 tokens beside one of 2,000 are mostly padding. How, from best to simplest: packing fills rows of
-`max_length` by TRL's best-fit-decreasing, whole examples only; batches of a token budget have as many rows of about one
-length as fit, padding included; length-grouped batches (`train_sampling_strategy: group_by_length`) are transformers'
-own. Whatever the kind, what an epoch takes and in which order follows from the seed and the epoch alone, so that a
-resumed run takes what was left; and processes share the rows out among themselves, so that each row comes once.
-
-Share of real tokens in an epoch of 20,000 rows, lengths drawn from the bundled set: see `tests/data/test_batching.py`.
-Leaves out the collator, and the loaders that take these batches: `loaders.py`.
+Why: rows of 46 tokens beside one of 2,000 are mostly padding; accelerate repeats rows until the processes come out
+even; and transformers' length-grouped order depends on the global random state. How: packing fills rows of `max_length`
+by TRL's best-fit-decreasing, whole examples only; batches of a token budget have as many rows of about one length as
+fit. An epoch's rows and their order follow from the seed and the epoch alone, so that a resumed run takes what was
+left, and each row comes once over all processes. Leaves out the collator, streamed data, and settings that ask upstream
+to deal out batches in its own way (`dispatch_batches`, `split_batches`, `batch_rebalance`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
 
 from finetune.errors import DataError
+from finetune.private_api import train_batch_size, without_unused_columns
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 
@@ -273,3 +276,74 @@ def _even(counts: list[int], processes: int) -> list[int]:
         half = counts[largest] // 2
         counts[largest : largest + 1] = [counts[largest] - half, half]
     return counts
+
+
+# ---- the loaders of a trainer ---------------------------------------------------------------------------------------
+
+
+def training_batches(
+    trainer: Any, *, budget: int | None = None, pad_to_multiple_of: int = 1
+) -> RowBatches | TokenBudgetBatches | None:
+    """This process's batches of a trainer's training data; None where upstream deals them out.
+
+    Args:
+        trainer: transformers', or one derived from it.
+        budget: batches of so many padded tokens instead of so many rows.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    share = {"process": trainer.accelerator.process_index, "processes": trainer.accelerator.num_processes}
+    if budget is not None:
+        lengths = row_lengths(rows)
+        return TokenBudgetBatches(lengths, budget, seed=args.seed, pad_to_multiple_of=pad_to_multiple_of, **share)
+    own = args.accelerator_config
+    if own.split_batches or own.dispatch_batches or not isinstance(rows, Dataset):
+        return None
+    size, seed = train_batch_size(trainer), args.seed if args.data_seed is None else args.data_seed
+    orders = {
+        "random": lambda: shuffled(len(rows), seed),
+        "sequential": lambda: in_order(len(rows)),
+        "group_by_length": lambda: grouped(row_lengths(rows), size * args.gradient_accumulation_steps, seed),
+    }
+    if args.train_sampling_strategy not in orders:
+        return None
+    order = orders[args.train_sampling_strategy]()
+    return RowBatches(order, len(rows), size, drop_last=args.dataloader_drop_last, **share)
+
+
+def held_out_batches(trainer: Any, rows: Dataset) -> RowBatches:
+    """This process's batches of held-out rows, every row once over all processes, in the order that pads least."""
+    args = trainer.args
+    by_length = args.train_sampling_strategy == "group_by_length"
+    order = grouped(row_lengths(rows), args.eval_batch_size, args.seed) if by_length else in_order(len(rows))
+    return RowBatches(
+        order,
+        len(rows),
+        args.eval_batch_size,
+        process=trainer.accelerator.process_index,
+        processes=trainer.accelerator.num_processes,
+    )
+
+
+def own_loader(trainer: Any, rows: Dataset, batches: RowBatches | TokenBudgetBatches, description: str) -> DataLoader:
+    """A loader of this process's batches, with the trainer's collator and worker settings."""
+    args = trainer.args
+    loader = DataLoader(
+        without_unused_columns(trainer, rows, description),
+        batch_sampler=batches,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    return prepare_data_loader(
+        loader,
+        trainer.accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        non_blocking=trainer.accelerator.non_blocking,
+    )

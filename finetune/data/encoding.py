@@ -1,12 +1,10 @@
-"""Conversations to training rows: token ids, and which of them are learnt.
+"""Conversations to training rows: token ids, and which of them are supervised.
 
-Why: a rendered conversation does not say whose `</s>` is whose, and a wrong mask is the most silent of faults.
+Why: a rendered conversation does not say whose `</s>` is whose, and a wrong loss mask is the most silent of faults.
 mistral-common keeps the two apart, and so does this file, for any template. How: `rendering.py` says which control
-tokens are the template's and where the assistant speaks, `learnt.py` which of its turns are learnt. `aliases.py`
-encodes the text such that what somebody typed is never a control token, and `words.py` does the same faster for
-tokenizers of Mistral's kind. An encoder can be sent to another process.
-
-Leaves out lengths: every row is as long as its conversation.
+tokens are the template's and where the assistant speaks, `supervised_turns` which of its turns count, and
+`tokenizing.py` encodes the text such that what somebody typed is never a control token. An encoder can be sent to
+another process. Leaves out lengths: every row is as long as its conversation.
 """
 
 from __future__ import annotations
@@ -19,12 +17,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from finetune.data.aliases import AliasedTokenizer, Leak
-from finetune.data.learnt import learnt_turns
-from finetune.data.prefixes import TemplateRefusal
-from finetune.data.rendering import Rendered, Renderer
+from finetune.data.rendering import Rendered, Renderer, TemplateRefusal
 from finetune.data.rows import Encoded, LossOn, Turns
-from finetune.data.words import WordTokenizer
+from finetune.data.tokenizing import AliasedTokenizer, Leak, WordTokenizer
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -84,7 +79,7 @@ class ChatEncoder:
 
         Args:
             conversations: messages with `role`, `content`, and `train`, which is True where it is missing.
-            loss_on: which assistant turns are learnt; see `learnt.py`. The end of sequence is part of a turn.
+            loss_on: which assistant turns are learnt; see `encoding.py`. The end of sequence is part of a turn.
             add_generation_prompt: end where the assistant should begin.
 
         Raises:
@@ -231,3 +226,33 @@ def _unfit(tokenizer: PreTrainedTokenizerBase, what: str) -> DataError:
         allowed="a tokenizer that transformers loads as a fast one, from a tokenizer.json with special tokens",
         fix="use a model folder with such a tokenizer.json",
     )
+
+
+def learnt_turns(messages: Turns, loss_on: LossOn) -> list[bool]:
+    """For each assistant turn, in order, whether it is learnt."""
+    numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    untrained = [number for number, message in enumerate(messages) if not message.get("train", True)]
+    first = 0
+    if loss_on == "completion" and untrained:
+        first = untrained[-1] + 1
+    elif loss_on != "all" and numbers:
+        first = numbers[-1]
+    return [number >= first and messages[number].get("train", True) for number in numbers]
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the decoded text; joined, the pieces are that text, control tokens written out.
+
+    A character that several tokens spell byte by byte belongs to the last of them, the others add nothing. Takes the
+    square of the length: for texts to be looked at.
+    """
+    pieces, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one row is decoded to one text"
+        if text.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        before = text
+    return pieces

@@ -33,15 +33,14 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from finetune.checkpoint import read_json
-from finetune.data.duplicates import SIGNATURE_VERSION
 from finetune.data.encoding import encode_settings
 from finetune.data.forms import find_form
-from finetune.data.lengths import Lengths
 from finetune.data.reading import ARROW_DAMAGE, Reader, first_row, sample_row
 from finetune.data.rows import RawChunk, RowFault, Unit
+from finetune.data.selection import SIGNATURE_VERSION
 from finetune.data.sources import Source, open_source
 from finetune.data.turns import Form, FormName
-from finetune.data.worker import SCHEMA, ChunkRows, Teaching, Worker
+from finetune.data.worker import SCHEMA, ChunkRows, Lengths, Teaching, Worker
 from finetune.errors import DataError
 from finetune.runfolder import staged
 from finetune.values import check_object

@@ -20,9 +20,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from finetune.data.batching import pack
-from finetune.data.duplicates import duplicates_of, leaked, near_leaks
-from finetune.data.mixture import hold_out, interleave
 from finetune.data.pipeline import EncodedSource, Ledger, Reading, encode_source
+from finetune.data.selection import duplicates_of, hold_out, interleave, leaked, near_leaks
 from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.recipe import Recipe

@@ -10,8 +10,7 @@ import torch
 
 from finetune.adapter.adapter import load
 from finetune.chat.routes import pieces_of, routed
-from finetune.data.encoding import encoder_of
-from finetune.data.pieces import token_pieces
+from finetune.data.encoding import encoder_of, token_pieces
 from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY
 

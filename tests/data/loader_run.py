@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from finetune.data.loaders import held_out_batches, own_loader, training_batches
+from finetune.data.batching import held_out_batches, own_loader, training_batches
 from tests.processes import be_processes
 
 BUDGET, ROWS, SAVED_AT = 64, 75, 3

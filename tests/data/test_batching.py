@@ -30,8 +30,8 @@ from finetune.data.batching import (
     padding_efficiency,
     row_lengths,
     shuffled,
+    training_batches,
 )
-from finetune.data.loaders import training_batches
 from finetune.errors import DataError
 from tests.data import loader_run
 from tests.models import tiny_model

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data.duplicates import (
+from finetune.data.rows import Conversation
+from finetune.data.selection import (
     content_key,
     duplicates_of,
     leaked,
@@ -19,7 +20,6 @@ from finetune.data.duplicates import (
     shingles,
     signature,
 )
-from finetune.data.rows import Conversation
 
 DATA = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "data"
 

@@ -11,8 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.chat import apply_template
-from finetune.data.encoding import ChatEncoder, Refused, encode_settings, encoder_of
-from finetune.data.learnt import learnt_turns
+from finetune.data.encoding import ChatEncoder, Refused, encode_settings, encoder_of, learnt_turns
 from finetune.data.rows import LossOn
 from tests.data.conftest import MODEL
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data import lengths
-from finetune.data.lengths import Fitter, Lengths, TooLong
 from finetune.data.rows import Conversation, Encoded, Message
+from finetune.data.worker import Fitter, Lengths, TooLong
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "finetune" / "data" / "templates" / "mistral_v1.jinja"

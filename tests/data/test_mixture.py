@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.mixture import hold_out, interleave
+from finetune.data.selection import hold_out, interleave
 from finetune.errors import DataError
 
 

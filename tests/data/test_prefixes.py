@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.chat import apply_template
 from finetune.data.encoding import Refused, encoder_of
-from finetune.data.prefixes import TemplateRefusal
-from finetune.data.rendering import MISTRAL_V1, MISTRAL_V3, Renderer
+from finetune.data.rendering import MISTRAL_V1, MISTRAL_V3, Renderer, TemplateRefusal
 from finetune.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.prefixes import TemplateRefusal
-from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V3, MISTRAL_V3_SPACED, Renderer
+from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V3, MISTRAL_V3_SPACED, Renderer, TemplateRefusal
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXTS = ("", " ", "\n", "a", "</s>", "a\U000f0000b", "\U000f0001", "{{ x }}", "  two  ", "\ue000", "<s></s>")

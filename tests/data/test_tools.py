@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.data.duplicates import content_key
 from finetune.data.encoding import Refused, encoder_of
 from finetune.data.forms import find_form, parse, to_conversation
-from finetune.data.lengths import Fitter
 from finetune.data.messages import tools_of
 from finetune.data.repair import repair
 from finetune.data.rows import RawChunk, RowFault
+from finetune.data.selection import content_key
+from finetune.data.worker import Fitter
 from tests.data.conftest import MODEL
 
 # The layout of Hermes and Qwen: schemas in the system turn, calls between tags, what tools answer as the user's turn.

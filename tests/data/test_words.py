@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.data.aliases import AliasedTokenizer
 from finetune.data.rendering import MISTRAL_V1, Rendered, Renderer
 from finetune.data.rows import Encoded
-from finetune.data.words import WordTokenizer
+from finetune.data.tokenizing import AliasedTokenizer, WordTokenizer
 from tests.data.conftest import MODEL
 
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -78,7 +77,7 @@ def test_a_span_has_every_byte_of_its_last_character() -> None:
 
 
 def test_what_is_kept_is_let_go(monkeypatch: pytest.MonkeyPatch, reference_conversations: list[dict[str, Any]]) -> None:
-    monkeypatch.setattr("finetune.data.words._KEPT_BYTES", 10_000)
+    monkeypatch.setattr("finetune.data.tokenizing._KEPT_BYTES", 10_000)
     rows = [RENDERER.render(row["messages"]) for row in reference_conversations]
     assert not any(differences(rows[at : at + 10]) for at in range(0, len(rows), 10))
 
@@ -120,7 +119,7 @@ def test_any_other_tokenizer_is_not(tokenizer: PreTrainedTokenizerBase, fault: s
 def test_two_threads_that_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server encodes on two threads; the words that one keeps are not lost to the other."""
     assert WORDS is not None
-    monkeypatch.setattr("finetune.data.words._KEPT_BYTES", 0)
+    monkeypatch.setattr("finetune.data.tokenizing._KEPT_BYTES", 0)
     texts = [" ".join(f"word{number * 7 + place}" for place in range(300)) for number in range(40)]
     rows = [Rendered([text], []) for text in texts]
     alone = [encoded.ids.tolist() for encoded in WORDS.encode(rows) if encoded is not None]

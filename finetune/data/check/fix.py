@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.console import strict_json
-from finetune.data.duplicates import content_key
 from finetune.data.forms import unread_columns
 from finetune.data.messages import besides
 from finetune.data.pipeline import Reading, form_of
@@ -21,6 +20,7 @@ from finetune.data.prepare import readings_of
 from finetune.data.reading import Reader, rows_of
 from finetune.data.repair import Mended, repair
 from finetune.data.rows import RowFault
+from finetune.data.selection import content_key
 from finetune.data.sources import open_source
 from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, staged

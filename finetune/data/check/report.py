@@ -16,9 +16,9 @@ from datasets import Dataset
 from finetune.data.batching import TokenBudgetBatches, padding_efficiency, row_lengths
 from finetune.data.check.schedule import processes_of_run, schedule
 from finetune.data.forms import advice, danger, matters
-from finetune.data.lengths import Lengths
 from finetune.data.pipeline import Ledger
 from finetune.data.prepare import Part, PreparedData, max_length_of
+from finetune.data.worker import Lengths
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.data.pieces import token_pieces
+from finetune.data.encoding import token_pieces
 from finetune.errors import DataError
 from finetune.router.study.probe import BUNDLED, read_probe
 from tests.conftest import REPOSITORY

@@ -5,7 +5,7 @@ from .chat import apply_template as apply_template
 from .check.check import check_data as check_data
 from .check.report import document as document
 from .check.report import require_sound as require_sound
-from .check.short import show_short as show_short
+from .check.show import show_short as show_short
 from .check.words import counts as counts
 from .check.words import split_unseen as split_unseen
 from .check.words import visible as visible

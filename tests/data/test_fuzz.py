@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune.data.check.fix import repair
 from finetune.data.forms import find_form, parse, to_conversation
 from finetune.data.reading import rows_of
-from finetune.data.repair import repair
 from finetune.data.rows import RawChunk, RowFault
 from finetune.data.turns import Form
 

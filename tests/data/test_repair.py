@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from finetune.data.check.fix import repair
 from finetune.data.forms import find_form, to_conversation
-from finetune.data.repair import repair
 from finetune.data.rows import RowFault
 from finetune.data.turns import Form
 

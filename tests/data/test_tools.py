@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune.data.check.fix import repair
 from finetune.data.encoding import Refused, encoder_of
 from finetune.data.forms import find_form, parse, to_conversation
 from finetune.data.messages import tools_of
-from finetune.data.repair import repair
 from finetune.data.rows import RawChunk, RowFault
 from finetune.data.selection import content_key
 from finetune.data.worker import Fitter

@@ -1,22 +1,28 @@
-"""`finetune data check`: what a recipe's data teaches, before a GPU is touched."""
+"""`finetune data check`: what a recipe's data teaches, before a GPU is touched; and rows as the model reads them."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from finetune.console import Report
 from finetune.data.chat import apply_template
-from finetune.data.check.examples import examples
 from finetune.data.check.fix import write_fixed
 from finetune.data.check.page import render_page
 from finetune.data.check.report import document
 from finetune.data.check.show import show_examples, show_report
-from finetune.data.prepare import prepare_data
+from finetune.data.prepare import Part, prepare_data
+from finetune.data.rows import IGNORED
 from finetune.moe import BaseSpec, check_base, load_tokenizer_of
 from finetune.recipe import Recipe
 from finetune.runfolder import require_fresh, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _ON_THE_PAGE = 12
 
@@ -71,3 +77,46 @@ def check_data(
         for file, about in made["fixes"].items():
             report.line(f"{fix / file}: {about['written']:,} of {about['rows']:,} rows")
     return made
+
+
+# ---- examples -------------------------------------------------------------------------------------------------------
+
+
+def examples(
+    parts: list[Part], tokenizer: PreTrainedTokenizerBase, *, count: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """`count` rows of each part, drawn by `seed`: part, where, tokens, supervised, and pieces of text with marks."""
+    found = []
+    for part in parts:
+        rows = [(number, index) for number, chosen in enumerate(part.chosen) for index in chosen.tolist()]
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])
+        for number, index in (rows[i] for i in drawn):
+            source = part.sources[number]
+            row = source.dataset[index]
+            learnt = np.array(row["labels"]) != IGNORED
+            found.append(
+                {
+                    "part": part.name,
+                    "where": source.ledger.at(row["position"]),
+                    "tokens": len(row["input_ids"]),
+                    "supervised": int(learnt.sum()),
+                    "pieces": pieces(tokenizer, row["input_ids"], learnt),
+                }
+            )
+    return found
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: np.ndarray) -> list[dict[str, Any]]:
+    """Stretches of tokens that are all learnt or all not, all control tokens or none; their texts join to the whole.
+
+    A piece is what decoding one more stretch adds to the text, since a tokenizer drops the space at a beginning.
+    """
+    special = np.isin(ids, tokenizer.all_special_ids)
+    changes = np.flatnonzero((np.diff(learnt) != 0) | (np.diff(special) != 0) | (special[1:] & special[:-1])) + 1
+    found, before = [], ""
+    for begin, end in zip([0, *changes], [*changes, len(ids)], strict=True):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one row is decoded to one text"
+        found.append({"text": text[len(before) :], "supervised": bool(learnt[begin]), "control": bool(special[begin])})
+        before = text
+    return found

@@ -12,16 +12,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.check.facts import elsewhere, facts, flow, leaked, settings, steps, time
 from finetune.data.check.histogram import histogram_of
 from finetune.data.check.words import (
     compact,
     counts,
     duration,
+    elsewhere,
+    facts,
+    flow,
+    leaked,
     part_of,
     positions,
+    settings,
     share,
     split_unseen,
+    steps,
+    time,
     verdict,
     visible_document,
 )

@@ -1,8 +1,8 @@
-"""The data check in the terminal: the document as a few tables, and examples with the learnt tokens in colour.
+"""The data check in the terminal: the document as a few tables, and examples with the supervised tokens in colour.
 
-Where there is no colour, learnt text stands between ⟦ and ⟧ and a control token between ‹ and ›, so that a `</s>` that
-somebody typed is told from a real one there as well. Text is never read as markup, and characters that would move the
-cursor or turn a line around are written out.
+Where there is no colour, supervised text stands between ⟦ and ⟧ and a control token between ‹ and ›, so that a `</s>`
+that somebody typed is told from a real one there as well. Text is never read as markup, and characters that would move
+the cursor or turn a line around are written out.
 """
 
 from __future__ import annotations
@@ -16,9 +16,21 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.console import Report
-from finetune.data.check.facts import NOTHING, facts, leaked, settings, time, unused
 from finetune.data.check.histogram import sparkline
-from finetune.data.check.words import counts, part_of, positions, split_unseen, verdict, visible_document
+from finetune.data.check.words import (
+    NOTHING,
+    counts,
+    facts,
+    leaked,
+    part_of,
+    positions,
+    settings,
+    split_unseen,
+    time,
+    unused,
+    verdict,
+    visible_document,
+)
 
 _LEARNT, _PROMPT = "green", "dim"  # not bright_black, which some themes make the colour of the background
 _CONTROL = {True: "black on green", False: "black on white"}
@@ -115,3 +127,32 @@ def _marked(pieces: Sequence[Mapping[str, Any]]) -> Text:
 def _console(report: Report) -> Console:
     """Where the report prints its tables, for text with styles of its own."""
     return Console(file=sys.stderr if report.as_json else report.stdout, highlight=False, markup=False, emoji=False)
+
+
+# ---- in short, for  -------------------------------------------------------------------------------------------------
+
+
+def show_short(document: Mapping[str, Any], report: Report) -> None:
+    """What the rows teach, part by part; `finetune data check` shows all of it."""
+    parts = document["parts"]
+    rows = list(zip(*(_column(part) for part in parts), strict=True))
+    table = [(cells[0][0], *(value for _, value in cells)) for cells in rows]
+    report.table("Supervision", ("what", *(part["name"] for part in parts)), table)
+    for fault in document["faults"]:
+        if fault["level"] == "error":
+            continue  # the refusal says it
+        report.line(f"{fault['level']}: {fault['what']}; {fault['fix']}")
+
+
+def _column(part: Mapping[str, Any]) -> list[tuple[str, str]]:
+    batches = part["batches"]
+    return [
+        ("conversations used", f"{part['used']:,} of {part['rows']:,}"),
+        ("rows to train on", f"{part['examples']:,}"),
+        ("tokens", f"{part['tokens']:,}"),
+        ("supervised tokens", f"{part['supervised_tokens']:,} ({part['supervised_share']:.1%})"),
+        ("turns with supervised end", f"{part['turns_with_end']:,} of {part['turns']:,}"),
+        ("too long", f"{part['too_long']['rows']:,} ({part['too_long']['policy']})"),
+        ("longest row", f"{part['lengths']['longest']:,} tokens"),
+        (f"{batches['kind']} batches", f"{batches['efficiency']:.1%} real tokens"),
+    ]

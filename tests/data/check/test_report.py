@@ -14,8 +14,8 @@ import pytest
 from finetune.console import Report
 from finetune.data.chat import apply_template
 from finetune.data.check.check import check_data
-from finetune.data.check.facts import unused
 from finetune.data.check.report import document, require_sound
+from finetune.data.check.words import unused
 from finetune.data.prepare import prepare_data
 from finetune.errors import DataError, ModelError
 from finetune.moe.load import load_tokenizer

@@ -9,8 +9,8 @@ import pytest
 
 from finetune.checkpoint.json_file import read_json
 from finetune.data.check import schedule as module
-from finetune.data.check.facts import time
-from finetune.data.check.schedule import nearest_speed, schedule
+from finetune.data.check.report import nearest_speed, schedule
+from finetune.data.check.words import time
 from finetune.errors import ModelError
 from finetune.moe.arch import MoeArch
 from finetune.recipe.load import load_recipe

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import lengths
 from finetune.data.rows import Conversation, Encoded, Message
 from finetune.data.worker import Fitter, Lengths, TooLong
 
@@ -217,7 +216,7 @@ def test_counts_add_up_over_chunks() -> None:
     one, two = Lengths(1, 0, 1, 0, 7), Lengths(2, 1, 0, 1, 5)
     assert one + two == Lengths(3, 1, 1, 1, 12)
     assert sum([one, two], Lengths()) == Lengths(3, 1, 1, 1, 12)
-    assert lengths.Fitter(by_characters, 5, "drop").lengths == Lengths()
+    assert Fitter(by_characters, 5, "drop").lengths == Lengths()
 
 
 # ---- Mixtral's tokenizer --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoint.json_file import read_json
-from finetune.data.check import schedule as module
+from finetune.data.check import report as module
 from finetune.data.check.report import nearest_speed, schedule
 from finetune.data.check.words import time
 from finetune.errors import ModelError

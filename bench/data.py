@@ -29,7 +29,7 @@ from finetune.console import Report, gib
 from finetune.data.batching import pack, packing_efficiency, row_lengths
 from finetune.data.chat import apply_template
 from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source
+from finetune.data.sources import Source
 from finetune.data.worker import Teaching
 from finetune.moe.load import load_tokenizer
 

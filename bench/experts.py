@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from finetune.bench.result import conditions, rounded
 from finetune.console import Report, gib
 from finetune.data.pipeline import Reading, encode_source
-from finetune.data.readers import Source, open_source
+from finetune.data.sources import Source, open_source
 from finetune.data.worker import Teaching
 from finetune.errors import ModelError
 from finetune.evaluate.divergence import Row, completion_loss, fidelity, swapped

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +121,11 @@ def test_the_check_sees_what_it_should():
         "data goes past the door: finetune.moe.arch.MoeArch"
     ]
     assert behind("moe", "MoeArch") == "moe/arch.py"
+
+
+def test_the_picture_of_the_house_is_of_these_imports():
+    done = subprocess.run([sys.executable, PACKAGE.parent / "scripts" / "draw_house.py", "--check"], check=False)
+    assert done.returncode == 0, "run `python scripts/draw_house.py` and look at docs/house.svg"
 
 
 def test_a_door_offers_what_somebody_takes():

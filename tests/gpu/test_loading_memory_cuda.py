@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.moe import Moe4bitConfig
 from finetune.moe.census import take_census
-from finetune.moe.config import Moe4bitConfig
 from tests.moe.test_loading_memory import FUSED, SIXTEEN_BIT, SLACK, write_checkpoint
 
 

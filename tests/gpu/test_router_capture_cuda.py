@@ -36,22 +36,20 @@ def test_sums_equal_the_cpus_without_a_synchronization(strict: object) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(2):
-        capture._called(model, (), {"labels": labels})
-        capture._open(model.model, (), {"input_ids": ids, "attention_mask": mask})
+        assert capture.begin({"input_ids": ids, "attention_mask": mask}, labels, training=True)
         for layer, output in enumerate(said):
-            capture._note(layer, output)
-        capture._close(model.model, (), None)
+            capture.hear(layer, output[0], output[2])
+        capture.end()
     torch.cuda.set_sync_debug_mode("default")
     on_device = capture.snapshot_parts("train")
 
     host = RouterCapture(model, num_experts=config.num_local_experts, top_k=config.num_experts_per_tok)
     host.attach()
     for _ in range(2):
-        host._called(model, (), {"labels": labels.cpu()})
-        host._open(model.model, (), {"input_ids": ids.cpu(), "attention_mask": mask.cpu()})
+        assert host.begin({"input_ids": ids.cpu(), "attention_mask": mask.cpu()}, labels.cpu(), training=True)
         for layer, output in enumerate(said):
-            host._note(layer, tuple(tensor.cpu() for tensor in output))
-        host._close(model.model, (), None)
+            host.hear(layer, output[0].cpu(), output[2].cpu())
+        host.end()
     for part, want in host.snapshot_parts("train").items():
         got = on_device[part]
         assert (got.tokens, got.pairs) == (want.tokens, want.pairs)

@@ -15,9 +15,9 @@ from finetune.infer.pages import PAGE, PagePool
 from finetune.infer.prefill import prefill
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.step import DecodeStep
+from finetune.moe import Moe4bitConfig
 from finetune.moe.arch import MoeArch
 from finetune.moe.attention import read_packing
-from finetune.moe.config import Moe4bitConfig
 from finetune.moe.load import BaseSpec, load_base
 from tests.models import tiny_model
 

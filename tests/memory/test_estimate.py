@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from finetune.memory.run import GIB, Run
 from finetune.memory.static import nf4_bytes
 from finetune.memory.totals import MemoryEstimate, estimate
+from finetune.moe import Moe4bitConfig
 from finetune.moe.arch import MoeArch
 from finetune.moe.census import take_census
-from finetune.moe.config import Moe4bitConfig
 
 MIXTRAL = MoeArch.from_config(MixtralConfig().to_dict())
 ARCHS = {

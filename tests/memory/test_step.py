@@ -24,8 +24,8 @@ from finetune.adapter.unfreeze import unfreeze_non_moe
 from finetune.memory.activations import ActivationPlan, apply_plan
 from finetune.memory.run import Run
 from finetune.memory.step import largest_moment, moments, recompute_seconds
+from finetune.moe import Moe4bitConfig
 from finetune.moe.arch import MoeArch
-from finetune.moe.config import Moe4bitConfig
 from finetune.router.auxiliary import AuxiliaryLoss
 from tests.memory.tracking import PeakOfTensors
 

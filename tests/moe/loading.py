@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.moe.config import Moe4bitConfig
+from finetune.moe import Moe4bitConfig
 from tests.models import tokens
 
 STORAGES = ("nf4", "16bit")

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from finetune.errors import ModelError
+from finetune.moe import Moe4bitConfig
 from finetune.moe.census import require_quantized_experts, take_census
-from finetune.moe.config import Moe4bitConfig
 from finetune.moe.quantizer import Moe4bitQuantizer
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB, dequantized_twin, tiny_config, tiny_model
 

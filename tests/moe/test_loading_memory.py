@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from finetune.moe.config import Moe4bitConfig
+from finetune.moe import Moe4bitConfig
 from tests.models import tiny_model
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, LAYERS_A_SHARD = 512, 1024, 8, 9, 3

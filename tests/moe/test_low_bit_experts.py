@@ -21,8 +21,8 @@ from finetune.infer.request import Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings
 from finetune.kernels.packed_experts import quantize_experts
 from finetune.memory.static import expert_bytes
+from finetune.moe import Moe4bitConfig
 from finetune.moe.census import require_quantized_experts, take_census
-from finetune.moe.config import Moe4bitConfig
 from finetune.moe.load import BaseSpec, load_base
 from finetune.moe.quantizer import EXPERT_BYTES_PER_WEIGHT
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune.kernels.packed_experts import ExpertStorage, dequantize_expert
+from finetune.moe import Moe4bitConfig
 from finetune.moe.census import require_quantized_experts, take_census
-from finetune.moe.config import Moe4bitConfig
 from finetune.moe.random_weights import build_random_model
 from tests.models import EXPERTS, FAMILIES, dequantized_twin, tiny_config, tiny_model, tokens
 

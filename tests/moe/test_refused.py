@@ -23,7 +23,7 @@ from transformers import (
 
 import finetune
 from finetune.errors import ModelError
-from finetune.moe.config import Moe4bitConfig
+from finetune.moe import Moe4bitConfig
 from finetune.moe.experts import QuantizedExperts
 from tests.models import (
     EXPERTS,

@@ -30,7 +30,7 @@ from finetune.data.batching import pack, packing_efficiency, row_lengths
 from finetune.data.chat import apply_template
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.moe.load import load_tokenizer
 
 _CHARACTERS = 900  # of a conversation at least; about 400 tokens
@@ -120,7 +120,7 @@ def _ours(
 ) -> tuple[float, dict[str, Any]]:
     begun = time.perf_counter()
     source = encode_source(
-        Reading(Source(str(file))), tokenizer, Teaching(max_length=max_length), processes=processes, name=file.name
+        Reading(Source(str(file))), tokenizer, Supervision(max_length=max_length), processes=processes, name=file.name
     )
     encoded = time.perf_counter()
     tokens = sum(chunk.to_numpy().sum() for chunk in source.dataset.data.column("tokens").chunks)
@@ -141,7 +141,7 @@ def _ours(
 
 def _bundled_efficiency(tokenizer: PreTrainedTokenizerBase, max_length: int) -> float:
     """Share of real tokens where 20 times the bundled rows are packed: their mix of lengths in a set of usual size."""
-    rows = encode_source(Reading(Source(str(BUNDLED / "data" / "train.jsonl"))), tokenizer, Teaching()).dataset
+    rows = encode_source(Reading(Source(str(BUNDLED / "data" / "train.jsonl"))), tokenizer, Supervision()).dataset
     return packing_efficiency(np.tile(row_lengths(rows), _COPIES), max_length)
 
 

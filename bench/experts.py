@@ -21,7 +21,7 @@ from finetune.bench.result import conditions, rounded
 from finetune.console import Report, gib
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source, open_source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.errors import ModelError
 from finetune.evaluate.divergence import Row, completion_loss, fidelity, swapped
 from finetune.kernels.packed_experts import ExpertStorage, dequantize_expert
@@ -64,7 +64,7 @@ def bench_experts(
         )
     tokenizer = load_tokenizer(model)
     reading = Reading(Source(data, max_rows=rows))
-    held_out: list[Row] = list(encode_source(reading, tokenizer, Teaching()).dataset)
+    held_out: list[Row] = list(encode_source(reading, tokenizer, Supervision()).dataset)
     loader: Any = AutoModelForCausalLM  # its stub hides the keyword arguments
     plain = loader.from_pretrained(model, dtype=resolve_dtype(dtype, where), device_map={"": where}).eval()
     loss, tokens = completion_loss(plain, held_out, where)

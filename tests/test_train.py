@@ -19,7 +19,7 @@ from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.errors import DeviceError
 from finetune.evaluate.divergence import completion_loss
 from finetune.memory.activations import ActivationPlan
@@ -196,7 +196,7 @@ def test_held_out_loss_is_a_mean_over_tokens(write_recipe: Write, tmp_path: Path
     assert ran.status == 0, ran.stderr
     live = load(str(tmp_path / "run" / "adapter"), device="cpu")
     expected, _ = completion_loss(
-        live.model, encode_source(Reading(Source(str(rows))), live.tokenizer, Teaching()).dataset, live.device
+        live.model, encode_source(Reading(Source(str(rows))), live.tokenizer, Supervision()).dataset, live.device
     )
     assert ran.document["eval_loss_last"] == pytest.approx(expected, rel=1e-5)
     # Nothing was evaluated before the first step, so nothing is said of it.

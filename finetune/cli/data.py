@@ -18,7 +18,7 @@ data_app = typer.Typer(name="data", no_args_is_help=True, help="Look at data.")
 def data_check(
     recipe: RecipePath,
     overrides: Overrides = None,
-    show: Annotated[int, typer.Option(min=0, help="Print so many examples, what is learnt coloured.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Print so many examples, with the supervised text in colour.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the report as one page.", show_default=False)] = None,
     fix: Annotated[
         Path | None, typer.Option(help="Write a corrected copy of the data to this new folder.", show_default=False)

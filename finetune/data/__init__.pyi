@@ -43,4 +43,4 @@ from .sources import Source as Source
 from .sources import open_source as open_source
 from .turns import Form as Form
 from .turns import text_form as text_form
-from .worker import Teaching as Teaching
+from .worker import Supervision as Supervision

@@ -152,10 +152,10 @@ def _require_turns(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             "writes a conversation as its prompt with the generation prompt, and then the answer",
             fix="set data.template: auto or mistral-v1, or put the markers into a copy of it and set its path",
         ) from refusal
-    learnt = tokenizer.decode(row.ids[row.supervised])
-    if "b" not in learnt or "d" not in learnt:
+    marked = tokenizer.decode(row.ids[row.supervised])
+    if "b" not in marked or "d" not in marked:
         raise DataError(
-            f"the chat template marks {learnt!r} as the assistant's where it said 'b' and 'd'",
+            f"the chat template marks {marked!r} as the assistant's where it said 'b' and 'd'",
             where=f"data.template: {name}, chat template of {tokenizer.name_or_path}",
             allowed="a template with {% generation %} ... {% endgeneration %} around the assistant's text",
             fix="set data.template: auto or mistral-v1, or correct the markers in a copy of the template",
@@ -174,7 +174,7 @@ def _put_mistral(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         tokenizer.chat_template = source
         [row] = encoder_of(tokenizer).encode([_PROBE])
         pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(row.ids.tolist())]
-        marked = [piece for piece, is_learnt in zip(pieces, row.supervised, strict=True) if is_learnt]
+        marked = [piece for piece, is_supervised in zip(pieces, row.supervised, strict=True) if is_supervised]
         if pieces == expected and marked == ["▁b", eos, "▁d", eos]:
             return
         tried.append(" ".join(pieces))

@@ -75,11 +75,11 @@ class ChatEncoder:
     def encode(
         self, conversations: Sequence[Turns], *, loss_on: LossOn = "all", add_generation_prompt: bool = False
     ) -> list[Encoded]:
-        """Training rows of whole conversations, or prompts that an assistant is to answer, of which nothing is learnt.
+        """Training rows of whole conversations, or prompts for an assistant to answer, which supervise nothing.
 
         Args:
             conversations: messages with `role`, `content`, and `train`, which is True where it is missing.
-            loss_on: which assistant turns are learnt; see `encoding.py`. The end of sequence is part of a turn.
+            loss_on: which assistant turns count (`supervised_turns`). The end of sequence is part of a turn.
             add_generation_prompt: end where the assistant should begin.
 
         Raises:
@@ -144,20 +144,20 @@ class ChatEncoder:
         return [next(left) if done is None else done for done in by_words]
 
     def _render(self, messages: Turns, loss_on: LossOn, add_generation_prompt: bool) -> Rendered:
-        """A conversation with the spans that are learnt."""
+        """A conversation with the spans that are supervised."""
         assert self._renderer is not None, "conversations need a chat template"
         rendered = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return replace(rendered, spans=[])
-        learnt = learnt_turns(messages, loss_on)
-        if all(learnt):
+        chosen = supervised_turns(messages, loss_on)
+        if all(chosen):
             return rendered
-        if len(rendered.spans) != len(learnt):
+        if len(rendered.spans) != len(chosen):
             raise TemplateRefusal(
-                f"the chat template marks {len(rendered.spans)} stretches of a conversation with {len(learnt)} "
+                f"the chat template marks {len(rendered.spans)} stretches of a conversation with {len(chosen)} "
                 "assistant turns, so it cannot be told which of them to learn"
             )
-        spans = [span for span, is_learnt in zip(rendered.spans, learnt, strict=True) if is_learnt]
+        spans = [span for span, is_supervised in zip(rendered.spans, chosen, strict=True) if is_supervised]
         return replace(rendered, spans=spans)
 
     def _require_same_parse(self, tokenizer: PreTrainedTokenizerBase, specials: list[str]) -> None:
@@ -228,8 +228,13 @@ def _unfit(tokenizer: PreTrainedTokenizerBase, what: str) -> DataError:
     )
 
 
-def learnt_turns(messages: Turns, loss_on: LossOn) -> list[bool]:
-    """For each assistant turn, in order, whether it is learnt."""
+def supervised_turns(messages: Turns, loss_on: LossOn) -> list[bool]:
+    """For each assistant turn, in order, whether it is supervised.
+
+    The row must not say `train: false` for it, and `loss_on` must take it: all; the last; or the completion, which is
+    what follows the last turn with `train: false` (the prompt of a row of prompt and completion), or the last turn
+    where no turn has that.
+    """
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     untrained = [number for number, message in enumerate(messages) if not message.get("train", True)]
     first = 0

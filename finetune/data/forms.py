@@ -185,7 +185,7 @@ def _no_conversations(row: Mapping[str, Any], *, where: str, plain_text: bool) -
         fix = f"to train on the chosen answers alone, set data.columns: {{{column}: chosen}}"
     elif plain_text:
         what += "; `text` is plain text, and pretraining on it is not done here"
-        fix += ", with what is to be learnt as the answer"
+        fix += ", with what the model should write as the answer"
     return DataError(what, where=where, allowed=_ACCEPTED, fix=fix)
 
 
@@ -340,7 +340,7 @@ def matters(name: str) -> bool:
 def danger(name: str) -> str:
     """What it means that nobody reads it."""
     if _FLAG.search(_key(name)) and not name.endswith(_TEMPLATE):
-        return "nobody reads it, so what it marks is learnt all the same"
+        return "nobody reads it, so what it marks is trained on all the same"
     return "the model never sees it"
 
 
@@ -351,8 +351,8 @@ def advice(name: str) -> str:
         return "choose a data.template that writes it, or take it out of the data"
     if _FLAG.search(key):
         if name.endswith("of turns"):
-            return f"if 1 means that a turn is learnt, set data.columns.train: {key}; else take it out of the turns"
-        return "take out of the data what is not to be learnt, or mark turns with `train`: 0, and remove the key"
+            return f"if 1 means that a turn is trained on, set data.columns.train: {key}; else take it out of the turns"
+        return "take out of the data what should not be trained on, or mark turns with `train`: 0, and remove the key"
     if key == "system":
         return "set data.columns.system: system if it is what the model is told first"
     return "put what the model is to read or write into the content of a message, or take the key out of the data"

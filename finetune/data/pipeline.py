@@ -40,7 +40,7 @@ from finetune.data.rows import RawChunk, RowFault, Unit
 from finetune.data.selection import SIGNATURE_VERSION
 from finetune.data.sources import Source, open_source
 from finetune.data.turns import Form, FormName
-from finetune.data.worker import SCHEMA, ChunkRows, Lengths, Teaching, Worker
+from finetune.data.worker import SCHEMA, ChunkRows, Lengths, Supervision, Worker
 from finetune.errors import DataError
 from finetune.runfolder import staged
 from finetune.values import check_object
@@ -140,7 +140,7 @@ def cache_folder() -> Path:
 def encode_source(
     reading: Reading,
     tokenizer: PreTrainedTokenizerBase,
-    teaching: Teaching,
+    supervision: Supervision,
     *,
     processes: int = 1,
     name: str = "data",
@@ -155,7 +155,7 @@ def encode_source(
         DataError: the source cannot be read, or the form of its rows is unknown.
     """
     reader = open_source(reading.source)
-    folder = cache_folder() / "rows" / _fingerprint(reader, reading, tokenizer, teaching)
+    folder = cache_folder() / "rows" / _fingerprint(reader, reading, tokenizer, supervision)
     kept = _kept(folder)
     cached = kept is not None
     if kept is None:
@@ -163,7 +163,7 @@ def encode_source(
         _sweep(folder.parent)
         try:
             with staged(folder, replace=True) as partial:
-                ledger = _write(reader, form, tokenizer, teaching, partial / _ROWS, processes, name)
+                ledger = _write(reader, form, tokenizer, supervision, partial / _ROWS, processes, name)
                 (partial / _LEDGER).write_text(json.dumps(asdict(ledger)), encoding="utf-8")
                 if (folder / _LEDGER).is_file():
                     raise FileExistsError(folder)  # not replaced: the process that put it there may be reading it
@@ -175,9 +175,9 @@ def encode_source(
     return EncodedSource(*kept, cached)
 
 
-def _fingerprint(reader: Reader, reading: Reading, tokenizer: PreTrainedTokenizerBase, teaching: Teaching) -> str:
+def _fingerprint(reader: Reader, reading: Reading, tokenizer: PreTrainedTokenizerBase, supervision: Supervision) -> str:
     versions = [_VERSION, SIGNATURE_VERSION, tokenizers.__version__]
-    parts = [versions, reader.fingerprint(), asdict(reading), asdict(teaching), encode_settings(tokenizer)]
+    parts = [versions, reader.fingerprint(), asdict(reading), asdict(supervision), encode_settings(tokenizer)]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -238,7 +238,7 @@ def _write(
     reader: Reader,
     form: Form,
     tokenizer: PreTrainedTokenizerBase,
-    teaching: Teaching,
+    supervision: Supervision,
     path: Path,
     processes: int,
     name: str,
@@ -255,7 +255,7 @@ def _write(
     # Compressed, 40 million tokens would take half the space and three times the time.
     with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         done = 0
-        for result, reached in _results(reader, Worker(form, tokenizer, teaching), processes):
+        for result, reached in _results(reader, Worker(form, tokenizer, supervision), processes):
             writer.write_batch(result.batch)
             ledger.enter(reader, result.first)
             ledger.rows += result.rows

@@ -23,7 +23,7 @@ from finetune.data.batching import pack
 from finetune.data.pipeline import EncodedSource, Ledger, Reading, encode_source
 from finetune.data.selection import duplicates_of, hold_out, interleave, leaked, near_leaks
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -209,9 +209,11 @@ def _part(
     name: str, readings: list[tuple[Reading, float | None]], recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> Part:
     data = recipe.data
-    teaching = Teaching(data.loss_on, max_length_of(recipe), data.too_long, signatures=data.deduplicate == "near")
+    supervision = Supervision(data.loss_on, max_length_of(recipe), data.too_long, signatures=data.deduplicate == "near")
     sources = [
-        encode_source(reading, tokenizer, teaching, processes=processes_of(recipe), name=Path(reading.source.path).name)
+        encode_source(
+            reading, tokenizer, supervision, processes=processes_of(recipe), name=Path(reading.source.path).name
+        )
         for reading, _ in readings
     ]
     chosen = [np.arange(len(source.dataset)) for source in sources]

@@ -90,7 +90,7 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: token ids (int32), and for each token whether it is learnt (bool).
+    """One training row: token ids (int32), and for each token whether it is supervised (bool).
 
     `cut` names what the chat template left out of the conversation.
     """

@@ -158,7 +158,7 @@ _MODEL = {
 _ENTRY_BYTES = 150  # of a kept word beside its text: two objects and a place in the dictionary
 _KEPT_BYTES = 64 * 2**20
 
-Segment = tuple[list[str], bool]  # words, or one control token; and whether they are learnt
+Segment = tuple[list[str], bool]  # words, or one control token; and whether they are supervised
 
 
 class WordTokenizer:
@@ -201,7 +201,7 @@ class WordTokenizer:
         stretches = [b"".join([kept[word] for word in words]) for words, _ in segments]
         ids = np.frombuffer(b"".join(stretches), dtype=np.int32).copy()
         lengths = [len(stretch) // ids.itemsize for stretch in stretches]
-        return Encoded(ids, np.repeat([is_learnt for _, is_learnt in segments], lengths))
+        return Encoded(ids, np.repeat([is_supervised for _, is_supervised in segments], lengths))
 
 
 def _is_fit(parts: dict[str, Any], id_of: dict[str, int]) -> bool:

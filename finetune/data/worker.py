@@ -44,8 +44,8 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """What becomes of a conversation: which turns are learnt, and what happens to one that is too long."""
+class Supervision:
+    """What becomes of a conversation: which turns are supervised, and what happens to one that is too long."""
 
     loss_on: LossOn = "all"
     max_length: int | None = None
@@ -67,7 +67,7 @@ class ChunkRows:
 class Worker:
     form: Form
     tokenizer: PreTrainedTokenizerBase
-    teaching: Teaching
+    supervision: Supervision
 
     @cached_property
     def encoder(self) -> ChatEncoder:
@@ -79,7 +79,7 @@ class Worker:
         for position, reason in parsed.refused:
             refused.setdefault(reason, []).append(position)
         conversations, positions, encoded = self._encode(parsed.conversations, parsed.positions, refused)
-        fitter = Fitter(self._encode_fitting, self.teaching.max_length, self.teaching.too_long)
+        fitter = Fitter(self._encode_fitting, self.supervision.max_length, self.supervision.too_long)
         fitted: list[tuple[Conversation, int, list[Encoded]]] = []
         for conversation, position, row in zip(conversations, positions, encoded, strict=True):
             try:
@@ -96,14 +96,14 @@ class Worker:
         return ChunkRows(batch, chunk.first, read, refused, parsed.unseen, fitter.lengths)
 
     def _encode_fitting(self, conversations: list[Conversation]) -> list[Encoded]:
-        return self.encoder.encode(conversations, loss_on=self.teaching.loss_on)
+        return self.encoder.encode(conversations, loss_on=self.supervision.loss_on)
 
     def _encode(
         self, conversations: list[Conversation], positions: list[int], refused: dict[str, list[int]]
     ) -> tuple[list[Conversation], list[int], list[Encoded]]:
         """Without what the template does not take."""
         kept: tuple[list[Conversation], list[int], list[Encoded]] = ([], [], [])
-        rows = self.encoder.encode_each(conversations, loss_on=self.teaching.loss_on)
+        rows = self.encoder.encode_each(conversations, loss_on=self.supervision.loss_on)
         for conversation, position, row in zip(conversations, positions, rows, strict=True):
             if isinstance(row, Refused):
                 refused.setdefault(str(row), []).append(position)
@@ -118,7 +118,7 @@ class Worker:
         flat, positions, keys, marks = [], [], [], []
         for conversation, position, rows in fitted:
             key = content_key(conversation) if rows else None
-            mark = signature(conversation) if rows and self.teaching.signatures else None
+            mark = signature(conversation) if rows and self.supervision.signatures else None
             for row in rows:
                 flat.append(row)
                 positions.append(position)
@@ -127,11 +127,11 @@ class Worker:
         lengths = np.array([len(row.ids) for row in flat], dtype=np.int32)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         ids = np.concatenate([row.ids for row in flat]) if flat else np.empty(0, np.int32)
-        learnt = np.concatenate([row.supervised for row in flat]) if flat else np.empty(0, bool)
-        supervised, turns, ended = _count(ids, learnt, lengths, offsets, self.tokenizer.eos_token_id)
+        mask = np.concatenate([row.supervised for row in flat]) if flat else np.empty(0, bool)
+        supervised, turns, ended = _count(ids, mask, lengths, offsets, self.tokenizer.eos_token_id)
         columns = [
             pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-            pa.ListArray.from_arrays(offsets, pa.array(np.where(learnt, ids, IGNORED).astype(np.int32))),
+            pa.ListArray.from_arrays(offsets, pa.array(np.where(mask, ids, IGNORED).astype(np.int32))),
             pa.array(positions, pa.int64()),
             pa.array(keys, pa.binary(16)),
             pa.array(marks, pa.binary()),
@@ -142,21 +142,21 @@ class Worker:
 
 
 def _count(
-    ids_N: np.ndarray, learnt_N: np.ndarray, lengths_R: np.ndarray, offsets: np.ndarray, eos: Any
+    ids_N: np.ndarray, supervised_N: np.ndarray, lengths_R: np.ndarray, offsets: np.ndarray, eos: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per row: supervised tokens, supervised turns, and those of them that end with the end of sequence; int32.
 
-    A turn is a stretch of supervised tokens that ends where the next token is not learnt or belongs to another row, or
-    with an end of sequence.
+    A turn is a stretch of supervised tokens. It ends with an end of sequence, or where the next token is not supervised
+    or belongs to another row.
     """
     row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
     last_N = np.zeros(len(ids_N), dtype=bool)
     last_N[offsets[1:][lengths_R > 0] - 1] = True
     goes_on_N = np.zeros(len(ids_N), dtype=bool)
-    goes_on_N[:-1] = learnt_N[1:]
+    goes_on_N[:-1] = supervised_N[1:]
     is_eos_N = ids_N == eos
-    ends_N = learnt_N & (last_N | ~goes_on_N | is_eos_N)
-    counts = (learnt_N, ends_N, ends_N & is_eos_N)
+    ends_N = supervised_N & (last_N | ~goes_on_N | is_eos_N)
+    counts = (supervised_N, ends_N, ends_N & is_eos_N)
     supervised, turns, ended = (np.bincount(row_N[mark], minlength=len(lengths_R)).astype(np.int32) for mark in counts)
     return supervised, turns, ended
 

@@ -13,7 +13,7 @@ from finetune.console import Report
 from finetune.data import (
     Reading,
     Source,
-    Teaching,
+    Supervision,
     encode_source,
     held_out_name,
     held_out_rows,
@@ -72,7 +72,7 @@ class HeldOut:
         if self.recipe is not None:
             rows = held_out_rows(self.recipe, tokenizer)
         elif self.name is not None:
-            encoded = encode_source(Reading(Source(self.name, max_rows=max_rows)), tokenizer, Teaching())
+            encoded = encode_source(Reading(Source(self.name, max_rows=max_rows)), tokenizer, Supervision())
             rows = encoded.dataset
             if report is not None:
                 for reason, refused in encoded.ledger.refused.items():

@@ -15,7 +15,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import SaveStrategy
 
 from finetune.console import Report, gib
-from finetune.data import IGNORED, Reading, Source, Teaching, apply_template, encode_source
+from finetune.data import IGNORED, Reading, Source, Supervision, apply_template, encode_source
 from finetune.errors import DeviceError, FinetuneError
 from finetune.kernels import choose_backend
 from finetune.memory.activations import ActivationPlan, plan_activations
@@ -150,8 +150,8 @@ def _supervised_share(recipe: Recipe, *, tokens: int, max_length: int | None) ->
         data = recipe.data
         source = Source(data.train, data.train_split, min(_SAMPLED_ROWS, data.max_rows or _SAMPLED_ROWS))
         reading = Reading(source, data.format, dict(data.columns), dict(data.roles))
-        teaching = Teaching(data.loss_on, max_length, data.too_long)
-        rows = encode_source(reading, tokenizer, teaching).dataset["labels"]
+        supervision = Supervision(data.loss_on, max_length, data.too_long)
+        rows = encode_source(reading, tokenizer, supervision).dataset["labels"]
     except FinetuneError:  # `finetune train` says it where it matters
         return 1.0
     finally:

@@ -185,11 +185,11 @@ def _add(sums: _DeviceSums, counted: _Pass, experts: int, top_k: int) -> None:
     """Adds a forward pass to the sums: groups of layers at a time, no host synchronization, no order to depend on."""
     device = sums.tokens_P.device
     real_N, follows_N = counted.real_BT.reshape(-1).to(device), counted.follows_BT.reshape(-1).to(device)
-    learnt_N = (
+    supervised_N = (
         torch.zeros_like(real_N) if counted.labels_BT is None else (counted.labels_BT.to(device) != -100).reshape(-1)
     )
-    part_N = learnt_N.long()
-    real_PN = torch.stack([real_N & ~learnt_N, real_N & learnt_N])
+    part_N = supervised_N.long()
+    real_PN = torch.stack([real_N & ~supervised_N, real_N & supervised_N])
     # The first token follows none; a pair is where its second token is.
     follows_PN = (real_PN & follows_N)[:, 1:]
     sums.tokens_P += real_PN.sum(1)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 FIXTURE = Path(__file__).parent / "fixtures" / "mistral_v1.jsonl"
@@ -43,7 +43,7 @@ def labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
         path = tmp_path / "conversations.jsonl"
         lines = [json.dumps({"messages": messages}) + "\n" for messages in conversations]
         path.write_text("".join(lines), encoding="utf-8")
-        made = encode_source(Reading(Source(str(path))), tokenizer, Teaching(), processes=processes)
+        made = encode_source(Reading(Source(str(path))), tokenizer, Supervision(), processes=processes)
         assert made.ledger.used == len(lines), made.ledger
         return list(made.dataset)
 

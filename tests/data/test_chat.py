@@ -121,7 +121,7 @@ def test_v3_ids_and_marks_equal_mistral_common(
     for row, ours, mask in zip(conversations_v3, ids, masks, strict=True):
         assert ours == row["ids"], row["messages"]
         marked = [i for start, end in row["assistant"] for i in range(start, end)]
-        assert [i for i, is_learnt in enumerate(mask) if is_learnt] == marked, row["messages"]
+        assert [i for i, is_supervised in enumerate(mask) if is_supervised] == marked, row["messages"]
 
 
 def test_v3_wants_roles_in_turn_and_its_control_tokens(
@@ -148,7 +148,7 @@ def test_auto_takes_v1_for_mixtral_and_chatml_where_its_tokens_were_added(
     [ids], [mask] = encode(own_tokenizer, [[SYSTEM, USER, ASSISTANT, USER, {**ASSISTANT, "content": "<|im_end|>"}]])
     assert own_tokenizer.decode(ids).startswith("<s><|im_start|> system\nby system<|im_end|> \n<|im_start|> user")
     assert ids.count(own_tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
-    learnt = own_tokenizer.decode([token for token, is_learnt in zip(ids, mask, strict=True) if is_learnt])
+    learnt = own_tokenizer.decode([token for token, is_supervised in zip(ids, mask, strict=True) if is_supervised])
     assert learnt == "by assistant<|im_end|><|im_end|><|im_end|>"
 
 

@@ -268,7 +268,7 @@ def test_preferences_and_plain_text_are_refused_by_name() -> None:
     }
     text = refusal({"text": "Once upon a time."})
     assert "`text` is plain text, and pretraining on it is not done here" in text
-    assert "with what is to be learnt as the answer" in text
+    assert "with what the model should write as the answer" in text
 
 
 def spoken_with(row: dict[str, Any], **columns: str) -> list[tuple[str, str]]:
@@ -279,7 +279,7 @@ def spoken_with(row: dict[str, Any], **columns: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("flag", "train"), [(0, False), (1, True), (False, False), (1.0, True), (None, True)])
-def test_a_turn_that_is_not_to_be_learnt(flag: Any, train: bool) -> None:
+def test_a_turn_that_is_not_to_be_trained_on(flag: Any, train: bool) -> None:
     for key in ("train", "training", "train_on_turn", "trainable", "weight", "loss", "loss_mask", "step_loss_mask"):
         assert read({"messages": [user(), assistant(**{key: flag})]})[1][2] is train
     if flag is not None:
@@ -317,7 +317,9 @@ def test_what_no_form_reads_is_named() -> None:
         "`system`",
     }
     assert "set data.columns.train: mask" in advice("`mask` of turns")
-    assert danger("`mask` of turns") == danger("`mask`") == "nobody reads it, so what it marks is learnt all the same"
+    assert (
+        danger("`mask` of turns") == danger("`mask`") == "nobody reads it, so what it marks is trained on all the same"
+    )
     assert danger("`draft` of turns") == "the model never sees it"
     assert "set data.columns.system: system" in advice("`system`")
 

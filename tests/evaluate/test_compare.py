@@ -18,7 +18,7 @@ from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.evaluate.command import run_evaluate
 from finetune.evaluate.divergence import Said, row_sums
 from finetune.moe.load import LoadedModel
@@ -72,7 +72,7 @@ def brute_force(reference: Sequence[Answer], other: Sequence[Answer], rows: Sequ
 
 def held_out(conversations: Path, loaded: LoadedModel) -> list[Any]:
     reading = Reading(Source(str(conversations), max_rows=ROWS))
-    return list(encode_source(reading, loaded.tokenizer, Teaching()).dataset)
+    return list(encode_source(reading, loaded.tokenizer, Supervision()).dataset)
 
 
 def assert_measured(found: dict[str, Any], want: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.adapter.adapter import Adapter, load
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.errors import AdapterError
 from finetune.export import merge as merging
 from finetune.export.quantized import write_quantized
@@ -365,7 +365,9 @@ def test_fidelity_equals_brute_force(small_mixtral: Path, conversations: Path, t
         trained = tuned(small_mixtral, tmp_path / "adapter", scale=0.3, router=True)
     report = merge(tmp_path / "adapter", tmp_path / "merged", "--data", conversations, "--rows", 2)["fidelity"]
     merged = load(str(tmp_path / "merged"), device="cpu")
-    rows = list(encode_source(Reading(Source(str(conversations), max_rows=2)), trained.tokenizer, Teaching()).dataset)
+    rows = list(
+        encode_source(Reading(Source(str(conversations), max_rows=2)), trained.tokenizer, Supervision()).dataset
+    )
     kl, agree, overlap, nll, tokens, supervised = 0.0, 0, 0, 0.0, 0, 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])

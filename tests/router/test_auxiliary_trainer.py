@@ -25,7 +25,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
-from finetune.data.worker import Teaching
+from finetune.data.worker import Supervision
 from finetune.moe.load import BaseSpec, load_base
 from finetune.router.capture import RouterCapture
 from tests.conftest import REPOSITORY
@@ -155,7 +155,7 @@ def reference(base: Path, rows: Path, before: dict[str, Tensor]) -> tuple[float,
         parameters[name].data = value.double()
     nll, supervised = torch.zeros((), dtype=torch.float64), 0
     logits: list[list[Tensor]] = [[], []]
-    for row in encode_source(Reading(Source(str(rows))), loaded.tokenizer, Teaching()).dataset:
+    for row in encode_source(Reading(Source(str(rows))), loaded.tokenizer, Supervision()).dataset:
         output = model(input_ids=torch.tensor([row["input_ids"]]), output_router_logits=True)
         for position, label in enumerate(row["labels"][1:]):
             if label != -100:

@@ -185,7 +185,7 @@ def test_padding_that_is_not_a_number_does_not_spread() -> None:
         assert_counts(capture.snapshot("eval"), want)
 
 
-def learnt_from_third(_row: int, token: int) -> bool:
+def supervised_from_third(_row: int, token: int) -> bool:
     return token >= 2
 
 
@@ -205,7 +205,7 @@ def test_every_sum_of_both_parts_with_padding(family: str, mode: str, monkeypatc
             loss.backward()
         parts = capture.snapshot_parts(mode)
         whole = capture.snapshot(mode)
-    assert_sums(parts["completion"], brute_force_sums(model, rows, top_k, learnt_from_third))
+    assert_sums(parts["completion"], brute_force_sums(model, rows, top_k, supervised_from_third))
     assert_sums(parts["prompt"], brute_force_sums(model, rows, top_k, lambda row, token: token < 2))
     assert_sums(whole, brute_force_sums(model, rows, top_k))
 
@@ -225,7 +225,7 @@ def test_every_sum_of_both_parts_with_packing() -> None:
             use_cache=False,
         )
         parts = capture.snapshot_parts("train")
-    assert_sums(parts["completion"], brute_force_sums(model, documents, 2, learnt_from_third))
+    assert_sums(parts["completion"], brute_force_sums(model, documents, 2, supervised_from_third))
     assert_sums(parts["prompt"], brute_force_sums(model, documents, 2, lambda row, token: token < 2))
 
 

@@ -93,30 +93,32 @@ def examples(
         for number, index in (rows[i] for i in drawn):
             source = part.sources[number]
             row = source.dataset[index]
-            learnt = np.array(row["labels"]) != IGNORED
+            supervised = np.array(row["labels"]) != IGNORED
             found.append(
                 {
                     "part": part.name,
                     "where": source.ledger.at(row["position"]),
                     "tokens": len(row["input_ids"]),
-                    "supervised": int(learnt.sum()),
-                    "pieces": pieces(tokenizer, row["input_ids"], learnt),
+                    "supervised": int(supervised.sum()),
+                    "pieces": pieces(tokenizer, row["input_ids"], supervised),
                 }
             )
     return found
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: np.ndarray) -> list[dict[str, Any]]:
-    """Stretches of tokens that are all learnt or all not, all control tokens or none; their texts join to the whole.
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervised: np.ndarray) -> list[dict[str, Any]]:
+    """Stretches of tokens that are alike in being supervised and being control tokens; their texts join to the whole.
 
     A piece is what decoding one more stretch adds to the text, since a tokenizer drops the space at a beginning.
     """
     special = np.isin(ids, tokenizer.all_special_ids)
-    changes = np.flatnonzero((np.diff(learnt) != 0) | (np.diff(special) != 0) | (special[1:] & special[:-1])) + 1
+    changes = np.flatnonzero((np.diff(supervised) != 0) | (np.diff(special) != 0) | (special[1:] & special[:-1])) + 1
     found, before = [], ""
     for begin, end in zip([0, *changes], [*changes, len(ids)], strict=True):
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str), "one row is decoded to one text"
-        found.append({"text": text[len(before) :], "supervised": bool(learnt[begin]), "control": bool(special[begin])})
+        found.append(
+            {"text": text[len(before) :], "supervised": bool(supervised[begin]), "control": bool(special[begin])}
+        )
         before = text
     return found

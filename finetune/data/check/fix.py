@@ -198,7 +198,7 @@ def _joined(messages: list[Mended]) -> list[Mended]:
 
 
 def _as_one(run: list[Mended]) -> Mended:
-    """Turns of one speaker as one; what a row says not to learn stays unlearnt with all that it is joined to."""
+    """Turns of one speaker as one; what is not supervised leaves all that it is joined to unsupervised."""
     if len(run) == 1:
         return run[0]
     unread = sorted({key for message in run for key in (*message.get("unread", {}), *besides(message))})

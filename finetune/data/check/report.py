@@ -31,7 +31,7 @@ from finetune.recipe import Recipe
 
 _BINS = 24
 _SHOWN = 8
-_FEW_SUPERVISED = 0.02  # below this share, nearly all of a step's time goes to tokens that are not learnt
+_FEW_SUPERVISED = 0.02  # below this share, nearly all of a step's time goes to tokens that are not supervised
 _ENDS = (
     "set data.template to one that writes the tokenizer's eos_token after every answer, or set eos_token in "
     "tokenizer_config.json to the token that the template writes there"

@@ -32,7 +32,7 @@ from finetune.data.check.words import (
     visible_document,
 )
 
-_LEARNT, _PROMPT = "green", "dim"  # not bright_black, which some themes make the colour of the background
+_SUPERVISED, _PROMPT = "green", "dim"  # not bright_black, which some themes make the colour of the background
 _CONTROL = {True: "black on green", False: "black on white"}
 _UNSEEN = "magenta"
 
@@ -86,11 +86,13 @@ def _show_sources(report: Report, parts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_examples(report: Report, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Every example with what is learnt of it, as it goes into training."""
+    """Every example with its supervised tokens marked, as it goes into training."""
     console = _console(report)
     coloured = console.color_system is not None and not console.no_color
     if coloured:
-        legend = Text.assemble(("learnt", _LEARNT), ", ", ("prompt", _PROMPT), ", ", ("control token", _CONTROL[False]))
+        legend = Text.assemble(
+            ("learnt", _SUPERVISED), ", ", ("prompt", _PROMPT), ", ", ("control token", _CONTROL[False])
+        )
     else:
         legend = Text("⟦learnt⟧, prompt, ‹control token›")
     console.print(legend, soft_wrap=True)
@@ -106,7 +108,7 @@ def show_examples(report: Report, examples: Sequence[Mapping[str, Any]]) -> None
 def _coloured(pieces: Sequence[Mapping[str, Any]]) -> Text:
     text = Text()
     for piece in pieces:
-        ordinary = _LEARNT if piece["supervised"] else _PROMPT
+        ordinary = _SUPERVISED if piece["supervised"] else _PROMPT
         for stretch, unseen in split_unseen(piece["text"]):
             text.append(stretch, _CONTROL[piece["supervised"]] if piece["control"] else _UNSEEN if unseen else ordinary)
     return text

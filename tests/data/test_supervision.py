@@ -1,4 +1,4 @@
-"""Which turns are learnt: by hand, and by the tokens that come out."""
+"""Which turns are supervised: by hand, and by the tokens that come out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.chat import apply_template
-from finetune.data.encoding import ChatEncoder, Refused, encode_settings, encoder_of, learnt_turns
+from finetune.data.encoding import ChatEncoder, Refused, encode_settings, encoder_of, supervised_turns
 from finetune.data.rows import LossOn
 from tests.data.conftest import MODEL
 
@@ -41,22 +41,26 @@ def turns(text: str) -> list[dict[str, Any]]:
 )
 def test_turns(text: str, every: str, last: str, completion: str) -> None:
     expected: dict[LossOn, str] = {"all": every, "last": last, "completion": completion}
-    for loss_on, learnt in expected.items():
-        assert "".join(str(int(is_learnt)) for is_learnt in learnt_turns(turns(text), loss_on)) == learnt
+    for loss_on, supervised in expected.items():
+        assert (
+            "".join(str(int(is_supervised)) for is_supervised in supervised_turns(turns(text), loss_on)) == supervised
+        )
 
 
 @pytest.mark.parametrize("loss_on", ["all", "last", "completion"])
-def test_the_tokens_of_a_turn_are_learnt_with_its_end(tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
+def test_the_tokens_of_a_turn_are_supervised_with_its_end(tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
     for text in ("ua", "suaua", "uAua", "UAUaua", "uauA", "suAuaUa"):
         messages = turns(text)
         [row] = encoder_of(tokenizer).encode([messages], loss_on=loss_on)
         said = [message["content"] for message in messages if message["role"] == "assistant"]
-        wanted = [f"{s}</s>" for s, learnt in zip(said, learnt_turns(messages, loss_on), strict=True) if learnt]
-        learnt = tokenizer.decode(row.ids[row.supervised]) if row.supervised.any() else ""
-        assert learnt.replace("</s> ", "</s>") == "".join(wanted)
+        wanted = [
+            f"{s}</s>" for s, supervised in zip(said, supervised_turns(messages, loss_on), strict=True) if supervised
+        ]
+        supervised = tokenizer.decode(row.ids[row.supervised]) if row.supervised.any() else ""
+        assert supervised.replace("</s> ", "</s>") == "".join(wanted)
 
 
-def test_without_train_every_turn_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_without_train_every_turn_is_supervised(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = turns("suaua")
     bare = [{"role": m["role"], "content": m["content"]} for m in messages]
     [row], [same] = (encoder_of(tokenizer).encode([m]) for m in (messages, bare))

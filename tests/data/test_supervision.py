@@ -41,10 +41,8 @@ def turns(text: str) -> list[dict[str, Any]]:
 )
 def test_turns(text: str, every: str, last: str, completion: str) -> None:
     expected: dict[LossOn, str] = {"all": every, "last": last, "completion": completion}
-    for loss_on, supervised in expected.items():
-        assert (
-            "".join(str(int(is_supervised)) for is_supervised in supervised_turns(turns(text), loss_on)) == supervised
-        )
+    for loss_on, marks in expected.items():
+        assert "".join(str(int(mark)) for mark in supervised_turns(turns(text), loss_on)) == marks
 
 
 @pytest.mark.parametrize("loss_on", ["all", "last", "completion"])
@@ -53,9 +51,8 @@ def test_the_tokens_of_a_turn_are_supervised_with_its_end(tokenizer: PreTrainedT
         messages = turns(text)
         [row] = encoder_of(tokenizer).encode([messages], loss_on=loss_on)
         said = [message["content"] for message in messages if message["role"] == "assistant"]
-        wanted = [
-            f"{s}</s>" for s, supervised in zip(said, supervised_turns(messages, loss_on), strict=True) if supervised
-        ]
+        marks = supervised_turns(messages, loss_on)
+        wanted = [f"{text}</s>" for text, mark in zip(said, marks, strict=True) if mark]
         supervised = tokenizer.decode(row.ids[row.supervised]) if row.supervised.any() else ""
         assert supervised.replace("</s> ", "</s>") == "".join(wanted)
 

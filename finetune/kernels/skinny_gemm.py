@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Weights, code_of, dynamic_map
+from finetune.kernels.nf4 import Nf4Weights
 from finetune.kernels.operators import HAS_TRITON, define
 from finetune.kernels.packed_experts import PackedExperts, dequantize_expert, packed_from
 from finetune.kernels.rows import sort_by_expert
@@ -77,7 +77,7 @@ def _rows_cuda(x: Tensor, half: Tensor, matrices: list[Tensor]) -> Tensor:
     if not runs_on_kernels(x):
         return _rows_plain(x, half, matrices)
     out = _empty_rows(x, half, matrices)
-    triton_skinny_gemm.dense([_weights(weights) for weights in _matrices(matrices)], NESTED_BLOCK, half, out)
+    triton_skinny_gemm.dense(_matrices(matrices), half, out)
     return out
 
 
@@ -115,21 +115,21 @@ def _experts_plain(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor]
 def _experts_cuda(x: Tensor, half: Tensor, index: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
     if not runs_on_kernels(x):
         return _experts_plain(x, half, index, gate_up, down)
-    gate_up_stack, down_stack = packed_from(gate_up), packed_from(down)
+    packed_gate_up, packed_down = packed_from(gate_up), packed_from(down)
     order_S = end_E = None
     if index.numel() > triton_skinny_gemm.VECTOR_CHOICES:
         rows = sort_by_expert(index, gate_up[0].shape[0])
         order_S, end_E = rows.order_S, rows.end_E
-    act_SF = x.new_empty(index.numel(), down_stack.matrix_shape[1], dtype=torch.float16)
-    if isinstance(gate_up_stack, Nf4Weights):
-        triton_skinny_gemm.gate_up(_weights(gate_up_stack), NESTED_BLOCK, half, index, order_S, end_E, act_SF)
+    act_SF = x.new_empty(index.numel(), packed_down.matrix_shape[1], dtype=torch.float16)
+    if isinstance(packed_gate_up, Nf4Weights):
+        triton_skinny_gemm.gate_up(packed_gate_up, half, index, order_S, end_E, act_SF)
     else:
-        triton_low_bit.gate_up(*gate_up_stack, half, index, order_S, end_E, act_SF)
+        triton_low_bit.gate_up(*packed_gate_up, half, index, order_S, end_E, act_SF)
     out_PSH = _empty_experts(x, half, index, gate_up, down)
-    if isinstance(down_stack, Nf4Weights):
-        triton_skinny_gemm.down(_weights(down_stack), NESTED_BLOCK, act_SF, index, order_S, end_E, out_PSH)
+    if isinstance(packed_down, Nf4Weights):
+        triton_skinny_gemm.down(packed_down, act_SF, index, order_S, end_E, out_PSH)
     else:
-        triton_low_bit.down(*down_stack, act_SF, index, order_S, end_E, out_PSH)
+        triton_low_bit.down(*packed_down, act_SF, index, order_S, end_E, out_PSH)
     return out_PSH
 
 
@@ -156,8 +156,3 @@ def skinny_experts(rows: Fp16Activations, index_TK: Tensor, gate_up: PackedExper
         down: E matrices [H, F].
     """
     return _experts(*rows, index_TK.contiguous(), list(gate_up), list(down))
-
-
-def _weights(weights: Nf4Weights) -> triton_skinny_gemm.Weights:
-    device = weights.packed.device
-    return triton_skinny_gemm.Weights(*weights, code_of(device), dynamic_map(device))

@@ -273,36 +273,17 @@ NORM_WARPS, ROUTE_WARPS, ATTENTION_WARPS = 32, 8, 4
 
 
 def add_norm(
-    residual_TH: Tensor,
-    delta_PSH: Tensor,
-    weight_TK: Tensor | None,
-    norm_H: Tensor,
-    eps: float,
-    sum_TH: Tensor,
-    out_TH: Tensor,
-    half_TH: Tensor,
-) -> None:
+    residual_TH: Tensor, delta_PSH: Tensor, weight_TK: Tensor | None, norm_H: Tensor, eps: float, sum_TH: Tensor,
+    out_TH: Tensor, half_TH: Tensor,
+) -> None:  # fmt: skip
     tokens, hidden = residual_TH.shape
     launch_chained(
-        add_norm_kernel,
-        (tokens,),
-        residual_TH,
-        delta_PSH,
-        delta_PSH if weight_TK is None else weight_TK,
-        norm_H,
-        sum_TH,
-        out_TH,
-        half_TH,
-        tokens,
-        eps,
-        H=hidden,
-        PARTS=delta_PSH.shape[0],
-        TOP_K=1 if weight_TK is None else weight_TK.shape[1],
-        WEIGHTED=weight_TK is not None,
-        BLOCK=triton.next_power_of_2(hidden),
-        num_warps=NORM_WARPS,
+        add_norm_kernel, (tokens,), residual_TH, delta_PSH, delta_PSH if weight_TK is None else weight_TK, norm_H,
+        sum_TH, out_TH, half_TH, tokens, eps,
+        H=hidden, PARTS=delta_PSH.shape[0], TOP_K=1 if weight_TK is None else weight_TK.shape[1],
+        WEIGHTED=weight_TK is not None, BLOCK=triton.next_power_of_2(hidden), num_warps=NORM_WARPS,
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
 
 
 def route(
@@ -310,22 +291,10 @@ def route(
 ) -> None:
     experts, hidden = gate_NEH.shape[1:]
     launch_chained(
-        route_kernel,
-        (x_TH.shape[0],),
-        x_TH,
-        gate_NEH,
-        which_T,
-        index_TK,
-        weight_TK,
-        H=hidden,
-        E=experts,
-        TOP_K=index_TK.shape[1],
-        NORMALIZE=normalize,
-        BLOCK=triton.next_power_of_2(hidden),
-        EXPERTS=triton.next_power_of_2(experts),
-        CHUNK=min(8, triton.next_power_of_2(experts)),
-        num_warps=ROUTE_WARPS,
-    )
+        route_kernel, (x_TH.shape[0],), x_TH, gate_NEH, which_T, index_TK, weight_TK,
+        H=hidden, E=experts, TOP_K=index_TK.shape[1], NORMALIZE=normalize, BLOCK=triton.next_power_of_2(hidden),
+        EXPERTS=triton.next_power_of_2(experts), CHUNK=min(8, triton.next_power_of_2(experts)), num_warps=ROUTE_WARPS,
+    )  # fmt: skip
 
 
 def lora_rows(
@@ -335,82 +304,33 @@ def lora_rows(
     ranks, rank = a_NRI.shape[1], b_NOR.shape[2]
     t_TR = torch.empty(tokens, ranks, dtype=torch.float32, device=x_TI.device)
     launch_chained(
-        lora_shrink_kernel,
-        (tokens, triton.cdiv(ranks, 4)),
-        x_TI,
-        a_NRI,
-        which_T,
-        t_TR,
-        IN=in_,
-        RANKS=ranks,
-        R=4,
-        BLOCK=min(1024, triton.next_power_of_2(in_)),
-    )
+        lora_shrink_kernel, (tokens, triton.cdiv(ranks, 4)), x_TI, a_NRI, which_T, t_TR,
+        IN=in_, RANKS=ranks, R=4, BLOCK=min(1024, triton.next_power_of_2(in_)),
+    )  # fmt: skip
     launch_chained(
-        lora_expand_kernel,
-        (tokens, triton.cdiv(out, 128)),
-        t_TR,
-        b_NOR,
-        magnitude_NO,
-        which_T,
-        segment_O,
-        y_PTO,
+        lora_expand_kernel, (tokens, triton.cdiv(out, 128)), t_TR, b_NOR, magnitude_NO, which_T, segment_O, y_PTO,
         tokens,
-        PARTS=parts,
-        OUT=out,
-        RANKS=ranks,
-        RANK=rank,
-        R=triton.next_power_of_2(rank),
-        BLOCK=128,
-    )
+        PARTS=parts, OUT=out, RANKS=ranks, RANK=rank, R=triton.next_power_of_2(rank), BLOCK=128,
+    )  # fmt: skip
 
 
 def rope_write(
-    qkv_PTO: Tensor,
-    cos_LD: Tensor,
-    sin_LD: Tensor,
-    position_T: Tensor,
-    page_TP: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv_PTO: Tensor, cos_LD: Tensor, sin_LD: Tensor, position_T: Tensor, page_TP: Tensor, k: Tensor, v: Tensor,
     q: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     (tokens, heads, dim), (_, page, groups, _) = q.shape, k.shape
     launch_chained(
-        rope_write_kernel,
-        (tokens, heads + 2 * groups),
-        qkv_PTO,
-        cos_LD,
-        sin_LD,
-        position_T,
-        page_TP,
-        k,
-        v,
-        q,
-        page_TP.shape[1],
-        tokens,
-        PARTS=qkv_PTO.shape[0],
-        HEADS=heads,
-        GROUPS=groups,
-        D=dim,
-        PAGE=page,
-        HALF=triton.next_power_of_2(dim // 2),
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
+        rope_write_kernel, (tokens, heads + 2 * groups), qkv_PTO, cos_LD, sin_LD, position_T, page_TP, k, v, q,
+        page_TP.shape[1], tokens,
+        PARTS=qkv_PTO.shape[0], HEADS=heads, GROUPS=groups, D=dim, PAGE=page, HALF=triton.next_power_of_2(dim // 2),
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def paged_attention(
-    q_THD: Tensor,
-    k: Tensor,
-    v: Tensor,
-    page_TP: Tensor,
-    position_T: Tensor,
-    scale: float,
-    window: int,
-    out: Tensor,
+    q_THD: Tensor, k: Tensor, v: Tensor, page_TP: Tensor, position_T: Tensor, scale: float, window: int, out: Tensor,
     half: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     (tokens, heads, dim), (_, page, groups, _) = q_THD.shape, k.shape
     wanted = triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, tokens * groups))
     splits = min(MAX_SPLITS, wanted, triton.next_power_of_2(page_TP.shape[1]))
@@ -418,22 +338,9 @@ def paged_attention(
     stats = torch.empty(tokens, heads, splits, 2, dtype=torch.float32, device=q_THD.device)
     shape = {"HEADS": heads, "D": dim, "DIM": max(16, triton.next_power_of_2(dim)), "SPLITS": splits}
     launch_chained(
-        paged_attention_kernel,
-        (tokens, groups, splits),
-        q_THD,
-        k,
-        v,
-        page_TP,
-        position_T,
-        sums,
-        stats,
-        scale,
-        page_TP.shape[1],
-        window,
-        GROUPS=groups,
-        PAGE=page,
-        Q=max(16, triton.next_power_of_2(heads // groups)),
-        **shape,
+        paged_attention_kernel, (tokens, groups, splits), q_THD, k, v, page_TP, position_T, sums, stats, scale,
+        page_TP.shape[1], window,
+        GROUPS=groups, PAGE=page, Q=max(16, triton.next_power_of_2(heads // groups)), **shape,
         num_warps=ATTENTION_WARPS,
-    )
+    )  # fmt: skip
     launch_chained(merge_splits_kernel, (tokens, heads), sums, stats, out, half, **shape, num_warps=1)

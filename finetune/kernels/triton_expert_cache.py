@@ -64,37 +64,16 @@ def assign_kernel(
 
 
 def assign_slots(
-    index: Tensor,
-    owner: Tensor,
-    used: Tensor,
-    counts: Tensor,
-    hot: Tensor,
-    slot: Tensor,
-    fetch: Tensor,
-    first: int,
+    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, slot: Tensor, fetch: Tensor, first: int,
     count: int,
-) -> None:
+) -> None:  # fmt: skip
     """As the operator; `slot` and `fetch` are the outputs."""
     experts = hot.numel()
     launch(
-        assign_kernel,
-        (1,),
-        index,
-        owner,
-        used,
-        counts,
-        hot,
-        slot,
-        fetch,
-        index.numel(),
-        first,
-        owner.numel(),
-        E=experts,
-        C=count,
-        EXPERTS=triton.next_power_of_2(experts),
-        SLOTS=triton.next_power_of_2(count),
+        assign_kernel, (1,), index, owner, used, counts, hot, slot, fetch, index.numel(), first, owner.numel(),
+        E=experts, C=count, EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(count),
         BLOCK=min(256, triton.next_power_of_2(index.numel())),
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -123,16 +102,9 @@ def fetch_experts(fetch: Tensor, hosts: list[Tensor], slots: list[Tensor]) -> No
     # The kernel counts the host's words in 32 bits.
     assert all(source.numel() < 2**31 for source in sources)
     launch(
-        fetch_kernel,
-        (FETCH_PROGRAMS,),
-        fetch,
-        tuple(sources),
-        tuple(targets),
-        E=fetch.numel(),
-        WORDS=tuple(source.shape[1] for source in sources),
-        BLOCK=2048,
-        num_warps=8,
-    )
+        fetch_kernel, (FETCH_PROGRAMS,), fetch, tuple(sources), tuple(targets),
+        E=fetch.numel(), WORDS=tuple(source.shape[1] for source in sources), BLOCK=2048, num_warps=8,
+    )  # fmt: skip
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -138,19 +138,9 @@ def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: T
     # A power of two, so that token counts share compiled kernels.
     chunks = triton.next_power_of_2(triton.cdiv(choices, SORT_CHUNK))
     launch(
-        sort_rows_kernel,
-        (end_E.numel(),),
-        index_TK,
-        token_S,
-        order_S,
-        position_TK,
-        end_E,
-        choices,
-        TOP_K=index_TK.shape[1],
-        CHUNKS=chunks,
-        CHUNK=SORT_CHUNK,
-        num_warps=SORT_WARPS,
-    )
+        sort_rows_kernel, (end_E.numel(),), index_TK, token_S, order_S, position_TK, end_E, choices,
+        TOP_K=index_TK.shape[1], CHUNKS=chunks, CHUNK=SORT_CHUNK, num_warps=SORT_WARPS,
+    )  # fmt: skip
 
 
 def gather_rows(x_TH: Tensor, token_S: Tensor, out_SH: Tensor) -> None:
@@ -163,17 +153,10 @@ def combine_rows(y_SH: Tensor, position_TK: Tensor, weight_TK: Tensor | None, ou
     (tokens, top_k), hidden = position_TK.shape, y_SH.shape[1]
     block = min(triton.next_power_of_2(hidden), COLUMN_BLOCK)
     launch(
-        combine_rows_kernel,
-        (tokens, triton.cdiv(hidden, block)),
-        y_SH,
-        position_TK,
-        position_TK if weight_TK is None else weight_TK,
-        out_TH,
-        hidden,
-        TOP_K=top_k,
-        WEIGHTED=weight_TK is not None,
-        BLOCK=block,
-    )
+        combine_rows_kernel, (tokens, triton.cdiv(hidden, block)), y_SH, position_TK,
+        position_TK if weight_TK is None else weight_TK, out_TH, hidden,
+        TOP_K=top_k, WEIGHTED=weight_TK is not None, BLOCK=block,
+    )  # fmt: skip
 
 
 def swiglu_forward(h_S2F: Tensor, out_SF: Tensor) -> None:
@@ -186,14 +169,6 @@ def swiglu_backward(h_S2F: Tensor, v_SF: Tensor, weight_TK: Tensor, order_S: Ten
     rows, width = v_SF.shape
     block = min(triton.next_power_of_2(width), SWIGLU_BACKWARD_BLOCK)
     launch(
-        swiglu_backward_kernel,
-        (rows,),
-        h_S2F,
-        v_SF,
-        weight_TK,
-        order_S,
-        grad_weight_TK,
-        F=width,
-        BLOCK=block,
-        num_warps=SWIGLU_BACKWARD_WARPS,
-    )
+        swiglu_backward_kernel, (rows,), h_S2F, v_SF, weight_TK, order_S, grad_weight_TK,
+        F=width, BLOCK=block, num_warps=SWIGLU_BACKWARD_WARPS,
+    )  # fmt: skip

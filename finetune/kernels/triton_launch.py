@@ -12,6 +12,8 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on a CPU; set before triton is imported."""
+ASSEMBLY = not INTERPRETED
+"""The interpreter knows no assembly: a table is read instead."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -38,6 +40,12 @@ def launch_chained(kernel: Any, grid: tuple[int, ...], *args: Any, **options: An
         launch(kernel, grid, *args, CHAINED=True, launch_pdl=True, **options)
     else:
         launch(kernel, grid, *args, CHAINED=False, **options)
+
+
+def tile_rows(count: int, matrices: int) -> int:
+    """Rows of a tile: 8 is the tensor cores' least; wider where a matrix expects more, so that it is decoded once."""
+    expected = count / matrices
+    return 8 if expected <= 4.5 else 16 if expected <= 10 else 32
 
 
 @functools.cache

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels.triton_launch import launch, launch_chained, wait_for_previous
+from finetune.kernels.triton_launch import ASSEMBLY, launch, launch_chained, tile_rows, wait_for_previous
 from finetune.kernels.triton_low_bit_codes import dot16, fp16_weights, high_bits, sum16, unpack_affine
-from finetune.kernels.triton_skinny_gemm import ASSEMBLY, SHRINK, store_act, tile_rows
+from finetune.kernels.triton_skinny_gemm import SHRINK, store_act
 
 # ---- few choices: the vector units -------------------------------------------------------------------------------
 
@@ -284,29 +284,16 @@ def dequantize(packed: Tensor, affine: Tensor, out: Tensor) -> None:
     words = rows * groups * 4
     grid = (triton.cdiv(words, DEQUANTIZE_WORDS), experts)
     launch(
-        dequantize_kernel,
-        grid,
-        packed.view(torch.int32),
-        packed.view(torch.int16),
-        affine.view(torch.int32),
-        out,
+        dequantize_kernel, grid, packed.view(torch.int32), packed.view(torch.int16), affine.view(torch.int32), out,
         words,
-        GROUPS=groups,
-        BITS=bits,
-        WORDS=DEQUANTIZE_WORDS,
-        num_warps=DEQUANTIZE_WARPS,
-    )
+        GROUPS=groups, BITS=bits, WORDS=DEQUANTIZE_WORDS, num_warps=DEQUANTIZE_WARPS,
+    )  # fmt: skip
 
 
 def gate_up(
-    packed: Tensor,
-    affine: Tensor,
-    x_TH: Tensor,
-    index_TK: Tensor,
-    order_S: Tensor | None,
-    end_E: Tensor | None,
+    packed: Tensor, affine: Tensor, x_TH: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
     out_SF: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
 
     Arguments as `triton_skinny_gemm.gate_up`, with the tensors of a `LowBitWeights`.
@@ -329,14 +316,9 @@ def gate_up(
 
 
 def down(
-    packed: Tensor,
-    affine: Tensor,
-    x_SF: Tensor,
-    index_TK: Tensor,
-    order_S: Tensor | None,
-    end_E: Tensor | None,
+    packed: Tensor, affine: Tensor, x_SF: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
     out_PSH: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Writes float32 `out` [P, S, H], P splits to be added, in the order of the choices; arguments as `gate_up`."""
     splits, count, out = out_PSH.shape
     experts, _, groups, _ = affine.shape

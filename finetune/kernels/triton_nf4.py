@@ -141,15 +141,9 @@ DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 512, 4
 
 
 def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    offset: Tensor,
-    code: Tensor,
-    dynamic_map: Tensor,
-    nested_block: int,
-    out: Tensor,
-) -> None:
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, code: Tensor, dynamic_map: Tensor,
+    nested_block: int, out: Tensor,
+) -> None:  # fmt: skip
     """Writes `out` [E, ...]: `packed` uint8 [E, bytes], `absmax` [E, N], `nested_absmax` [E, n], `offset` [E]."""
     experts = packed.shape[0]
     words = packed.view(experts, -1).view(torch.int32)

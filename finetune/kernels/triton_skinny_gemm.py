@@ -3,21 +3,19 @@
 At so few rows a product costs what reading its weights costs, 0.52 bytes a weight instead of the 2.5 of dequantizing
 first. Decoding 4e12 weights a second (H100), about five instructions each, must not be what is waited for:
 
-- Packed bytes become fp16 codes without a load (`triton_nf4.py`). The codes are exact to 2^-12, and their scale
-  is applied in float32 to the sums over 64 of them: nearer to the float64 product than bf16 weights are.
-- One or two rows multiply as pairs of fp16 in the vector units, eight columns of a row in one piece of
-  assembly; more rows share their expert's weights on the fp16 tensor cores.
+- Packed bytes become fp16 codes without a load (`triton_nf4.py`). The codes are exact to 2^-12, and their scale is
+  applied in float32 to the sums over 64 of them: nearer to the float64 product than bf16 weights are.
+- One or two rows multiply as pairs of fp16 in the vector units; more rows share their expert's weights on the fp16
+  tensor cores. A row lies with its even columns first, as a byte holds two: no interleaving.
 - Rows come as fp16, clamped to `LIMIT`: exact for bf16 values between 6e-5 and 16,000, where normed rows lie. The
   experts' intermediate rows are kept times `SHRINK`, which moves that range to 0.004 to 1e6.
-- A byte holds two columns, so a row lies with its even columns first and the odd ones after: no interleaving.
 - A row's products over splits of the columns are added by the kernel that needs the sum, in a fixed order.
 
 Gate and up of eight experts for 16 tokens take 240 us on an H100: 213 with the decoding left out, and 155 to 172 to
 read the same bytes and nothing else. Tried without gain: a table of byte pairs in shared memory (267 us), tables in
 registers (240), shifts as multiplications (244), four scales at once in a batched `tl.dot` (250), rows by L1 (244).
 
-Leaves out: gradients, and many rows, where dequantizing once wins (`experts_matmul.py`).
-
+Leaves out gradients, and many rows (`experts_matmul.py`).
 Shape suffixes: S rows sorted by expert, I a matrix's input, O its output, F intermediate.
 """
 
@@ -28,22 +26,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels.triton_launch import INTERPRETED, launch_chained, wait_for_previous
+from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Weights, code_of, dynamic_map
+from finetune.kernels.triton_launch import ASSEMBLY, launch_chained, tile_rows, wait_for_previous
 from finetune.kernels.triton_nf4 import decode, dot8
 
 # The columns that one scale serves, as bytes.
 BLOCK_BYTES = tl.constexpr(32)
 SHRINK = tl.constexpr(1 / 64)
 LIMIT = tl.constexpr(16000.0)
-# Triton's interpreter, in which tests run the kernels on a CPU, knows no assembly: a table is read instead.
-ASSEMBLY = not INTERPRETED
 
 
 @triton.jit
@@ -322,15 +319,11 @@ MATRIX_DENSE = {"BN": 64, "STAGES": 2, "num_warps": 2}
 VECTOR_DOWN_SPLITS, MATRIX_DOWN_SPLITS, MATRIX_DENSE_SPLITS = 7, 4, 8
 
 
-class Weights(NamedTuple):
-    """An `Nf4Weights` and the two tables, as the kernels take them."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor
-    offset: Tensor
-    code: Tensor
-    dynamic_map: Tensor
+def _pointers(weights: Nf4Weights, *, words: bool = False) -> tuple[Tensor, ...]:
+    """The weights and the two tables, as the kernels take them; for the vector units packed as int32 words."""
+    device = weights.packed.device
+    packed = weights.packed.view(torch.int32) if words else weights.packed
+    return packed, *weights[1:], code_of(device), dynamic_map(device)
 
 
 def down_splits(choices: int, in_: int) -> int:
@@ -343,7 +336,7 @@ def dense_splits(rows: int, in_: int) -> int:
     return 1 if rows <= VECTOR_DENSE_ROWS else min(MATRIX_DENSE_SPLITS, in_ // 64)
 
 
-def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO: Tensor) -> None:
+def dense(matrices: Sequence[Nf4Weights], x_TI: Tensor, out_PTO: Tensor) -> None:
     """Writes float32 `out` [P, T, O], P splits to be added, of one to three matrices' outputs side by side.
 
     Args:
@@ -352,21 +345,12 @@ def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO:
     """
     (splits, tokens, out), in_ = out_PTO.shape, x_TI.shape[1]
     widths = [weights.packed.shape[1] for weights in matrices]
-    ends = [sum(widths[: number + 1]) for number in range(2)]
     padded = [*matrices, *[matrices[-1]] * (3 - len(matrices))]
     vector = tokens <= VECTOR_DENSE_ROWS
-    fields = [[weights[field] for weights in padded] for field in range(4)]
-    if vector:
-        fields[0] = [packed.view(torch.int32) for packed in fields[0]]
-    pointers = [*fields[0], *fields[1], *fields[2], *fields[3], *matrices[0][4:]]
-    options: dict[str, Any] = {
-        "END0": ends[0],
-        "END1": ends[1] if len(matrices) > 1 else out,
-        "OUT": out,
-        "NESTED_BLOCK": nested_block,
-        "SPLITS": splits,
-        "ASSEMBLY": ASSEMBLY,
-    }
+    *fields, codes, maps = zip(*(_pointers(weights, words=vector) for weights in padded), strict=True)
+    pointers = [*(tensor for field in fields for tensor in field), codes[0], maps[0]]
+    shared: dict[str, Any] = {"OUT": out, "NESTED_BLOCK": NESTED_BLOCK, "SPLITS": splits, "ASSEMBLY": ASSEMBLY}
+    options = {"END0": widths[0], "END1": sum(widths[:2]), **shared}
     if vector:
         tile = VECTOR_DENSE
         grid = (out // tile["R"], tokens, splits)
@@ -375,29 +359,15 @@ def dense(matrices: Sequence[Weights], nested_block: int, x_TI: Tensor, out_PTO:
         return
     tile = {**MATRIX_DENSE, "BN": math.gcd(MATRIX_DENSE["BN"], *widths)}
     launch_chained(
-        dense_kernel,
-        (out // tile["BN"], splits),
-        *pointers,
-        x_TI,
-        out_PTO,
-        tokens,
-        BYTES=in_ // 2,
-        BM=tile_rows(tokens, 1),
-        UNROLL=unroll(in_),
-        **options,
-        **tile,
-    )
+        dense_kernel, (out // tile["BN"], splits), *pointers, x_TI, out_PTO, tokens,
+        BYTES=in_ // 2, BM=tile_rows(tokens, 1), UNROLL=unroll(in_), **options, **tile,
+    )  # fmt: skip
 
 
 def gate_up(
-    weights: Weights,
-    nested_block: int,
-    x_TH: Tensor,
-    index_TK: Tensor,
-    order_S: Tensor | None,
-    end_E: Tensor | None,
+    weights: Nf4Weights, x_TH: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
     out_SF: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
 
     Args:
@@ -406,11 +376,11 @@ def gate_up(
             one through the vector units.
     """
     (count, width), in_ = out_SF.shape, x_TH.shape[1]
-    options: dict[str, Any] = {"TOP_K": index_TK.shape[1], "NESTED_BLOCK": nested_block, "ASSEMBLY": ASSEMBLY}
+    options: dict[str, Any] = {"TOP_K": index_TK.shape[1], "NESTED_BLOCK": NESTED_BLOCK, "ASSEMBLY": ASSEMBLY}
     if order_S is None:
         tile = VECTOR_GATE_UP
         grid = (triton.cdiv(width, tile["R"]), count)
-        words = weights._replace(packed=weights.packed.view(torch.int32))
+        words = _pointers(weights, words=True)
         launch_chained(vector_gate_up_kernel, grid, *words, x_TH.view(torch.int64), index_TK, out_SF, F=width,
                BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
         return
@@ -418,26 +388,21 @@ def gate_up(
     block = tile_rows(count, experts)
     tile = MATRIX_GATE_UP if block == 8 else WIDE_GATE_UP
     grid = (triton.cdiv(width, tile["BN"]), experts)
-    launch_chained(gate_up_kernel, grid, *weights, x_TH, order_S, end_E, out_SF, F=width, BYTES=in_ // 2,
+    launch_chained(gate_up_kernel, grid, *_pointers(weights), x_TH, order_S, end_E, out_SF, F=width, BYTES=in_ // 2,
            BM=block, UNROLL=unroll(in_), **options, **tile)  # fmt: skip
 
 
 def down(
-    weights: Weights,
-    nested_block: int,
-    x_SF: Tensor,
-    index_TK: Tensor,
-    order_S: Tensor | None,
-    end_E: Tensor | None,
+    weights: Nf4Weights, x_SF: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
     out_PSH: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Writes float32 `out` [P, S, H], P splits to be added, in the order of the choices; arguments as `gate_up`."""
     (splits, count, out), in_ = out_PSH.shape, x_SF.shape[1]
-    options: dict[str, Any] = {"OUT": out, "NESTED_BLOCK": nested_block, "SPLITS": splits, "ASSEMBLY": ASSEMBLY}
+    options: dict[str, Any] = {"OUT": out, "NESTED_BLOCK": NESTED_BLOCK, "SPLITS": splits, "ASSEMBLY": ASSEMBLY}
     if order_S is None:
         tile = VECTOR_DOWN
         grid = (triton.cdiv(out, tile["R"]), count, splits)
-        words = weights._replace(packed=weights.packed.view(torch.int32))
+        words = _pointers(weights, words=True)
         launch_chained(vector_down_kernel, grid, *words, x_SF.view(torch.int64), index_TK, out_PSH, count,
                BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
         return
@@ -445,14 +410,8 @@ def down(
     block = tile_rows(count, experts)
     tile = MATRIX_DOWN if block == 8 else WIDE_DOWN
     grid = (triton.cdiv(out, tile["BN"]), experts, splits)
-    launch_chained(down_kernel, grid, *weights, x_SF, order_S, end_E, out_PSH, count, BYTES=in_ // 2,
+    launch_chained(down_kernel, grid, *_pointers(weights), x_SF, order_S, end_E, out_PSH, count, BYTES=in_ // 2,
            BM=block, UNROLL=unroll(in_), **options, **tile)  # fmt: skip
-
-
-def tile_rows(count: int, matrices: int) -> int:
-    """Rows of a tile: 8 is the tensor cores' least; wider where a matrix expects more, so that it is decoded once."""
-    expected = count / matrices
-    return 8 if expected <= 4.5 else 16 if expected <= 10 else 32
 
 
 def unroll(in_: int) -> int:

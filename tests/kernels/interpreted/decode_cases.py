@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import decode, paged, skinny_gemm, triton_decode, triton_skinny_gemm
-from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Weights, code_of, dequantize_reference, dynamic_map, quantize_nf4
+from finetune.kernels.nf4 import dequantize_reference, quantize_nf4
 from finetune.kernels.rows import sort_by_expert
 from finetune.kernels.skinny_gemm import to_fp16_activations
 
@@ -40,10 +40,6 @@ def unsplit(x: Tensor) -> Tensor:
     return out
 
 
-def weights_of(stack: Nf4Weights) -> triton_skinny_gemm.Weights:
-    return triton_skinny_gemm.Weights(*stack, code_of(DEVICE), dynamic_map(DEVICE))
-
-
 def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     error = (found.double() - expected.double()).norm() / expected.double().norm()
     assert error < tolerance, error
@@ -61,7 +57,7 @@ def test_dense(tokens: int, hidden: int) -> None:
             float("nan"),
             device=DEVICE,
         )
-        triton_skinny_gemm.dense([weights_of(stack) for stack in some], NESTED_BLOCK, halves(x), out)
+        triton_skinny_gemm.dense(some, halves(x), out)
         exact = [x.double() @ dequantize_reference(stack, torch.float32)[0].double().T for stack in some]
         near(out.sum(0), torch.cat(exact, 1), 1e-3)
 
@@ -81,7 +77,7 @@ def test_experts(tokens: int, sizes: tuple[int, int], spread: str) -> None:
         rows = sort_by_expert(index, experts)
         order, end = rows.order_S, rows.end_E
     act = torch.full((2 * tokens, width), float("nan"), dtype=torch.float16, device=DEVICE)
-    triton_skinny_gemm.gate_up(weights_of(gate_up), NESTED_BLOCK, halves(x), index, order, end, act)
+    triton_skinny_gemm.gate_up(gate_up, halves(x), index, order, end, act)
     g, d = (dequantize_reference(stack, torch.float32).double() for stack in (gate_up, down))
     h = torch.stack([g[e] @ x[t].double() for t, chosen in enumerate(index.tolist()) for e in chosen])
     exact = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
@@ -89,7 +85,7 @@ def test_experts(tokens: int, sizes: tuple[int, int], spread: str) -> None:
     out = torch.full(
         (triton_skinny_gemm.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE
     )
-    triton_skinny_gemm.down(weights_of(down), NESTED_BLOCK, act, index, order, end, out)
+    triton_skinny_gemm.down(down, act, index, order, end, out)
     near(out.sum(0), torch.stack([d[e] @ row for e, row in zip(index.flatten().tolist(), exact, strict=True)]), 1e-3)
 
 

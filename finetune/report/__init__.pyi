@@ -1,6 +1,8 @@
 from .figures import HEAT as HEAT
 from .figures import SOFT as SOFT
+from .figures import TRAIN as TRAIN
 from .figures import WARN as WARN
+from .figures import Axes as Axes
 from .figures import Drawn as Drawn
 from .figures import Hint as Hint
 from .figures import styled as styled
@@ -16,6 +18,7 @@ from .panels import bare as bare
 from .panels import cell as cell
 from .panels import colour_bar as colour_bar
 from .panels import heading as heading
+from .panels import integer_ticks as integer_ticks
 from .panels import line as line
 from .panels import line_panel as line_panel
 from .panels import mark_alarms as mark_alarms

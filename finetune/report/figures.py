@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
+from matplotlib.axes import Axes as Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import ListedColormap

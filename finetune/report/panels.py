@@ -180,6 +180,12 @@ def cell(x: float, y: float) -> tuple[float, float, float, float]:
     return x - 0.5, y + 0.5, x + 0.5, y - 0.5
 
 
+def integer_ticks(axes: Axes, most: int) -> None:
+    """At most so many round numbers up the axis, none of them a fraction, thousands apart."""
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
 def ticks(count: int, at_most: int) -> range:
     """Indices to label: all of them while they fit, then every 2nd, 4th, 8th ..."""
     stride = 1

@@ -32,6 +32,6 @@
     }));
   }
   const bars = [...document.querySelectorAll("figure")].map((figure) =>
-    [...figure.querySelectorAll("rect")].map((rect) => rect.getBoundingClientRect().height));
+    [...figure.querySelectorAll(".hints rect")].map((rect) => rect.getBoundingClientRect().height));
   return { width: document.documentElement.scrollWidth, window: innerWidth, outside, faint, covered, bars };
 }

@@ -11,7 +11,6 @@ import numpy as np
 from finetune.console import Report
 from finetune.data.chat import apply_template
 from finetune.data.check.fix import write_fixed
-from finetune.data.check.page import render_page
 from finetune.data.check.report import document
 from finetune.data.check.show import show_examples, show_report
 from finetune.data.prepare import Part, prepare_data
@@ -69,6 +68,8 @@ def check_data(
         made["examples"] = examples(prepared.parts, tokenizer, count=show)
         show_examples(report, made["examples"])
     if html is not None:
+        from finetune.data.check.page import render_page  # draws with matplotlib
+
         drawn = examples(prepared.parts, tokenizer, count=max(show, _ON_THE_PAGE))
         write_text(html, render_page(made, drawn))
         report.line(f"page: {html}")

@@ -1,102 +1,64 @@
-"""Where the bars, ticks and marks of the length histogram stand, in percent of its box.
+"""The lengths of rows as a histogram in the page.
 
-Every bin is equally wide on the page, whatever it spans, so bins that double in size draw as well as even ones; a
-length in between is placed in proportion inside its bin. Percent, because the page stretches the box and keeps the
-text unstretched beside it.
+Every bin is equally wide, whatever it spans, so bins that double in size draw as well as even ones; a length in between
+is placed in proportion inside its bin.
+
+Leaves out: the few characters of a terminal (show.py, which does without matplotlib).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
-_X_LABELS, _Y_LABELS = 6, 4  # at most: six lengths fit beside each other on a phone
-_CHARACTERS = 16
-_LEAST_HEIGHT = 0.8  # a bin with one row among thousands still shows
+from finetune.report import SOFT, TRAIN, Axes, Drawn, Hint, integer_ticks, together
 
-
-@dataclass(frozen=True)
-class Bar:
-    x: float
-    width: float
-    height: float
-    label: str
+_LABELS = 6  # at most: six lengths fit beside each other on a phone
+_LEAST_HEIGHT = 0.008  # of the tallest: a bin with one row among thousands still shows
 
 
-@dataclass(frozen=True)
-class Tick:
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    x: float
-    label: str
-    kind: Literal["limit", "median"]
-
-
-@dataclass(frozen=True)
-class Histogram:
-    bars: list[Bar]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    marks: list[Mark]
-
-
-def histogram_of(lengths: Mapping[str, Any], max_length: int | None) -> Histogram | None:
+def histogram_of(lengths: Mapping[str, Any], max_length: int | None) -> Drawn | None:
     """The drawing of `lengths` (`from` <= tokens < `to`, consecutive bins); None where there is not one row."""
-    bins: Sequence[Mapping[str, int]] = lengths["histogram"]
-    if not any(each["rows"] for each in bins):
+    if not any(each["rows"] for each in lengths["histogram"]):
         return None
+    label = f"Histogram of row lengths: median {lengths['median']:,}, longest {lengths['longest']:,} tokens"
+    return together([[partial(_bins, lengths=lengths, max_length=max_length)]], label, wide=5.4, tall=3.0)
+
+
+def _bins(axes: Axes, *, lengths: Mapping[str, Any], max_length: int | None) -> list[Hint]:
+    bins: Sequence[Mapping[str, int]] = lengths["histogram"]
     edges = [each["from"] for each in bins] + [bins[-1]["to"]]
     assert all(low < high for low, high in pairwise(edges)), "the bins of a histogram follow each other"
-    width = 100 / len(bins)
-    step = _nice_step(max(each["rows"] for each in bins))
-    top = step * -(-max(each["rows"] for each in bins) // step)
-    bars = [
-        Bar(
-            x=index * width,
-            width=width,
-            height=max(_LEAST_HEIGHT, 100 * each["rows"] / top),
-            label=f"{low:,} to {high - 1:,} tokens: {each['rows']:,}",
-        )
-        for index, (each, (low, high)) in enumerate(zip(bins, pairwise(edges), strict=True))
-        if each["rows"]
-    ]
-    every = -(-len(edges) // _X_LABELS)
-    x_ticks = [Tick(index * width, f"{edge:,}") for index, edge in enumerate(edges) if index % every == 0]
-    y_ticks = [Tick(100 * rows / top, f"{rows:,}") for rows in range(0, top + 1, step)]
-    marks = [Mark(_place(lengths["median"], edges), f"median {lengths['median']:,}", "median")]
+    top = max(each["rows"] for each in bins)
+    heights = [each["rows"] and max(each["rows"], _LEAST_HEIGHT * top) for each in bins]
+    axes.bar([at + 0.5 for at in range(len(bins))], heights, width=0.84, color=TRAIN)
+    axes.set(xlim=(0, len(bins)), ylim=(0, 1.25 * top), xlabel="tokens", ylabel="rows")
+    named = range(0, len(edges), -(-len(edges) // _LABELS))
+    axes.set_xticks(named, labels=[f"{edges[at]:,}" for at in named])
+    integer_ticks(axes, 4)
+    axes.grid(True, axis="y")
+    marks = [(lengths["median"], f"median {lengths['median']:,}", ":", 1.12)]
     if max_length is not None:
         beyond = " →" if max_length > edges[-1] else ""
-        marks.append(Mark(_place(max_length, edges), f"max_length {max_length:,}{beyond}", "limit"))
-    return Histogram(bars, x_ticks, y_ticks, marks)
+        marks.append((max_length, f"max_length {max_length:,}{beyond}", "-", 1.2))
+    for length, text, dash, height in marks:
+        x = _place(length, edges)
+        axes.axvline(x, color=SOFT, linestyle=dash, linewidth=1.2)
+        right = x > len(bins) / 2
+        aside = axes.annotate(text, (x, height * top), (-4 if right else 4, 0), textcoords="offset points", fontsize=8)
+        aside.set(ha="right" if right else "left", va="center")
+    return [
+        Hint(axes, f"{low:,} to {high - 1:,} tokens: {each['rows']:,}", (at + 0.08, 0, at + 0.92, height))
+        for at, (each, height, (low, high)) in enumerate(zip(bins, heights, pairwise(edges), strict=True))
+        if each["rows"]
+    ]
 
 
-def sparkline(lengths: Mapping[str, Any]) -> str:
-    """The histogram in a few characters of a terminal; only a stretch of lengths that no row has is blank."""
-    rows = [each["rows"] for each in lengths["histogram"]]
-    together = -(-len(rows) // _CHARACTERS) or 1
-    heights = [sum(rows[i : i + together]) for i in range(0, len(rows), together)]
-    top = max(heights, default=0)
-    return "".join(" " if not height else "▁▂▃▄▅▆▇█"[min(7, 8 * height // top)] for height in heights)
-
-
-def _place(length: int, edges: Sequence[int]) -> float:
+def _place(length: float, edges: Sequence[int]) -> float:
+    """Where a length stands, in bins from the left."""
     for index, (low, high) in enumerate(pairwise(edges)):
         if low <= length < high:
-            return 100 * (index + (length - low) / (high - low)) / (len(edges) - 1)
-    return 0.0 if length < edges[0] else 100.0
-
-
-def _nice_step(top: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20 ... that divides the axis in few enough parts."""
-    step = 1
-    while True:
-        for factor in (1, 2, 5):
-            if -(-top // (step * factor)) < _Y_LABELS:
-                return step * factor
-        step *= 10
+            return index + (length - low) / (high - low)
+    return 0.0 if length < edges[0] else float(len(edges) - 1)

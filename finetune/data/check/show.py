@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune.console import Report
-from finetune.data.check.histogram import sparkline
 from finetune.data.check.words import (
     NOTHING,
     counts,
@@ -35,6 +34,7 @@ from finetune.data.check.words import (
 _SUPERVISED, _PROMPT = "green", "dim"  # not bright_black, which some themes make the colour of the background
 _CONTROL = {True: "black on green", False: "black on white"}
 _UNSEEN = "magenta"
+_SPARKS = 16  # characters at most
 
 
 def show_report(report: Report, document: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _console(report: Report) -> Console:
     return Console(file=sys.stderr if report.as_json else report.stdout, highlight=False, markup=False, emoji=False)
 
 
-# ---- in short, for  -------------------------------------------------------------------------------------------------
+# ---- in short, for `finetune train` ---------------------------------------------------------------------------------
 
 
 def show_short(document: Mapping[str, Any], report: Report) -> None:
@@ -158,3 +158,12 @@ def _column(part: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("longest row", f"{part['lengths']['longest']:,} tokens"),
         (f"{batches['kind']} batches", f"{batches['efficiency']:.1%} real tokens"),
     ]
+
+
+def sparkline(lengths: Mapping[str, Any]) -> str:
+    """The histogram in a few characters of a terminal; only a stretch of lengths that no row has is blank."""
+    rows = [each["rows"] for each in lengths["histogram"]]
+    together = -(-len(rows) // _SPARKS) or 1
+    heights = [sum(rows[i : i + together]) for i in range(0, len(rows), together)]
+    top = max(heights, default=0)
+    return "".join(" " if not height else "▁▂▃▄▅▆▇█"[min(7, 8 * height // top)] for height in heights)

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from finetune.data.check.histogram import histogram_of, sparkline
+from finetune.data.check.histogram import histogram_of
+from finetune.data.check.show import sparkline
 from tests.data.check.samples import histogram
 
 LENGTHS = np.random.default_rng(0).lognormal(5.5, 0.7, 5000).astype(int).clip(1, 1999)
@@ -22,41 +23,41 @@ def binned(edges: list[int]) -> dict:
 
 
 @pytest.mark.parametrize("edges", [EVEN, DOUBLING])
-def test_heights_are_in_proportion_and_the_axis_says_how_much(edges: list[int]):
+def test_heights_are_the_numbers_of_rows(edges: list[int]):
     lengths = binned(edges)
-    drawing = histogram_of(lengths, None)
-    assert drawing is not None
-    top = drawing.y_ticks[-1]
-    assert top.at == 100
-    assert 2 <= len(drawing.y_ticks) <= 5
-    full = int(top.label.replace(",", ""))
-    rows = [each["rows"] for each in lengths["histogram"] if each["rows"]]
-    assert max(rows) <= full
-    for bar, number in zip(drawing.bars, rows, strict=True):
-        assert bar.height == pytest.approx(max(100 * number / full, 0.8))
-        assert bar.label.endswith(f": {number:,}")
+    drawn = histogram_of(lengths, None)
+    assert drawn is not None
+    (axes,) = drawn.figure.axes
+    rows = [each["rows"] for each in lengths["histogram"]]
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == [number and max(number, 0.008 * max(rows)) for number in rows]
+    places = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert places == pytest.approx([at + 0.5 for at in range(len(rows))])  # all as wide, whatever they span
+    said = [hint.text for hint in drawn.hints]
+    assert [int(text.rpartition(" ")[2].replace(",", "")) for text in said] == [number for number in rows if number]
+    assert said[0].startswith(f"{edges[rows.index(next(filter(None, rows)))]:,} to ")
+
+
+def marks(lengths: dict, max_length: int) -> dict[str, float]:
+    """Where the lines straight up stand, in bins from the left, by what is written beside them."""
+    drawn = histogram_of(lengths, max_length)
+    assert drawn is not None
+    (axes,) = drawn.figure.axes
+    texts = [text.get_text().strip() for text in axes.texts]
+    return dict(zip(texts, (float(line.get_xdata()[0]) for line in axes.lines), strict=True))
 
 
 def test_a_mark_stands_at_its_length():
-    drawing = histogram_of(binned(EVEN), 1024)
-    assert drawing is not None
-    assert {mark.kind: mark.x for mark in drawing.marks}["limit"] == pytest.approx(100 * 1024 / 2000)
-    for tick in drawing.x_ticks:
-        assert tick.at == pytest.approx(100 * int(tick.label.replace(",", "")) / 2000)
-    assert len(drawing.x_ticks) <= 6
+    assert marks(binned(EVEN), 1024)["max_length 1,024"] == pytest.approx(20 * 1024 / 2000)
     # In a bin that spans 512 to 1024, three quarters of the way are at 896.
-    doubling = histogram_of(binned(DOUBLING), 896)
-    assert doubling is not None
-    assert {mark.kind: mark.x for mark in doubling.marks}["limit"] == pytest.approx(100 * 9.75 / 11)
+    assert marks(binned(DOUBLING), 896)["max_length 896"] == pytest.approx(9.75)
+    median = int(np.median(LENGTHS))
+    assert marks(binned(EVEN), 1024)[f"median {median:,}"] == pytest.approx(median / 100)
 
 
 def test_a_limit_beyond_all_rows_points_outwards():
-    drawing = histogram_of(binned(EVEN), 4096)
-    assert drawing is not None
-    assert [(mark.x, mark.label) for mark in drawing.marks if mark.kind == "limit"] == [(100.0, "max_length 4,096 →")]
-    at_the_edge = histogram_of(binned(EVEN), 2000)
-    assert at_the_edge is not None
-    assert at_the_edge.marks[-1].label == "max_length 2,000"
+    assert marks(binned(EVEN), 4096)["max_length 4,096 →"] == 20
+    assert "max_length 2,000" in marks(binned(EVEN), 2000)
 
 
 def test_without_rows_nothing_is_drawn():

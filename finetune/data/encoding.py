@@ -68,8 +68,7 @@ class ChatEncoder:
         self._renderer = None
         if source.chat_template is not None:
             self._renderer = Renderer(source.get_chat_template(), dict(source.special_tokens_map), id_of)
-        self._tokenizer = AliasedTokenizer(definition, id_of, source.unk_token)
-        self._words = WordTokenizer.make(definition, id_of)
+        self._tokenizer, self._words = _tokenizers(definition, tuple(id_of.items()), source.unk_token)
         self._require_same_parse(tokenizer, list(id_of))
 
     def encode(
@@ -169,12 +168,21 @@ class ChatEncoder:
             raise _unfit(tokenizer, "this tokenizer finds its special tokens in a way that cannot be told from text")
 
 
+@lru_cache(maxsize=2)
+def _tokenizers(
+    definition: str, specials: tuple[tuple[str, int], ...], unknown: str | None
+) -> tuple[AliasedTokenizer, WordTokenizer | None]:
+    """Most of an encoder's 0.4 s (32,000 tokens, one core); encoders that differ in their template share them."""
+    id_of = dict(specials)
+    return AliasedTokenizer(definition, id_of, unknown), WordTokenizer.make(definition, id_of)
+
+
 def _with_cut(row: Encoded | Leak, rendered: Rendered) -> Encoded | Leak:
     return replace(row, cut=rendered.cut) if rendered.cut and isinstance(row, Encoded) else row
 
 
 _encoders: WeakKeyDictionary[Any, tuple[object, ChatEncoder]] = WeakKeyDictionary()
-# By what makes them: a run loads its tokenizer three times, and an encoder takes 1.4 s (32,000 tokens, one core).
+# By what makes them: a run loads its tokenizer three times.
 _alike: dict[bytes, ChatEncoder] = {}
 _ALIKE_KEPT = 4
 

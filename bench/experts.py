@@ -26,8 +26,9 @@ from finetune.errors import ModelError
 from finetune.evaluate.divergence import Row, completion_loss, fidelity, swapped
 from finetune.kernels.packed_experts import ExpertStorage, dequantize_expert
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
+from finetune.moe.base_spec import BaseSpec
 from finetune.moe.experts import QuantizedExperts
-from finetune.moe.load import BaseSpec, check_base, load_tokenizer, resolve_device, resolve_dtype, saved_quantization
+from finetune.moe.load import check_base, load_tokenizer, resolve_device, resolve_dtype, saved_quantization
 
 STORAGES: tuple[ExpertStorage, ...] = get_args(ExpertStorage)
 

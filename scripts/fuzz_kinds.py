@@ -27,15 +27,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from finetune.adapter.adapter import Adapter, is_adapter, load
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.adapter.lora import add_attention_lora
+from finetune.adapter.non_moe import unfreeze_non_moe
 from finetune.data.chat import apply_template
 from finetune.data.prepare import prepare_data
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Engine
 from finetune.infer.residency import EngineSettings
 from finetune.memory.needs import preflight
-from finetune.moe.load import BaseSpec, check_base, load_base, load_tokenizer
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import check_base, load_base, load_tokenizer
 from finetune.recipe.load import load_recipe, resolved_yaml
 from finetune.serve.admission import Admission
 from finetune.serve.app import make_app

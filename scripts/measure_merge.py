@@ -27,7 +27,8 @@ from finetune.adapter.files import LORA_TENSORS
 from finetune.bench.workload import BUNDLED
 from finetune.console import Report, gib
 from finetune.moe.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, hub_expert_names
-from finetune.moe.load import BaseSpec, fingerprint_of, load_tokenizer
+from finetune.moe.base_spec import BaseSpec, fingerprint_of
+from finetune.moe.load import load_tokenizer
 from finetune.runfolder import require_space, write_json
 
 SHAPE = BUNDLED.parent / "mixtral-8x7b" / "shape" / "config.json"

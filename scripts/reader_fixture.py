@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
-from finetune.moe.load import BaseSpec, load_base
+from finetune.adapter.lora import add_attention_lora, save_adapter
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 
 BASE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-mixtral" / "model"
 

@@ -66,9 +66,9 @@ def small_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def saved_adapter(small_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained adapter of rank 4 on the small Mixtral, as a run saves it; never written to."""
-    from finetune.adapter.attention_lora import add_attention_lora
-    from finetune.adapter.lora import save_adapter
-    from finetune.moe.load import BaseSpec, load_base
+    from finetune.adapter.lora import add_attention_lora, save_adapter
+    from finetune.moe.base_spec import BaseSpec
+    from finetune.moe.load import load_base
 
     folder = tmp_path_factory.mktemp("run") / "adapter"
     loaded = load_base(BaseSpec(str(small_mixtral)), device="cpu")

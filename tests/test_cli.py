@@ -23,7 +23,8 @@ import typer
 from finetune.cli.options import sane_size
 from finetune.cli.reporting import quiet_libraries
 from finetune.console import Report
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import recipe_schema
 from tests.conftest import REPOSITORY

@@ -30,12 +30,10 @@ from transformers import (
 )
 
 from finetune.adapter import non_moe
-from finetune.adapter.attention_lora import add_attention_lora
 from finetune.adapter.files import kind_of
-from finetune.adapter.lora import load_adapter, save_adapter
+from finetune.adapter.lora import add_attention_lora, load_adapter, save_adapter
 from finetune.adapter.masters import keep_fp32_masters, trainable_count
-from finetune.adapter.non_moe import load_non_moe, save_non_moe
-from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.adapter.non_moe import load_non_moe, save_non_moe, unfreeze_non_moe
 from finetune.errors import AdapterError, FinetuneError, OutputError
 from finetune.moe.arch import MoeArch, role_of
 

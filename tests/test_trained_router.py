@@ -19,8 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from finetune.adapter.adapter import load
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import load_adapter, save_adapter
+from finetune.adapter.lora import add_attention_lora, load_adapter, save_adapter
 from finetune.adapter.masters import trainable_count
 from finetune.console import Report
 from finetune.errors import AdapterError, FinetuneError

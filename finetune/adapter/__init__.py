@@ -3,8 +3,8 @@
 Why: kind, base, scaling, targets, tokenizer and chat template are facts of the adapter, and where each command read
 them for itself, one answered with the base's template and another merged what it should have refused. Here they are
 read once (settings.py, files.py), checked before anything is loaded, and put on a base (lora.py, non_moe.py) as they
-were trained, or added to its weights one at a time (merging.py). What trains is chosen in attention_lora.py and
-unfreeze.py. Leaves out the folders that a merge writes (export/).
+were trained, or added to its weights one at a time (merging.py). Leaves out the folders that a merge
+writes (export/).
 """
 
 import lazy_loader

@@ -4,12 +4,12 @@ from .adapter import load as load
 from .adapter import open_tuned as open_tuned
 from .adapter import put_side_by_side as put_side_by_side
 from .adapter import require_tuned as require_tuned
-from .attention_lora import add_attention_lora as add_attention_lora
 from .files import LORA_CONFIG as LORA_CONFIG
 from .files import LORA_TENSORS as LORA_TENSORS
 from .files import NON_MOE_CONFIG as NON_MOE_CONFIG
 from .files import NON_MOE_TENSORS as NON_MOE_TENSORS
-from .lora_layers import FusedLoraLinear4bit as FusedLoraLinear4bit
+from .lora import FusedLoraLinear4bit as FusedLoraLinear4bit
+from .lora import add_attention_lora as add_attention_lora
 from .masters import keep_fp32_masters as keep_fp32_masters
 from .masters import trainable_count as trainable_count
 from .masters import trained_tensors as trained_tensors
@@ -19,8 +19,8 @@ from .merging import open_source as open_source
 from .merging import tuned_weight as tuned_weight
 from .non_moe import load_non_moe as load_non_moe
 from .non_moe import read_non_moe as read_non_moe
+from .non_moe import unfreeze_non_moe as unfreeze_non_moe
 from .report import TRAINING_FILE as TRAINING_FILE
 from .report import data_facts as data_facts
 from .report import inspect_adapter as inspect_adapter
 from .report import show_adapter as show_adapter
-from .unfreeze import unfreeze_non_moe as unfreeze_non_moe

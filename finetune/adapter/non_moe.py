@@ -1,4 +1,5 @@
-"""Non-MoE tunings in their folder: one safetensors file under the parameters' names in transformers."""
+"""Everything but the experts trained, as fp32 masters, and kept in its folder: one safetensors file under the
+parameters' names in transformers."""
 
 from __future__ import annotations
 
@@ -14,12 +15,45 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.adapter.files import NON_MOE_CONFIG, NON_MOE_TENSORS, Shapes, require_file, require_same, writing
-from finetune.adapter.masters import trained_tensors
-from finetune.adapter.unfreeze import non_moe_parameters
+from finetune.adapter.masters import trainable_count, trained_tensors
 from finetune.checkpoint import NonMoeFile, NotJson, parse_json, read_header
-from finetune.errors import AdapterError
-from finetune.moe import role_of
+from finetune.errors import AdapterError, FinetuneError
+from finetune.moe import MoeArch, role_of
 from finetune.values import check_object
+
+
+def unfreeze_non_moe(model: nn.Module, arch: MoeArch, *, router: bool = False) -> None:
+    """Attention, norms, embeddings and head train as fp32 masters; experts stay frozen, the router too unless asked.
+
+    The router becomes fp32 either way (exactly, and it is small): the residual stream that it multiplies is fp32 then.
+
+    Raises:
+        FinetuneError: the attention is quantized.
+    """
+    tuned = non_moe_parameters(model, router=router)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name in tuned or role_of(name) == "router":
+            parameter.data = parameter.data.float()
+    for parameter in tuned.values():
+        parameter.requires_grad_(True)
+    count, expected = trainable_count(model), arch.non_moe_params(router=router)
+    assert count == expected, f"{count} parameters train, the formula says {expected}"
+
+
+def non_moe_parameters(model: nn.Module, *, router: bool) -> dict[str, nn.Parameter]:
+    """Parameters outside the experts by name, tied ones once; refuses a quantized attention."""
+    roles = {"attention", "norm", "embedding", "head", *(["router"] if router else [])}
+    tuned = {name: parameter for name, parameter in model.named_parameters() if role_of(name) in roles}
+    quantized = [name for name, parameter in tuned.items() if not parameter.is_floating_point()]
+    if quantized:
+        raise FinetuneError(
+            f"4-bit weights cannot train: {len(quantized)} attention matrices are quantized",
+            where=f"quantization.attention, found at {quantized[0]}",
+            allowed="quantization.attention must be 16bit for trainable.method: non_moe",
+            fix="set quantization.attention: 16bit",
+        )
+    return tuned
 
 
 def save_non_moe(

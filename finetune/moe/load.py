@@ -1,23 +1,18 @@
 """The one loader: training, evaluation, merging, generating and serving all get their base here.
 
-A model folder or hub id becomes a quantized causal LM. What a run saves beside its weights (`base.json`) is enough to
-load the same thing again, and its router fingerprint refuses an adapter on another base, even one of equal shape.
-Leaves out what was tuned on the base (adapter/).
+A model folder or hub id becomes a quantized causal LM. What a run saves beside its weights (base_spec.py) is enough to
+load the same thing again. Leaves out what was tuned on the base (adapter/).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from pydantic import ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,75 +25,18 @@ from finetune.checkpoint import (
     read_json,
     require_every_expert,
 )
-from finetune.errors import AdapterError, DeviceError, FinetuneError, ModelError
-from finetune.kernels import ExpertStorage
-from finetune.moe.arch import MoeArch, router_path
+from finetune.errors import DeviceError, FinetuneError, ModelError
+from finetune.moe.arch import MoeArch
 from finetune.moe.attention import read_packing, resolve_attention
-from finetune.moe.config import QUANT_METHOD, AttentionStorage, Moe4bitConfig
+from finetune.moe.base_spec import BaseSpec, QuantizingDtype, require_fingerprint, router_fingerprint
+from finetune.moe.config import QUANT_METHOD, Moe4bitConfig
 from finetune.moe.experts import QuantizedExperts
 from finetune.moe.fused_layers import FusedLayers, fuse_layers, wants_fused_layers
 from finetune.moe.random_weights import build_random_model
 from finetune.moe.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.private_api import move_own_tensors
-from finetune.values import check_object
 
-BASE_FILE = "base.json"
-_FORMAT = 1  # of a base.json that names none
 ExpertsOn = Literal["device", "host"]
-QuantizingDtype = Literal["float32", "bfloat16", "float16"]
-# What an adapter that does not record it is taken to be trained on: what a GPU and `finetune quantize` quantize from.
-UNRECORDED_DTYPE: QuantizingDtype = "bfloat16"
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """Which base, and how it is stored in memory; saved beside every adapter.
-
-    `path` is a folder or hub id, `fingerprint` the hash of the base's routers (empty until loaded). A saved folder
-    knows how its experts are stored, whatever `experts` says. `quantizing_dtype` is that of the weights that were
-    quantized: another dtype rounds them first, and gives other bytes. None where nothing was quantized (the base is a
-    saved folder), or in a base.json from before it was recorded. `experts_sha256` is `quant.hash_experts` of the model
-    that was trained, and None until then.
-    """
-
-    # base.json holds these fields and no others.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    path: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-    revision: Annotated[str, Field(min_length=1, max_length=255)] | None = None
-    attention: AttentionStorage = "nf4"
-    fingerprint: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
-    experts: ExpertStorage = "nf4"
-    quantizing_dtype: QuantizingDtype | None = None
-    experts_sha256: dict[str, str] | None = None
-
-    def save(self, folder: Path) -> None:
-        (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> BaseSpec:
-        """Reads what `save` wrote.
-
-        Raises:
-            AdapterError: the file is missing, damaged or of a newer format, or a value is none that it can have.
-        """
-        content, where = read_json(folder / BASE_FILE, kind=AdapterError), str(folder / BASE_FILE)
-        if (written := content.pop("format", _FORMAT)) != _FORMAT:
-            raise AdapterError(
-                f"{BASE_FILE} is of format {written!r}, which this release of moe-qlora does not know",
-                where=where,
-                allowed=f"format {_FORMAT}",
-                fix="update moe-qlora to the release that wrote the adapter",
-            )
-        return check_object(
-            content,
-            cls,
-            kind=AdapterError,
-            name=BASE_FILE,
-            where=where,
-            fix="use the adapter folder as `finetune train` wrote it; "
-            "keys of a newer release need that release: update moe-qlora",
-        )
 
 
 @dataclass(frozen=True)
@@ -284,36 +222,6 @@ def load_base(
     quantized = {"experts": quantization.experts, "quantizing_dtype": _quantizing_dtype(model)}
     spec = replace(base, fingerprint=fingerprint, **quantized)
     return LoadedModel(model, tokenizer, arch, spec, where)
-
-
-def router_fingerprint(model: torch.nn.Module, arch: MoeArch) -> str:
-    """SHA-256 over all router weights in bfloat16: they are never quantized, so every storage of a base agrees."""
-    return fingerprint_of(
-        model.get_submodule(router_path(layer)).get_parameter("weight") for layer in range(arch.layers)
-    )
-
-
-def fingerprint_of(routers: Iterable[torch.Tensor]) -> str:
-    """`router_fingerprint` of weights [E, H], in order of the layers."""
-    digest = hashlib.sha256()
-    for weight in routers:
-        digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def require_fingerprint(base: BaseSpec, found: str) -> None:
-    """Refuses a base whose routers are not those that an adapter was trained on.
-
-    Raises:
-        AdapterError: says both fingerprints.
-    """
-    if base.fingerprint and base.fingerprint != found:
-        raise AdapterError(
-            "the adapter was trained on another base: the routers differ",
-            where=base.path,
-            allowed=f"a base with router fingerprint {base.fingerprint[:12]} (this one has {found[:12]})",
-            fix="load the base that the adapter's base.json names",
-        )
 
 
 def _from_pretrained(

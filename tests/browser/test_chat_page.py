@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
+from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, Request, Sampling
 from finetune.infer.residency import EngineSettings
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 

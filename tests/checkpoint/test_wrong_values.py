@@ -16,10 +16,10 @@ import torch
 
 from finetune.adapter.adapter import Adapter
 from finetune.adapter.lora import read_saved
-from finetune.adapter.non_moe import load_non_moe, save_non_moe
-from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.adapter.non_moe import load_non_moe, save_non_moe, unfreeze_non_moe
 from finetune.errors import FinetuneError
-from finetune.moe.load import BaseSpec, check_base, load_base, load_tokenizer, read_config
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import check_base, load_base, load_tokenizer, read_config
 from finetune.moe.skeleton import build_skeleton
 
 

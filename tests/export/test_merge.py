@@ -28,8 +28,9 @@ from finetune.errors import AdapterError
 from finetune.export import merge as merging
 from finetune.export.quantized import write_quantized
 from finetune.infer.loading import load_models
+from finetune.moe.base_spec import BaseSpec
 from finetune.moe.base_weights import Tensors
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.load import load_base
 from tests.conftest import TOKENIZER_FILES
 from tests.export.in_memory import merged_weight, save_merged
 from tests.export.tunings import RSLORA_SCALING, assert_rounded_once, nf4_values, tuned, tuned_non_moe, update

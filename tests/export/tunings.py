@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
-from finetune.adapter.non_moe import save_non_moe
-from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.adapter.lora import add_attention_lora, save_adapter
+from finetune.adapter.non_moe import save_non_moe, unfreeze_non_moe
+from finetune.moe.base_spec import BaseSpec
 from finetune.moe.census import hash_experts
-from finetune.moe.load import BaseSpec, LoadedModel, load_base
+from finetune.moe.load import LoadedModel, load_base
 
 
 def tuned(

@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.moe.load import BaseSpec, LoadedModel, load_base, load_tokenizer
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import LoadedModel, load_base, load_tokenizer
 from tests.export.tunings import tuned
 from tests.running import refused, run_finetune
 

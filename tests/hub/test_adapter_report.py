@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
-from finetune.adapter.non_moe import save_non_moe
+from finetune.adapter.lora import add_attention_lora, save_adapter
+from finetune.adapter.non_moe import save_non_moe, unfreeze_non_moe
 from finetune.adapter.report import inspect_adapter
-from finetune.adapter.unfreeze import unfreeze_non_moe
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from tests.running import refused, run_finetune
 
 

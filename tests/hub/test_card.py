@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from finetune.export.card import RunFacts, make_card
 from finetune.export.hub import Destination, Kind
-from finetune.moe.load import BaseSpec
+from finetune.moe.base_spec import BaseSpec
 from finetune.runfolder import RunFolder
 
 TO = Destination("ada/tuned")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune.adapter.adapter import Adapter, load
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import load_adapter, save_adapter
+from finetune.adapter.lora import add_attention_lora, load_adapter, save_adapter
 from finetune.errors import AdapterError
 from finetune.moe.arch import MoeArch
-from finetune.moe.load import BaseSpec, LoadedModel, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import LoadedModel, load_base
 from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin
 

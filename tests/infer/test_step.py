@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import add_adapters, save_adapter
+from finetune.adapter.lora import add_adapters, add_attention_lora, save_adapter
 from finetune.infer.pages import PAGE, PagePool
 from finetune.infer.prefill import prefill
 from finetune.infer.rotary import RotaryTables
@@ -18,7 +17,8 @@ from finetune.infer.step import DecodeStep
 from finetune.moe import Moe4bitConfig
 from finetune.moe.arch import MoeArch
 from finetune.moe.attention import read_packing
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from tests.models import tiny_model
 
 LENGTHS = (PAGE + 3, 7, 1)

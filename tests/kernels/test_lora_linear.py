@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from finetune.adapter.lora_layers import FusedLoraLinear, FusedLoraLinear4bit, register_lora_layers
+from finetune.adapter.lora import FusedLoraLinear, FusedLoraLinear4bit, register_lora_layers
 from finetune.kernels.lora import lora_linear
 from finetune.kernels.nf4 import dequantize_linear, nf4_of_linear
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.adapter.lora import add_attention_lora
+from finetune.adapter.non_moe import unfreeze_non_moe
 from finetune.memory.activations import ActivationPlan, apply_plan
 from finetune.memory.run import Run
 from finetune.memory.step import largest_moment, moments, recompute_seconds

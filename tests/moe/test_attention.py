@@ -14,7 +14,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.moe import attention
 from finetune.moe.attention import FullRows, LazyMask, read_packing, resolve_attention, varlen_mask
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from finetune.router.capture import RouterCapture
 from tests.models import EXPERTS, FAMILIES, tiny_model, tokens
 

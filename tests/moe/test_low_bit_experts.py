@@ -22,8 +22,9 @@ from finetune.infer.residency import EngineSettings
 from finetune.kernels.packed_experts import quantize_experts
 from finetune.memory.static import expert_bytes
 from finetune.moe import Moe4bitConfig
+from finetune.moe.base_spec import BaseSpec
 from finetune.moe.census import require_quantized_experts, take_census
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.load import load_base
 from finetune.moe.quantizer import EXPERT_BYTES_PER_WEIGHT
 from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model
 from tests.moe.loading import assert_same_bits, bits, logits, relative_error, reload, tensors_of

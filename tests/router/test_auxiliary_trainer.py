@@ -26,7 +26,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 from finetune.data.pipeline import Reading, encode_source
 from finetune.data.sources import Source
 from finetune.data.worker import Supervision
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from finetune.router.capture import RouterCapture
 from tests.conftest import REPOSITORY
 from tests.models import dequantized_twin

@@ -89,7 +89,8 @@ def random_engine(shape: str, settings: Any) -> Any:
     from finetune.bench.workload import shape_path
     from finetune.infer.engine import Engine
     from finetune.infer.loading import ServedModels
-    from finetune.moe.load import BaseSpec, load_base
+    from finetune.moe.base_spec import BaseSpec
+    from finetune.moe.load import load_base
 
     with tempfile.TemporaryDirectory() as scratch:
         loaded = load_base(BaseSpec(shape_path(shape, None, Path(scratch))), random_weights_seed=0)

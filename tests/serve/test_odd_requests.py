@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
+from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.residency import EngineSettings
 from finetune.moe.arch import MoeArch
-from finetune.moe.load import BaseSpec, load_base, read_config
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base, read_config
 from tests.conftest import REPOSITORY
 from tests.serve.serving import serving
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
+from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings
 from finetune.infer.text import PromptEnd, Vocabulary
-from finetune.moe.load import BaseSpec, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import load_base
 from tests.serve.serving import Serving, eventually, serving
 
 STORY = "Once upon a time, there was a little"

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from finetune.adapter.adapter import load
 from finetune.console import Report
 from finetune.moe.arch import MoeArch
-from finetune.moe.load import BaseSpec, LoadedModel
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import LoadedModel
 from finetune.router.metrics import LAYER_METRICS
 from finetune.router.study.analyze import study
 from finetune.router.study.analyze_page import MAX_CARDS, render_analysis, runs

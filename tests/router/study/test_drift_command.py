@@ -13,12 +13,11 @@ import torch
 from peft import PeftModel
 
 from finetune.adapter.adapter import load
-from finetune.adapter.attention_lora import add_attention_lora
-from finetune.adapter.lora import save_adapter
-from finetune.adapter.non_moe import save_non_moe
-from finetune.adapter.unfreeze import unfreeze_non_moe
+from finetune.adapter.lora import add_attention_lora, save_adapter
+from finetune.adapter.non_moe import save_non_moe, unfreeze_non_moe
 from finetune.export.quantized import write_quantized
-from finetune.moe.load import BaseSpec, LoadedModel, load_base
+from finetune.moe.base_spec import BaseSpec
+from finetune.moe.load import LoadedModel, load_base
 from finetune.router.study.probe import read_probe
 from tests.running import Ran, refused, run_finetune
 

@@ -124,7 +124,19 @@ def grouped(lengths_N: np.ndarray, size: int, seed: int) -> Order:
     return lambda epoch: _grouped_order(lengths_N, size, seed + epoch)
 
 
-class RowBatches:
+class _Share:
+    """One process's share of an epoch's batches; the order follows from the epoch, which the trainer sets."""
+
+    def __init__(self, process: int, processes: int) -> None:
+        assert 0 <= process < processes, "a process that is not one of them"
+        self._process, self._processes, self.epoch = process, processes, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; the same epoch always has the same."""
+        self.epoch = epoch
+
+
+class RowBatches(_Share):
     """Batches of so many row numbers, for one of several processes: a `batch_sampler`.
 
     Every row comes once an epoch. Of the last step's rows each process gets as many as any other, or one more; where
@@ -152,9 +164,8 @@ class RowBatches:
         processes: int = 1,
         drop_last: bool = False,
     ) -> None:
-        assert 0 <= process < processes, "a process that is not one of them"
-        self.epoch = 0
-        self._order, self._process, self._processes = order, process, processes
+        super().__init__(process, processes)
+        self._order = order
         step = batch_size * processes
         self._counts = [step] * (rows // step)  # rows of each step, of all processes
         left = 0 if drop_last else rows % step
@@ -165,10 +176,6 @@ class RowBatches:
         last = self._counts[-1] if self._counts else processes
         self.repeated = max(processes - last, 0)
         self.own = len(self._counts) - (process >= last)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order; the same epoch always has the same."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches of this process in an epoch."""
@@ -183,7 +190,7 @@ class RowBatches:
             begin += count
 
 
-class TokenBudgetBatches:
+class TokenBudgetBatches(_Share):
     """Batches of row numbers whose padded size, rows times longest row, is at most a budget: a `batch_sampler`.
 
     Every row comes once an epoch. Rows are sorted into buckets of lengths within 9% of each other; an epoch shuffles
@@ -216,9 +223,8 @@ class TokenBudgetBatches:
         processes: int = 1,
         pad_to_multiple_of: int = 1,
     ) -> None:
-        assert 0 <= process < processes, "a process that is not one of them"
-        self.epoch = 0
-        self._seed, self._process, self._processes = seed, process, processes
+        super().__init__(process, processes)
+        self._seed = seed
         lengths_N = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
         padded_N = -(-lengths_N // pad_to_multiple_of) * pad_to_multiple_of
         longest = int(padded_N.max(initial=0))
@@ -232,15 +238,9 @@ class TokenBudgetBatches:
         self._bucket_N = np.floor(np.log2(padded_N) * _BUCKETS_PER_OCTAVE + 1e-9).astype(np.int64)
         size_B = np.zeros(int(self._bucket_N.max(initial=0)) + 1, dtype=np.int64)
         np.maximum.at(size_B, self._bucket_N, padded_N)
-        sizes = size_B[
-            np.sort(self._bucket_N)[::-1]
-        ].tolist()  # of rows by bucket, as they are batched: long ones first
-        self._counts = _even(_cut(sizes, budget), processes)
+        long_first = size_B[np.sort(self._bucket_N)[::-1]].tolist()  # each row by its bucket, as rows are batched
+        self._counts = _even(_cut(long_first, budget), processes)
         self.repeated = -len(self._counts) % processes
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order; the same epoch always has the same."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches of this process in an epoch."""

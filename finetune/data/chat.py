@@ -8,13 +8,11 @@ that mistral-common gives, any other one after its assistant turns could be told
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.data.encoding import Refused, encoder_of
 from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V1_SPACED, MISTRAL_V3, MISTRAL_V3_SPACED
-from finetune.data.rows import Turns
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,18 +51,6 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         tokenizer.chat_template = before
         raise
     return name
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Turns]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of whole conversations, and beside them 1 for every token of the assistant's turns.
-
-    Raises:
-        Refused: the template does not take a conversation.
-    """
-    encoded = encoder_of(tokenizer).encode(conversations)
-    return [row.ids.tolist() for row in encoded], [row.supervised.astype(int).tolist() for row in encoded]
 
 
 def _put(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

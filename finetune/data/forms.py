@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from finetune.data.messages import ROLES, besides_of, is_said, kind, shortened, text_of
-from finetune.data.reading import parse_json, rows_of
+from finetune.data.messages import ROLES, besides_of, decoded, is_said, kind, shortened, text_of
+from finetune.data.reading import rows_of
 from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
 from finetune.data.turns import Form, FormName, Turn, listed, text_form, turns_of
 from finetune.errors import DataError
@@ -125,13 +125,8 @@ def _recognized(row: Mapping[str, Any], columns: Mapping[str, str], *, where: st
 
 
 def _first_turn(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except RowFault:
-            return {}
     try:
-        value = listed(value)
+        value = listed(decoded(value, "it is"))
     except RowFault:
         return {}
     return value[0] if isinstance(value, list) and value and isinstance(value[0], Mapping) else {}

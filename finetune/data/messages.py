@@ -101,7 +101,7 @@ def tools_of(value: Any, name: str) -> list[dict[str, Any]]:
     Raises:
         RowFault: it is something else, or a tool has no name.
     """
-    tools = _decoded(value, name)
+    tools = decoded(value, f"`{name}` is")
     if not tools:
         return []
     if not isinstance(tools, list):
@@ -123,7 +123,7 @@ def calls_of(value: Any) -> list[dict[str, Any]]:
     Raises:
         RowFault: they are no list of calls, one has no name, or its arguments are no JSON object.
     """
-    calls = _decoded(value, "what a turn calls")
+    calls = decoded(value, "what a turn calls is")
     if not calls:
         return []
     if not isinstance(calls, list | Mapping):
@@ -135,13 +135,8 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not _is_name(function.get("name")):
         raise RowFault("a tool call does not name a function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments) if arguments.strip() else {}
-        except RowFault:
-            raise RowFault("the arguments of a tool call are a string that is not JSON") from None
-    arguments = {} if arguments is None else arguments
+    arguments = decoded(function.get("arguments"), "the arguments of a tool call are")
+    arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, Mapping):
         raise RowFault(f"the arguments of a tool call are {kind(arguments)}, not a JSON object")
     named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
@@ -189,10 +184,15 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _decoded(value: Any, name: str) -> Any:
-    if not isinstance(value, str) or not value.strip():
-        return value if not isinstance(value, str) else None
+def decoded(value: Any, told: str) -> Any:
+    """The value of JSON in a string, as a CSV cell holds it; "" of a blank one, and any other value as it is.
+
+    Raises:
+        RowFault: the string is not JSON; its text begins with `told`, "`tools` is" for example.
+    """
+    if not isinstance(value, str):
+        return value
     try:
-        return parse_json(value)
+        return parse_json(value) if value.strip() else ""
     except RowFault:
-        raise RowFault(f"{name if ' ' in name else f'`{name}`'} is a string that is not JSON") from None
+        raise RowFault(f"{told} a string that is not JSON") from None

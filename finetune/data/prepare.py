@@ -177,14 +177,11 @@ def held_out_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset
     return parts[1].rows if parts else None
 
 
-def _reading(recipe: Recipe, path: str, split: str, max_rows: int | None) -> Reading:
-    data = recipe.data
-    return Reading(Source(path, split, max_rows, data.streaming), data.format, dict(data.columns), dict(data.roles))
-
-
 def _train_readings(recipe: Recipe) -> list[tuple[Reading, float | None]]:
+    """What is trained on, each with its weight in the mixture; None without one."""
     data = recipe.data
-    first = _reading(recipe, data.train, data.train_split, data.max_rows)
+    source = Source(data.train, data.train_split, data.max_rows, data.streaming)
+    first = Reading(source, data.format, dict(data.columns), dict(data.roles))
     readings: list[tuple[Reading, float | None]] = [(first, data.train_weight if data.more else None)]
     for more in data.more:
         source = Source(more.path, more.split, more.max_rows, data.streaming)
@@ -196,7 +193,8 @@ def _held_out_reading(recipe: Recipe) -> Reading | None:
     data = recipe.data
     if data.eval is None and data.eval_split is None:
         return None
-    return _reading(recipe, data.eval or data.train, data.eval_split or "train", data.max_eval_rows)
+    source = Source(data.eval or data.train, data.eval_split or "train", data.max_eval_rows, data.streaming)
+    return Reading(source, data.format, dict(data.columns), dict(data.roles))
 
 
 def readings_of(recipe: Recipe) -> list[Reading]:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from finetune.data.messages import BESIDES, kind, tools_of
-from finetune.data.reading import parse_json
+from finetune.data.messages import BESIDES, decoded, kind, tools_of
 from finetune.data.rows import Role, RowFault
 
 TextForm = Literal["chatml_text", "inst_text", "human_text"]
@@ -95,13 +94,8 @@ def turns_of(row: Any, form: Form) -> list[Turn]:
 
 
 def _list_turns(row: Mapping[str, Any], form: Form, column: str) -> list[Turn]:
-    value, name = _required(row, form, column), form.columns[column]
-    if isinstance(value, str):  # a CSV cell, or a column that holds JSON
-        try:
-            value = parse_json(value)
-        except RowFault:
-            raise RowFault(f"`{name}` is a string that is not JSON") from None
-    value = listed(value)
+    name = form.columns[column]
+    value = listed(decoded(_required(row, form, column), f"`{name}` is"))
     if not isinstance(value, list):
         raise RowFault(f"`{name}` is {kind(value)}, not a list")
     if not value:
@@ -212,12 +206,8 @@ def _alpaca_turns(row: Mapping[str, Any], form: Form) -> Iterator[Turn]:
 
 def _history(row: Mapping[str, Any], form: Form) -> list[list[Any]]:
     """Earlier exchanges, as LLaMA-Factory has them: a list of [question, answer]."""
-    value, name = row.get(form.columns["history"]), form.columns["history"]
-    if isinstance(value, str) and value:
-        try:
-            value = parse_json(value)
-        except RowFault:
-            raise RowFault(f"`{name}` is a string that is not JSON") from None
+    name = form.columns["history"]
+    value = decoded(row.get(name), f"`{name}` is")
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):

@@ -78,40 +78,25 @@ class Worker:
         refused: dict[str, list[int]] = {}
         for position, reason in parsed.refused:
             refused.setdefault(reason, []).append(position)
-        conversations, positions, encoded = self._encode(parsed.conversations, parsed.positions, refused)
-        fitter = Fitter(self._encode_fitting, self.supervision.max_length, self.supervision.too_long)
+        fitter = Fitter(self._encode, self.supervision.max_length, self.supervision.too_long)
         fitted: list[tuple[Conversation, int, list[Encoded]]] = []
-        for conversation, position, row in zip(conversations, positions, encoded, strict=True):
+        encoded = self.encoder.encode_each(parsed.conversations, loss_on=self.supervision.loss_on)
+        for conversation, position, row in zip(parsed.conversations, parsed.positions, encoded, strict=True):
             try:
-                [rows] = fitter.fit([conversation], [row])
-            except Refused as refusal:  # a template that takes a conversation, but not the beginning of it
+                if isinstance(row, Refused):
+                    raise row
+                [rows] = fitter.fit([conversation], [row])  # the template may take a conversation, not its beginning
+            except Refused as refusal:
                 refused.setdefault(str(refusal), []).append(position)
                 continue
             fitted.append((conversation, position, rows))
-        batch = self._batch(fitted)
-        for position, row in zip(positions, encoded, strict=True):
             for name in row.cut:
                 parsed.unseen.setdefault(name, []).append(position)
         read = len(parsed.positions) + len(parsed.refused)
-        return ChunkRows(batch, chunk.first, read, refused, parsed.unseen, fitter.lengths)
+        return ChunkRows(self._batch(fitted), chunk.first, read, refused, parsed.unseen, fitter.lengths)
 
-    def _encode_fitting(self, conversations: list[Conversation]) -> list[Encoded]:
+    def _encode(self, conversations: list[Conversation]) -> list[Encoded]:
         return self.encoder.encode(conversations, loss_on=self.supervision.loss_on)
-
-    def _encode(
-        self, conversations: list[Conversation], positions: list[int], refused: dict[str, list[int]]
-    ) -> tuple[list[Conversation], list[int], list[Encoded]]:
-        """Without what the template does not take."""
-        kept: tuple[list[Conversation], list[int], list[Encoded]] = ([], [], [])
-        rows = self.encoder.encode_each(conversations, loss_on=self.supervision.loss_on)
-        for conversation, position, row in zip(conversations, positions, rows, strict=True):
-            if isinstance(row, Refused):
-                refused.setdefault(str(row), []).append(position)
-                continue
-            kept[0].append(conversation)
-            kept[1].append(position)
-            kept[2].append(row)
-        return kept
 
     def _batch(self, fitted: list[tuple[Conversation, int, list[Encoded]]]) -> pa.RecordBatch:
         """A chunk's rows; the key and the signature of a conversation stand at each of its rows."""

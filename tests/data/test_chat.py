@@ -10,11 +10,20 @@ from jinja2 import TemplateError
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.data.chat import apply_template, encode
+from finetune.data.chat import apply_template
+from finetune.data.encoding import encoder_of
 from finetune.data.rendering import CHATML, MISTRAL_V1, MISTRAL_V3, MISTRAL_V3_SPACED
 from finetune.errors import DataError
 
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": f"by {role}"} for role in ("user", "assistant", "system"))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of whole conversations, and beside them 1 for every token of the assistant's turns."""
+    encoded = encoder_of(tokenizer).encode(conversations)
+    return [row.ids.tolist() for row in encoded], [row.supervised.astype(int).tolist() for row in encoded]
 
 
 def test_ids_equal_mistral_common_on_every_conversation(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,108 +75,79 @@ def document(
         "packing": bool(recipe.training.get("packing")),
         "parts": parts,
         "leakage": leakage,
-        "schedule": _schedule(parts[0], recipe, price_per_hour),
+        "schedule": schedule(
+            recipe,
+            batches=parts[0]["batches"]["batches"],
+            tokens_per_epoch=parts[0]["batches"]["tokens"],
+            price_per_hour=price_per_hour,
+        ),
         "seconds": round(seconds, 2),
         "cached": prepared.cached,
     }
     return made | {"faults": faults(made, max_refused=recipe.data.max_refused)}
 
 
-def _schedule(train: dict[str, Any], recipe: Recipe, price_per_hour: float | None) -> dict[str, Any]:
-    batches = train["batches"]
-    return schedule(
-        recipe, batches=batches["batches"], tokens_per_epoch=batches["tokens"], price_per_hour=price_per_hour
-    )
-
-
 def faults(document: dict[str, Any], *, max_refused: float) -> list[dict[str, str]]:
     """What is wrong with the data, the worst first."""
-    found: list[dict[str, str]] = []
-
-    def add(level: str, what: str, fix: str) -> None:
-        found.append({"level": level, "what": what, "fix": fix})
-
-    for part in document["parts"]:
-        name, rows, refused = part["name"], part["rows"], sum(reason["rows"] for reason in part["refused"])
-        if refused > max_refused * rows:
-            add(
-                "error",
-                f"{name}: {refused:,} of {rows:,} rows cannot be used, the first: {part['refused'][0]['reason']} "
-                f"({', '.join(part['refused'][0]['where'][:3])})",
-                "correct them, let `finetune data check RECIPE --fix DIR` write what can be corrected, or raise "
-                "data.max_refused",
-            )
-        elif refused:
-            add("warning", f"{name}: {refused:,} of {rows:,} rows are left out", "see the reasons in the table")
-        if part["examples"] == 0 and refused < rows:
-            what = "no conversation is left"
-            if part["too_long"]["dropped"]:
-                what += (
-                    f"; {part['too_long']['dropped']:,} are longer than training.max_length {document['max_length']}"
-                )
-            add("error", f"{name}: {what}", "raise training.max_length, or give other data")
-        if part["examples"] == 0:
-            continue
-        if part["supervised_tokens"] == 0:
-            add(
-                "error",
-                f"{name}: not one of {part['tokens']:,} tokens is supervised",
-                "give conversations with assistant turns, and check data.template and data.loss_on",
-            )
-        elif part["turns_with_end"] == 0:
-            add(
-                "error",
-                f"{name}: no supervised turn ends with the end of sequence, so the model would never learn to stop",
-                _ENDS if not part["too_long"]["truncated"] else f"{_UNCUT}, or {_ENDS}",
-            )
-        elif part["turns_with_end"] < part["turns"]:
-            missing = part["turns"] - part["turns_with_end"]
-            add(
-                "warning",
-                f"{name}: {missing:,} of {part['turns']:,} supervised turns do not end with the end of sequence",
-                _UNCUT if part["too_long"]["truncated"] else _ENDS,
-            )
-        for unseen in [entry for entry in part["unseen"] if entry["matters"]][:_SHOWN]:
-            add(
-                "warning",
-                f"{name}: {unseen['what']}: {unseen['rows']:,} of {rows:,} rows have it, and {danger(unseen['what'])} "
-                f"({', '.join(unseen['where'][:3])})",
-                advice(unseen["what"]),
-            )
-        if 0 < part["supervised_share"] < _FEW_SUPERVISED:
-            add(
-                "warning",
-                f"{name}: only {part['supervised_share']:.1%} of the tokens are supervised",
-                "shorten prompts",
-            )
-        if part["too_long"]["dropped"]:
-            dropped = part["too_long"]["dropped"]
-            add(
-                "warning",
-                f"{name}: {dropped:,} conversations are too long for training.max_length {document['max_length']}",
-                "raise training.max_length",
-            )
-        if name == "train" and part["duplicates"]["removed"] == 0 and part["duplicates"]["exact"] > 0:
-            add(
-                "warning",
-                f"{name}: {part['duplicates']['exact']:,} conversations are in it more than once",
-                "set data.deduplicate: exact",
-            )
-    _leakage_fault(document, add)
+    limit = document["max_length"]
+    told = [fault for part in document["parts"] for fault in _faults_of(part, max_refused, limit)]
+    told += _leakage_faults(document)
+    found = [{"level": level, "what": what, "fix": fix} for level, what, fix in told]
     return sorted(found, key=lambda fault: fault["level"])
 
 
-def _leakage_fault(document: dict[str, Any], add: Any) -> None:
+Fault = tuple[Literal["error", "warning"], str, str]  # level, what, fix
+
+
+def _faults_of(part: dict[str, Any], max_refused: float, limit: int | None) -> Iterator[Fault]:
+    name, rows, refused = part["name"], part["rows"], sum(reason["rows"] for reason in part["refused"])
+    dropped, truncated = part["too_long"]["dropped"], part["too_long"]["truncated"]
+    above = f"longer than training.max_length {limit}"
+    if refused > max_refused * rows:
+        first = part["refused"][0]
+        what = f"the first: {first['reason']} ({', '.join(first['where'][:3])})"
+        fix = "correct them, let `finetune data check RECIPE --fix DIR` write what can be corrected, or raise "
+        yield "error", f"{name}: {refused:,} of {rows:,} rows cannot be used, {what}", f"{fix}data.max_refused"
+    elif refused:
+        yield "warning", f"{name}: {refused:,} of {rows:,} rows are left out", "see the reasons in the table"
+    if part["examples"] == 0:
+        if refused < rows:
+            what = f"{name}: no conversation is left" + (f"; {dropped:,} are {above}" if dropped else "")
+            yield "error", what, "raise training.max_length, or give other data"
+        return
+    if part["supervised_tokens"] == 0:
+        what = f"{name}: not one of {part['tokens']:,} tokens is supervised"
+        yield "error", what, "give conversations with assistant turns, and check data.template and data.loss_on"
+    elif part["turns_with_end"] == 0:
+        what = f"{name}: no supervised turn ends with the end of sequence, so the model would never learn to stop"
+        yield "error", what, f"{_UNCUT}, or {_ENDS}" if truncated else _ENDS
+    elif part["turns_with_end"] < part["turns"]:
+        missing = f"{part['turns'] - part['turns_with_end']:,} of {part['turns']:,}"
+        what = f"{name}: {missing} supervised turns do not end with the end of sequence"
+        yield "warning", what, _UNCUT if truncated else _ENDS
+    for unseen in [entry for entry in part["unseen"] if entry["matters"]][:_SHOWN]:
+        what, where = unseen["what"], ", ".join(unseen["where"][:3])
+        has = f"{unseen['rows']:,} of {rows:,} rows have it, and {danger(what)} ({where})"
+        yield "warning", f"{name}: {what}: {has}", advice(what)
+    if 0 < part["supervised_share"] < _FEW_SUPERVISED:
+        yield "warning", f"{name}: only {part['supervised_share']:.1%} of the tokens are supervised", "shorten prompts"
+    if dropped:
+        yield "warning", f"{name}: {dropped:,} conversations are {above}", "raise training.max_length"
+    if name == "train" and part["duplicates"]["removed"] == 0 and part["duplicates"]["exact"] > 0:
+        what = f"{name}: {part['duplicates']['exact']:,} conversations are in it more than once"
+        yield "warning", what, "set data.deduplicate: exact"
+
+
+def _leakage_faults(document: dict[str, Any]) -> Iterator[Fault]:
     leakage = document["leakage"]
     if not leakage or not leakage["exact"]:
         return
-    held_out = document["parts"][1]
-    share = leakage["exact"] / max(held_out["used"], 1)
-    what = f"{leakage['exact']:,} of {held_out['used']:,} held-out conversations are in train too"
-    if share == 1:
-        add("warning", f"{what}: evaluation measures memory", "give other data.eval, or set data.eval_fraction")
+    held_out = document["parts"][1]["used"]
+    what = f"{leakage['exact']:,} of {held_out:,} held-out conversations are in train too"
+    if leakage["exact"] == held_out:
+        yield "warning", f"{what}: evaluation measures memory", "give other data.eval, or set data.eval_fraction"
     else:
-        add("warning", f"{what} ({', '.join(leakage['where'][:3])})", "take them out of one of the two")
+        yield "warning", f"{what} ({', '.join(leakage['where'][:3])})", "take them out of one of the two"
 
 
 def require_sound(document: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from finetune.infer.text import encode_messages
 from finetune.serve.api_error import APIError
 from finetune.serve.prompts import Prompts
 from tests.conftest import REPOSITORY
-from tests.data.test_tools import HERMES, variants
+from tests.data.test_messages import HERMES, variants
 
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"

@@ -9,7 +9,7 @@ are not repeated; what the server said is, with anything that looks like a token
 again by itself when the connection breaks; it does not for most other calls when asked to wait (429), so that is done
 here.
 
-Leaves out: which files go (published.py), the card (card.py), downloads (pull.py).
+Leaves out: which files go (published.py), the card (card.py), downloads (download.py).
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ keeps are there; while an early one does, most are gone, but most gradients have
     backward of a layer's attention its kept or recomputed tensors, and their gradients
     the embedding's gradient, and the optimizer's step
 
-How: each moment is a sum over the tensors that the code holds then, in the order of the code (`kernels/
-frozen_experts.py`, transformers' decoder layer, TRL's fused head). Between layers of one kind a moment grows or shrinks
-linearly with the layer's number, so only the layers at the borders of the plan are computed.
+How: each moment is a sum over the tensors that the code holds then, in the order of the code
+(`kernels/expert_operation.py`, transformers' decoder layer, TRL's fused head). Between layers of one kind a moment
+grows or shrinks linearly with the layer's number, so only the layers at the borders of the plan are computed.
 
 Leaves out: temporaries inside kernels (there are none of note with triton; the plain paths on the CPU have more),
 tensors of some bytes a token (positions, masks, labels), attention functions that make [T, T] scores.

@@ -7,7 +7,7 @@ layer by layer, in float64. Sums come first (`DriftSums`), ratios last, so rows 
 Overlap is 1 for an untouched model and k / E for routing that forgot its base (`chance_overlap`). Kullback-Leibler and
 Jensen-Shannon divergences are in nats; the latter, of loads, is at most ln 2 (Lin 1991, doi 10.1109/18.61115).
 
-Leaves out: running models (recording.py), and padding: every row given counts.
+Leaves out: running models (study/probe.py), and padding: every row given counts.
 
 Shape suffixes: L layers, N tokens, E experts, K experts per token.
 """

@@ -6,6 +6,7 @@ comparison on the run's held-out conversations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,3 +96,14 @@ def recorded_recipe(file: Path, *, kind: type[FinetuneError], fix: str) -> Recip
             allowed="a run that this version trained",
             fix=fix,
         ) from None
+
+
+def held_out_loss(summary: Mapping[str, Any]) -> str | None:
+    """What a summary says of the held-out loss, and when it was measured: `5.413 before training, 4.200 after`."""
+    before, after, step = (summary.get(name) for name in ("eval_loss_first", "eval_loss_last", "eval_step_last"))
+    if step is None and after is not None:
+        before = None  # a run of an earlier version, whose first evaluation may have been any
+    said = [] if before is None else [f"{before:.3f} before training"]
+    if after is not None:
+        said.append(f"{after:.3f} after" + (f" step {step}" if step not in (None, summary["steps"]) else ""))
+    return ", ".join(said) or None

@@ -43,7 +43,7 @@ from finetune.serve.app import make_app
 from finetune.serve.auth import read_hosts
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
-from finetune.train.run import training_arguments
+from finetune.train.settings import training_arguments
 from finetune.web.addresses import bind
 
 TEMPLATE = (

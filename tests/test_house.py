@@ -19,14 +19,14 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 
 # A room imports only from rows above its own; rooms in one row do not import each other.
 ROWS = (
-    ("errors", "console", "values", "progress", "signals", "private_api"),
+    ("errors", "console", "values", "signals", "private_api"),
     ("checkpoint", "jsonl", "kernels", "report", "runfolder", "web"),
     ("moe",),
     ("recipe", "quant"),
     ("data", "run_files"),
     ("adapter", "memory"),
     ("infer", "router"),
-    ("chat", "evaluate", "serve", "summary"),
+    ("chat", "evaluate", "serve"),
     ("export",),
     ("train",),
     ("bench",),

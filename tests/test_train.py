@@ -24,7 +24,7 @@ from finetune.errors import DeviceError
 from finetune.evaluate.divergence import completion_loss
 from finetune.memory.activations import ActivationPlan
 from finetune.recipe.load import load_recipe
-from finetune.summary import held_out_loss
+from finetune.run_files import held_out_loss
 from finetune.train.run import out_of_memory_explained, prepare
 from tests.conftest import REPOSITORY
 from tests.running import run_finetune

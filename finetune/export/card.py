@@ -25,9 +25,8 @@ from finetune.memory import EXPERT_FORMATS
 from finetune.moe import QUANT_METHOD, BaseSpec
 from finetune.recipe import Recipe
 from finetune.report import environment
-from finetune.run_files import DataFile, FidelityFile, RunFile, SummaryFile, recorded, recorded_recipe
+from finetune.run_files import DataFile, FidelityFile, RunFile, SummaryFile, held_out_loss, recorded, recorded_recipe
 from finetune.runfolder import RunFolder, set_aside
-from finetune.summary import held_out_loss
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FIDELITY = {

@@ -9,16 +9,14 @@ claimed. TRL's trainer does the training; where a 4-bit MoE needs it to differ s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import PrinterCallback, TrainerCallback, get_scheduler
-from trl import SFTConfig
+from transformers import PrinterCallback, TrainerCallback
 
 from finetune.adapter import (
     FusedLoraLinear4bit,
@@ -31,7 +29,7 @@ from finetune.checkpoint import find_checkpoints, read_json
 from finetune.console import Report
 from finetune.data import apply_template, prepare_data, require_sound, show_short
 from finetune.data import document as describe_data
-from finetune.errors import DeviceError, FinetuneError, OutputError, RecipeError
+from finetune.errors import DeviceError, OutputError
 from finetune.export import Hub, destination_of, push_after_training, require_writable
 from finetune.jsonl import JsonlCallback
 from finetune.memory import MemoryEstimate, apply_plan, disk_bytes, plan_of, preflight, require_fits, show_memory
@@ -50,11 +48,9 @@ from finetune.moe import (
     require_quantized_experts,
     require_same_experts,
     resolve_device,
-    resolve_dtype,
     take_census,
 )
-from finetune.private_api import attention_of, set_device
-from finetune.progress import ProgressCallback
+from finetune.private_api import attention_of
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.router import AuxiliaryLoss, RouterCallback, watch_router
 from finetune.runfolder import (
@@ -69,9 +65,11 @@ from finetune.runfolder import (
     write_text,
 )
 from finetune.signals import Signals
-from finetune.summary import show_census, show_router, show_summary, summarize
 from finetune.train.loggers import logger_callbacks, loggers_in_use, require_loggers
+from finetune.train.progress import ProgressCallback
+from finetune.train.settings import refusals_explained, training_arguments
 from finetune.train.stopping import Stopping
+from finetune.train.summary import show_census, show_router, show_summary, summarize
 from finetune.train.trainer import MoeTrainer
 
 
@@ -362,68 +360,6 @@ def run_steps(ready: Prepared, recipe: Recipe) -> dict[str, float]:
     resumed = None if ready.checkpoint is None else str(ready.checkpoint)
     with ready.progress, out_of_memory_explained(recipe), loggers_in_use(recipe):
         return ready.trainer.train(resume_from_checkpoint=resumed).metrics
-
-
-def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
-    """The recipe's `training` section as TRL's config, with what other sections decide.
-
-    Raises:
-        RecipeError: TRL refuses a value or combination.
-    """
-    given = dict(recipe.training)
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    if "bf16" not in given and "fp16" not in given:
-        given |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    given["gradient_checkpointing"] = False  # the activation plan does it, layer by layer
-    # Otherwise every batch waits for the step before it to end, and the device then for the host.
-    given["accelerator_config"] = {"non_blocking": True, **(given.get("accelerator_config") or {})}
-    with refusals_explained():
-        args = SFTConfig(
-            **given,
-            output_dir=str(RunFolder(Path(recipe.output.dir)).checkpoints),
-            use_cpu=device.type == "cpu",
-            # The rows come labelled, of the right length and packed; TRL only pads them.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            router_aux_loss_coef=0.0,  # pooled over layers; `router/auxiliary.py` instead
-            report_to="none",
-            disable_tqdm=True,
-        )
-        _require_usable(args)
-    if args.device.type == "cpu":
-        set_device(args, torch.device("cpu"))
-    return args
-
-
-def _require_usable(args: SFTConfig) -> None:
-    """Asks now what the trainer would ask with the weights in memory: packages, and the scheduler's settings."""
-    # Some optimizers go on to ask for the model.
-    with contextlib.suppress(ValueError):
-        MoeTrainer.get_optimizer_cls_and_kwargs(args)
-    steps = 1000
-    get_scheduler(
-        args.lr_scheduler_type,
-        torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
-        num_warmup_steps=args.get_warmup_steps(steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
-    )
-
-
-@contextlib.contextmanager
-def refusals_explained() -> Iterator[None]:
-    """Turns what TRL refuses into one message about the recipe's `training` section."""
-    try:
-        yield
-    except FinetuneError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        fault = FinetuneError(
-            f"TRL refuses these settings: {error}",
-            where="training",
-            allowed="what trl.SFTConfig accepts together",
-            fix="change the setting that the message names",
-        )
-        raise RecipeError([fault]) from error
 
 
 def choose_trainable(loaded: LoadedModel, recipe: Recipe) -> Any:

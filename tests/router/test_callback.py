@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from finetune.jsonl import JsonlCallback, read_metrics
-from finetune.progress import ProgressCallback
 from finetune.router.callback import RouterCallback
 from finetune.router.capture import RouterCapture
 from finetune.router.metrics import LAYER_METRICS, RouterSums, layer_metrics
+from finetune.train.progress import ProgressCallback
 from tests.router.routing_models import (
     FAMILIES,
     LAYERS,

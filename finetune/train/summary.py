@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from finetune.console import Report, gib
 from finetune.jsonl import read_metrics
 from finetune.moe import Census
 from finetune.router import RouterCallback, layer_metrics, run_figures
+from finetune.run_files import held_out_loss
 from finetune.runfolder import RunFolder
 
 
@@ -81,17 +81,6 @@ def summarize(
         "trainable_parameters": trainable_parameters,
         "census_bytes": census.total_bytes,
     }
-
-
-def held_out_loss(summary: Mapping[str, Any]) -> str | None:
-    """What was measured of it, and when: `5.413 before training, 4.200 after`."""
-    before, after, step = (summary.get(name) for name in ("eval_loss_first", "eval_loss_last", "eval_step_last"))
-    if step is None and after is not None:
-        before = None  # a run of an earlier version, whose first evaluation may have been any
-    said = [] if before is None else [f"{before:.3f} before training"]
-    if after is not None:
-        said.append(f"{after:.3f} after" + (f" step {step}" if step not in (None, summary["steps"]) else ""))
-    return ", ".join(said) or None
 
 
 def show_summary(summary: dict[str, Any], report: Report) -> None:

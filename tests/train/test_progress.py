@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from finetune.progress import ProgressCallback
+from finetune.train.progress import ProgressCallback
 
 
 class Clock:
@@ -207,7 +207,7 @@ def test_killed_in_a_terminal_leaves_the_cursor_and_the_modes_as_they_were() -> 
     program = """
 import time
 from transformers import TrainerControl, TrainerState
-from finetune.progress import ProgressCallback
+from finetune.train.progress import ProgressCallback
 callback, state = ProgressCallback(), TrainerState(max_steps=100, global_step=0)
 callback.on_train_begin(None, state, TrainerControl())
 while True:

@@ -106,7 +106,7 @@ def tools_of(value: Any, name: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(tools, list):
         raise RowFault(f"`{name}` is {kind(tools)}, not a list of tools")
-    return [_tool(tool, name) for tool in tools]
+    return _writable([_tool(tool, name) for tool in tools], f"`{name}`")
 
 
 def _tool(tool: Any, name: str) -> dict[str, Any]:
@@ -153,15 +153,28 @@ def besides_of(turn: Mapping[str, Any], role: Role) -> dict[str, Any]:
     if calls := calls_of(turn.get("tool_calls")):
         if role != "assistant":
             raise RowFault(f"a turn of role {shortened(role)} calls tools")
-        found["tool_calls"] = calls
+        found["tool_calls"] = _writable(calls, "a tool call")
     for key in BESIDES[role][1:]:
         value = turn.get(key)
         if value in (None, ""):
             continue
         if not isinstance(value, str):
             raise RowFault(f"`{key}` of a turn is {kind(value)}, not a string")
-        found[key] = value
+        found[key] = _writable(value, f"`{key}` of a turn")
     return found
+
+
+def _writable(value: Any, what: str) -> Any:
+    """The value, which a chat template writes as JSON for a tokenizer; a RowFault where one of the two cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowFault(f"{what} is not valid Unicode (a lone surrogate)") from None
+    except TypeError:  # Parquet has dates, bytes and decimals
+        raise RowFault(f"{what} holds a value that JSON does not have") from None
+    except RecursionError:
+        raise RowFault(f"{what} is nested too deeply") from None
+    return value
 
 
 def besides(message: Mapping[str, Any]) -> dict[str, Any]:

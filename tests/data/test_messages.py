@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,24 @@ def test_nothing_of_it_changes_other_rows(hermes: PreTrainedTokenizerBase) -> No
     plain = [{"role": "user", "content": "a", "train": True}, {"role": "assistant", "content": "b", "train": True}]
     [row] = encoder_of(hermes).encode([plain])
     assert np.count_nonzero(row.supervised) == 2  # b and the end of its turn
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("weather", "w\ud800"), "`tools` is not valid Unicode"),
+        (("Zürich", "\ud800"), "a tool call is not valid Unicode"),
+        (("Look it up.", "\udfff"), "`reasoning_content` of a turn is not valid Unicode"),
+    ],
+)
+def test_a_lone_surrogate_beside_the_content(change: tuple[str, str], reason: str) -> None:
+    row = json.loads(json.dumps(ROW, ensure_ascii=False).replace(*change))
+    with pytest.raises(RowFault, match=reason):
+        conversation_of(row)
+
+
+def test_a_value_that_json_does_not_have() -> None:
+    row = json.loads(json.dumps(ROW))
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"day": date(2026, 12, 1)}  # as Parquet holds it
+    with pytest.raises(RowFault, match="a tool call holds a value that JSON does not have"):
+        conversation_of(row)

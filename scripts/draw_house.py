@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "house.svg"
 NOT_DRAWN = {"__init__", "__main__", "quant"}  # the door of the package, and an older name of moe/
-GROUND = ("errors", "console", "values", "signals", "private_api", "jsonl", "runfolder", "report", "web")
+GROUND = ("errors", "console", "values", "signals", "private_api", "jsonl", "runfolder", "disk", "report", "web")
 WIDTH, ROW, BOX = 1180, 78, (104, 30)
 
 

@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM
 
 from finetune.console import Report
 from finetune.data.rows import IGNORED
+from finetune.disk import staged
 from finetune.export.quantized import write_quantized
 from finetune.moe.arch import MoeArch
 from finetune.moe.experts import QuantizedExperts
 from finetune.recipe.load import load_recipe
 from finetune.recipe.origin import provenance
-from finetune.runfolder import staged
 from finetune.train.run import Prepared, prepare, run_steps
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "tiny-mixtral"

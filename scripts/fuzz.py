@@ -51,8 +51,8 @@ def work(name: str, seeds: range, root: Path, load_every: int, said: Connection)
     """The worker: tells each case's seed before and its outcome after."""
     import fuzz_kinds
 
+    from finetune.disk import long_names_explained
     from finetune.errors import FinetuneError
-    from finetune.runfolder import long_names_explained
 
     os.setpgid(0, 0)
     quiet = os.open(os.devnull, os.O_WRONLY)

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from finetune.adapter.files import LORA_TENSORS
 from finetune.bench.workload import BUNDLED
 from finetune.console import Report, gib
+from finetune.disk import require_space, write_json
 from finetune.moe.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, hub_expert_names
 from finetune.moe.base_spec import BaseSpec, fingerprint_of
 from finetune.moe.load import load_tokenizer
-from finetune.runfolder import require_space, write_json
 
 SHAPE = BUNDLED.parent / "mixtral-8x7b" / "shape" / "config.json"
 _BLOCK = 2**22

@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 # A room imports only from rows above its own; rooms in one row do not import each other.
 ROWS = (
     ("errors", "console", "values", "signals", "private_api"),
-    ("checkpoint", "jsonl", "kernels", "report", "runfolder", "web"),
-    ("moe",),
+    ("checkpoint", "disk", "jsonl", "kernels", "report", "web"),
+    ("moe", "runfolder"),
     ("recipe", "quant"),
     ("data", "run_files"),
     ("adapter", "memory"),
@@ -37,8 +37,29 @@ ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib"}
 HEAVY |= {"wandb", "tensorboard", "trackio"}
 # What must answer in well under a second: a wrong recipe, `--help`, the arithmetic of a preflight.
-LIGHT = {"__init__", "__main__", "errors", "console", "values", "recipe", "checkpoint", "runfolder", "signals", "cli"}
-LIGHT |= {"private_api", "moe/arch.py", "memory/run.py", "memory/static.py", "memory/step.py", "memory/totals.py"}
+LIGHT = {
+    "__init__",
+    "__main__",
+    "errors",
+    "console",
+    "values",
+    "recipe",
+    "checkpoint",
+    "disk",
+    "runfolder",
+    "signals",
+    "cli",
+}
+LIGHT |= {
+    "signals",
+    "cli",
+    "private_api",
+    "moe/arch.py",
+    "memory/run.py",
+    "memory/static.py",
+    "memory/step.py",
+    "memory/totals.py",
+}
 
 FILES = {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 DOORS = {path.parent.name: path.read_text() for path in sorted(PACKAGE.glob("*/__init__.pyi"))}

@@ -17,21 +17,18 @@ from typing import Any
 import pytest
 
 from finetune import runfolder
-from finetune.errors import OutputError
-from finetune.runfolder import (
-    RunFolder,
-    claimed,
+from finetune.disk import (
     folder_bytes,
     full_disk_explained,
     is_disk_full,
-    require_claimable,
     require_fresh,
     require_space,
-    restore,
     staged,
     write_json,
     write_text,
 )
+from finetune.errors import OutputError
+from finetune.runfolder import RunFolder, claimed, require_claimable, restore
 from tests.running import contents
 
 SECTIONS = ("model", "quantization", "trainable", "data", "training", "router", "logging", "output")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.data import Message, Reading, RowFault, Source, first_row, form_of, open_source, to_conversation
+from finetune.disk import write_text
 from finetune.errors import DataError, OutputError
-from finetune.runfolder import write_text
 
 Messages = list[dict[str, str]]
 

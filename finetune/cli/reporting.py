@@ -16,8 +16,8 @@ from typing import NoReturn
 import typer
 
 from finetune.console import Report
+from finetune.disk import full_disk_explained, long_names_explained
 from finetune.errors import FinetuneError
-from finetune.runfolder import full_disk_explained, long_names_explained
 from finetune.signals import Interrupted, is_main
 
 

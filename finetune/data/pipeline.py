@@ -41,8 +41,8 @@ from finetune.data.selection import SIGNATURE_VERSION
 from finetune.data.sources import Source, open_source
 from finetune.data.turns import Form, FormName
 from finetune.data.worker import SCHEMA, ChunkRows, Lengths, Supervision, Worker
+from finetune.disk import staged
 from finetune.errors import DataError
-from finetune.runfolder import staged
 from finetune.values import check_object
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data import IGNORED
+from finetune.disk import require_space
 from finetune.moe import LoadedModel
 from finetune.router import Recording
-from finetune.runfolder import require_space
 
 Row = Mapping[str, Any]
 # Positions whose distributions are alive in float64: of a long row the whole would take gigabytes.

@@ -24,13 +24,13 @@ from typing import Any
 from datasets.exceptions import DatasetGenerationError
 
 from finetune.console import Report
+from finetune.disk import write_json
 from finetune.errors import DataError, FinetuneError, ModelError
 from finetune.evaluate.models import Compared, open_compared
 from finetune.moe import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
 from finetune.private_api import harness_task_kinds
 from finetune.recipe import provenance
 from finetune.router import require_writable
-from finetune.runfolder import write_json
 
 AUTO = "auto"
 

@@ -28,9 +28,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from finetune.checkpoint import check_safetensors, read_json
 from finetune.console import Report, gib
+from finetune.disk import require_fresh, require_space, write_json
 from finetune.errors import HubError
 from finetune.export.hub import Hub, require_repo_id
-from finetune.runfolder import require_fresh, require_space, write_json
 
 PULLED_FILE = "pulled.json"
 # Formats that hold data and nothing else.

@@ -27,11 +27,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune.adapter import MergeSource
 from finetune.checkpoint import read_json
+from finetune.disk import write_json
 from finetune.export.serving import write_about
 from finetune.export.writing import Item, parse_size, resumable, write_shards
 from finetune.kernels import PackedExperts, empty_experts
 from finetune.moe import Moe4bitConfig, expert_place, hub_expert_names, hub_name, refuse_without_toolkit, role_of
-from finetune.runfolder import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

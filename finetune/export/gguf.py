@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune.adapter import MergeSource
+from finetune.disk import require_space
 from finetune.errors import ModelError, OutputError
 from finetune.export.gguf_config import (
     ROPE_FREQS,
@@ -45,7 +46,6 @@ from finetune.export.gguf_config import (
 from finetune.export.serving import write_about
 from finetune.export.writing import Partial, made_ahead, resumable
 from finetune.moe import EXPERT_PROJECTIONS, expert_place, role_of
-from finetune.runfolder import require_space
 
 WRITTEN_TYPES = ("f16", "q8_0")
 # What llama.cpp's quantizer makes of an F16 file: name -> its `llama_ftype`.

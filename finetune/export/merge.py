@@ -16,13 +16,13 @@ import torch
 
 from finetune.adapter import MergeSource, Weighted, load, open_source
 from finetune.console import Report, gib
+from finetune.disk import require_fresh, write_json
 from finetune.errors import OutputError
 from finetune.evaluate import Fidelity, HeldOut, fidelity_between
 from finetune.export.formats import DTYPES, write_folder
 from finetune.export.gguf import write_gguf
 from finetune.export.writing import parse_size
 from finetune.moe import Onto, resolve_device
-from finetune.runfolder import require_fresh, write_json
 
 FORMATS = ("nf4", *DTYPES, "gguf")
 SHARD_SIZE = "2GB"

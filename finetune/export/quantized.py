@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
+from finetune.disk import require_fresh, require_space, staged
 from finetune.errors import ModelError
 from finetune.kernels import ExpertStorage
 from finetune.moe import (
@@ -19,7 +20,6 @@ from finetune.moe import (
     saved_quantization,
     take_census,
 )
-from finetune.runfolder import require_fresh, require_space, staged
 
 
 def write_quantized(

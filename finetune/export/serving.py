@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.runfolder import write_json, write_text
+from finetune.disk import write_json, write_text
 
 MERGE_FILE, SERVING_FILE = "merge.json", "SERVING.md"
 _EXPERTS = {

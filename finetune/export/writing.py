@@ -36,9 +36,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.checkpoint import read_json
+from finetune.disk import full_disk_explained, require_fresh, require_space, write_json
 from finetune.errors import FinetuneError, OutputError
 from finetune.moe import Tensors
-from finetune.runfolder import full_disk_explained, require_fresh, require_space, write_json
 
 DONE = "done.json"
 _MAKERS, _AHEAD = 2, 2

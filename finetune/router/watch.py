@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 
+from finetune.disk import write_json
 from finetune.errors import OutputError
 from finetune.jsonl import append_line, keep_up_to
 from finetune.router.alarms import Alarm, RouterAlarms
 from finetune.router.drift import Drift
 from finetune.router.metrics import RouterSums
 from finetune.router.reference import BaseRouting, RouterReference
-from finetune.runfolder import write_json
 
 # Tokens of the probe whose experts a report shows in colour, and alarms of one step that are told one by one.
 _SHOWN_TOKENS, _TOLD = 600, 3

@@ -29,6 +29,7 @@ from finetune.checkpoint import find_checkpoints, read_json
 from finetune.console import Report
 from finetune.data import apply_template, prepare_data, require_sound, show_short
 from finetune.data import document as describe_data
+from finetune.disk import folder_bytes, require_space, staged, write_json, write_text
 from finetune.errors import DeviceError, OutputError
 from finetune.export import Hub, destination_of, push_after_training, require_writable
 from finetune.jsonl import JsonlCallback
@@ -53,17 +54,7 @@ from finetune.moe import (
 from finetune.private_api import attention_of
 from finetune.recipe import Recipe, provenance, resolved_yaml
 from finetune.router import AuxiliaryLoss, RouterCallback, watch_router
-from finetune.runfolder import (
-    RunFolder,
-    claimed,
-    folder_bytes,
-    require_claimable,
-    require_space,
-    restore,
-    staged,
-    write_json,
-    write_text,
-)
+from finetune.runfolder import RunFolder, claimed, require_claimable, restore
 from finetune.signals import Signals
 from finetune.train.loggers import logger_callbacks, loggers_in_use, require_loggers
 from finetune.train.progress import ProgressCallback

@@ -24,11 +24,11 @@ from trl import SFTTrainer
 
 from finetune.adapter import Adapter, load_non_moe, trained_tensors
 from finetune.data import held_out_batches, own_loader, training_batches
+from finetune.disk import full_disk_explained
 from finetune.errors import FinetuneError
 from finetune.memory import ActivationPlan
 from finetune.moe import BaseSpec, is_router
 from finetune.router import AuxiliaryLoss
-from finetune.runfolder import full_disk_explained
 from finetune.train.stopping import EvaluationCut, Stopping
 
 # What TRL averages over the batches of an evaluation.

@@ -19,8 +19,8 @@ from finetune.data.pipeline import Reading, cache_folder, encode_source
 from finetune.data.rows import IGNORED
 from finetune.data.sources import Source
 from finetune.data.worker import Supervision
+from finetune.disk import staged
 from finetune.errors import DataError
-from finetune.runfolder import staged
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from finetune.disk import folder_bytes
 from finetune.export import writing
 from finetune.memory.needs import disk_bytes
-from finetune.runfolder import folder_bytes
 from tests.conftest import REPOSITORY
 from tests.running import contents, refused, run_finetune
 

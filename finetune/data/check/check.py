@@ -15,9 +15,9 @@ from finetune.data.check.report import document
 from finetune.data.check.show import show_examples, show_report
 from finetune.data.prepare import Part, prepare_data
 from finetune.data.rows import IGNORED
+from finetune.disk import require_fresh, write_text
 from finetune.moe import BaseSpec, check_base, load_tokenizer_of
 from finetune.recipe import Recipe
-from finetune.runfolder import require_fresh, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,8 +27,8 @@ from finetune.data.rows import Message, RowFault
 from finetune.data.selection import content_key
 from finetune.data.sources import open_source
 from finetune.data.turns import Form, Turn, turns_of
+from finetune.disk import require_fresh, staged
 from finetune.recipe import Recipe
-from finetune.runfolder import require_fresh, staged
 
 _DUPLICATE = "an equal conversation came before"
 

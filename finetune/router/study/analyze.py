@@ -19,6 +19,7 @@ from torch import Tensor
 from finetune.adapter import load, open_tuned
 from finetune.console import Report
 from finetune.data import token_pieces
+from finetune.disk import write_json, write_text
 from finetune.moe import LoadedModel, MoeArch, load_tokenizer, read_config
 from finetune.router.capture import RouterCapture
 from finetune.router.metrics import LAYER_METRICS, RouterSums, layer_metrics, noise_floor, random_repetition
@@ -26,7 +27,6 @@ from finetune.router.study.analyze_page import render_analysis
 from finetune.router.study.analyze_show import show_analysis
 from finetune.router.study.choices import MIN_COUNT, Choices
 from finetune.router.study.probe import MAX_TOKENS, Probe, read_probe, require_writable, routed_rows, row_tokens
-from finetune.runfolder import write_json, write_text
 
 TEXT_TOKENS = 160  # of the coloured beginning of each domain
 # Table 5 of the Mixtral paper: shares of consecutive tokens with the same first expert, and with any expert in common.

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from finetune.adapter import Adapter, is_adapter, load
 from finetune.console import Report
+from finetune.disk import write_json
 from finetune.errors import AdapterError, ModelError
 from finetune.moe import BaseSpec, LoadedModel, MoeArch, load_base, load_tokenizer, read_config
 from finetune.router.drift import DriftSums, chance_overlap, drift_scalars, drift_sums
 from finetune.router.metrics import noise_floor
 from finetune.router.study.probe import MAX_TOKENS, Probe, read_probe, require_writable, routed_rows, row_tokens
-from finetune.runfolder import write_json
 
 _BY_LAYER = ("overlap", "top1_agreement", "kl", "js_load", "load_change")
 

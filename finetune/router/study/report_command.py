@@ -12,11 +12,12 @@ from typing import Any
 
 from finetune.console import Report
 from finetune.data import counts, visible
+from finetune.disk import write_text
 from finetune.errors import OutputError
 from finetune.router.plots import run_figures
 from finetune.router.study.report import RouterReport, read_report
 from finetune.router.study.report_page import render_report
-from finetune.runfolder import RunFolder, write_text
+from finetune.runfolder import RunFolder
 
 
 def report_run(

@@ -10,7 +10,7 @@ arguments as an object. Leaves out content other than text, and calls inside the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from finetune.data.reading import parse_json
@@ -91,6 +91,9 @@ BESIDES: Mapping[Role, tuple[str, ...]] = {
 }
 
 
+_DEEPEST = 64  # a schema is a dozen deep; templates and their sandbox walk it by recursion
+
+
 def tools_of(value: Any, name: str) -> list[dict[str, Any]]:
     """The tools of a conversation, none where the value is empty.
 
@@ -139,7 +142,7 @@ def _call(call: Any) -> dict[str, Any]:
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, Mapping):
         raise RowFault(f"the arguments of a tool call are {kind(arguments)}, not a JSON object")
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    named = {"id": _id(call["id"])} if call.get("id") not in (None, "") else {}
     return {"type": "function", **named, "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
@@ -158,10 +161,16 @@ def besides_of(turn: Mapping[str, Any], role: Role) -> dict[str, Any]:
         value = turn.get(key)
         if value in (None, ""):
             continue
+        value = _id(value) if key == "tool_call_id" else value
         if not isinstance(value, str):
             raise RowFault(f"`{key}` of a turn is {kind(value)}, not a string")
         found[key] = _writable(value, f"`{key}` of a turn")
     return found
+
+
+def _id(value: Any) -> Any:
+    """The id of a call, which some write as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _writable(value: Any, what: str) -> Any:
@@ -174,7 +183,16 @@ def _writable(value: Any, what: str) -> Any:
         raise RowFault(f"{what} holds a value that JSON does not have") from None
     except RecursionError:
         raise RowFault(f"{what} is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for each in level for inner in _inside(each)]
+    if level:
+        raise RowFault(f"{what} is nested deeper than {_DEEPEST} levels")
     return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 def besides(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -333,8 +333,31 @@ def _texts_as_bytes(array: Any, file_bytes: int) -> Any:
 def values_of(batch: pa.RecordBatch) -> list[Any]:
     """Rows of an Arrow batch as mappings; a row that has no Python value is a `RowFault`."""
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
+        return [as_written(row) for row in rows] if any(_structs(kind) > 1 for kind in batch.schema.types) else rows
     except (ValueError, OverflowError):  # UnicodeDecodeError is one; only the row itself is lost
         if batch.num_rows == 1:
             return [RowFault(_BAD_ROW)]
         return [value for place in range(batch.num_rows) for value in values_of(batch.slice(place, 1))]
+
+
+def as_written(row: Any) -> Any:
+    """A row without the nulls that Arrow filled in below a turn.
+
+    All structs of a column have all its keys: beside the call `weather(city)` and another that has a `day`, the first
+    one has a `day` of null, which nobody wrote and a chat template would write.
+    """
+    return {name: _without_nulls(value, 0) for name, value in row.items()} if isinstance(row, dict) else row
+
+
+def _without_nulls(value: Any, structs: int) -> Any:
+    if isinstance(value, dict):
+        kept = value.items() if structs == 0 else ((key, inner) for key, inner in value.items() if inner is not None)
+        return {key: _without_nulls(inner, structs + 1) for key, inner in kept}
+    return [_without_nulls(inner, structs) for inner in value] if isinstance(value, list) else value
+
+
+def _structs(kind: pa.DataType) -> int:
+    """How many structs lie inside each other."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return pa.types.is_struct(kind) + max(map(_structs, inner), default=0)

@@ -36,6 +36,7 @@ from finetune.data.reading import (
     Reader,
     SizeUnit,
     Sliced,
+    as_written,
     digest,
     row_count,
     rows_of,
@@ -296,7 +297,7 @@ class StreamReader(Reader):
         return self._rows, "rows"
 
     def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
-        rows, first = iter(self._data), 1
+        rows, first = map(as_written, self._data), 1  # `datasets` fills nulls in as Arrow does
         while values := list(islice(rows, CHUNK_ROWS)):
             yield RawChunk(index, first, values=values), first + len(values) - 1
             first += len(values)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -16,6 +19,7 @@ from finetune.data.forms import find_form, parse, to_conversation
 from finetune.data.messages import tools_of
 from finetune.data.rows import RawChunk, RowFault
 from finetune.data.selection import content_key
+from finetune.data.sources import Source, open_source
 from finetune.data.worker import Fitter
 from tests.data.conftest import MODEL
 
@@ -257,3 +261,36 @@ def test_a_value_that_json_does_not_have() -> None:
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"day": date(2026, 12, 1)}  # as Parquet holds it
     with pytest.raises(RowFault, match="a tool call holds a value that JSON does not have"):
         conversation_of(row)
+
+
+@pytest.mark.parametrize("deep", [60, 900, 100_000])
+def test_arguments_that_are_nested_deeply(deep: int, hermes: PreTrainedTokenizerBase) -> None:
+    row = json.loads(json.dumps(ROW))
+    text = '{"a":' * deep + "1" + "}" * deep
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = text
+    if deep == 60:
+        [encoded] = encoder_of(hermes).encode([conversation_of(row)])
+        assert text in hermes.decode(encoded.ids).replace(" ", "")
+    else:
+        with pytest.raises(RowFault, match=r"nested deeper than 64 levels|nested too deeply|not JSON"):
+            conversation_of(row)
+
+
+def test_parquet_trains_no_argument_that_nobody_wrote(tmp_path: Path) -> None:
+    """A column of structs has every key in every struct, null where a row has none."""
+    rows = [json.loads(json.dumps(ROW)) for _ in range(2)]
+    other = {"name": "trains", "arguments": {"to": "Rom", "days": [1]}}
+    rows[1]["messages"][1]["tool_calls"][0]["function"] = other
+    properties = {"to": {"type": "string"}, "days": {"type": "array"}}
+    rows[1]["tools"][0]["function"] = {"name": "trains", "parameters": {"type": "object", "properties": properties}}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    filled = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert filled[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["to"] is None
+    [chunk] = [chunk for chunk, _ in open_source(Source(str(tmp_path / "rows.parquet"))).chunks(0)]
+    assert [conversation_of(row) for row in chunk.values or ()] == [conversation_of(row) for row in rows]
+
+
+def test_ids_that_are_numbers() -> None:
+    row = json.loads(json.dumps(ROW).replace('"c1"', "17"))
+    as_text = json.loads(json.dumps(ROW).replace('"c1"', '"17"'))
+    assert conversation_of(row) == conversation_of(as_text)

@@ -91,6 +91,7 @@ BESIDES: Mapping[Role, tuple[str, ...]] = {
 }
 
 
+_PLAIN = frozenset(("role", "content", "train"))
 _DEEPEST = 64  # a schema is a dozen deep; templates and their sandbox walk it by recursion
 
 
@@ -202,6 +203,8 @@ def besides(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def tools_as_text(message: Mapping[str, Any]) -> str:
     """The tools, calls and reasoning of a message as one text, the same for the same; empty where it has none."""
+    if message.keys() <= _PLAIN:  # nearly every message, and this is asked of each
+        return ""
     told = besides(message) | ({"tools": message["tools"]} if "tools" in message else {})
     return json.dumps(told, sort_keys=True, ensure_ascii=False) if told else ""
 

@@ -17,6 +17,7 @@ Shape suffixes: B batch, T sequence, N = B * T tokens, E experts, K experts per 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -31,7 +32,7 @@ from finetune.private_api import WRAPPERS
 _DECODER_PATH = router_path(0).partition(".layers.")[0]
 
 
-class RouterListener:
+class RouterListener(ABC):
     """Hears the routers of a Mixtral, Qwen3-MoE or OLMoE causal LM; a subclass says what it makes of it.
 
     Use it as a context manager or with `attach` and `detach`; both may be repeated. The model itself is not changed.
@@ -49,6 +50,7 @@ class RouterListener:
 
     # ---- what a subclass says ---------------------------------------------------------------------------
 
+    @abstractmethod
     def begin(self, call: Mapping[str, Any], labels: Tensor | None, *, training: bool) -> bool:
         """A pass of the decoder begins. Whether to listen to it.
 
@@ -57,15 +59,14 @@ class RouterListener:
             labels: int64 [B, T], where the model was called with them.
             training: the decoder's mode.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def hear(self, layer: int, logits_NE: Tensor, chosen_NK: Tensor) -> None:
         """What one router said: its logits in its own dtype and on its own device, and the experts (int64)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """The pass is over; every router was heard once."""
-        raise NotImplementedError
 
     # ---- hooks ------------------------------------------------------------------------------------------
 

@@ -33,16 +33,6 @@ _OPTIONAL: Mapping[KeyPath, type[BaseModel]] = {("output", "push_to_hub"): PushS
 _ITEMS: Mapping[KeyPath, type[BaseModel]] = {("data", "more"): DataSource}
 
 
-def fill_empty_sections(values: dict[str, Any]) -> None:
-    """`router:` with every key commented out reads as null; it means a section that says nothing."""
-    for path in [*_SECTIONS, _TRAINING]:
-        section: Any = values
-        for key in path[:-1]:
-            section = section.get(key) if isinstance(section, dict) else None
-        if path and isinstance(section, dict) and path[-1] in section and section[path[-1]] is None:
-            section[path[-1]] = {}
-
-
 def explain(error: ValidationError) -> Iterator[Fault]:
     """The faults behind a `ValidationError` of `Recipe`."""
     for problem in error.errors():

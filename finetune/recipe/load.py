@@ -1,9 +1,9 @@
 """A recipe file and `--set` options to a checked `Recipe`, and back to YAML.
 
-    text --yaml12--> values and places --overrides--> values --schema--> Recipe
+    text --yaml12--> values and places -- --set --> values --schema--> Recipe
 
 Whatever is wrong along the way is collected and raised as one `RecipeError`, each fault with its line. Only
-what two sections contradict each other about has to wait until each of them is right by itself.
+contradictions between two sections wait until each of them is right by itself.
 Whether the named model, data or device exists is not asked here: that is the business of who opens them.
 """
 
@@ -18,11 +18,10 @@ from pydantic import ValidationError
 
 from finetune.errors import FinetuneError, RecipeError
 from finetune.recipe import yaml12
-from finetune.recipe.explain import explain, fill_empty_sections
-from finetune.recipe.faults import located
-from finetune.recipe.overrides import apply_overrides
+from finetune.recipe.explain import explain
+from finetune.recipe.faults import OVERRIDE, located
 from finetune.recipe.schema import Recipe
-from finetune.values import shown
+from finetune.values import dotted, shown
 
 _LARGEST = 1_000_000  # bytes; a recipe has about a thousand, a checkpoint given by mistake many millions
 
@@ -48,9 +47,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = _parse(Path(path))
     _anchor(document.value, Path(path).parent)
-    apply_overrides(document, overrides)
+    _apply_overrides(document, overrides)
     _anchor(document.value, Path())
-    fill_empty_sections(document.value)
     try:
         recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
@@ -92,6 +90,49 @@ def _parse(path: Path) -> yaml12.Document:
         what = f"a recipe is a mapping of sections, and this is {shown(document.value)}"
         raise _refuse(what, document.places[()], "start from a file in recipes/")
     return document
+
+
+def _apply_overrides(document: yaml12.Document, overrides: Sequence[str]) -> None:
+    """Sets values in a parsed recipe, in the order given.
+
+    The key is a dotted path, the value is YAML (`trainable.lora.target_modules=[q_proj,v_proj]`); items of a list
+    cannot be addressed. The place of an overridden value becomes the option itself, so a fault in it is reported there.
+    """
+    for text in overrides:
+        place = OVERRIDE + text
+        key, equals, value_text = text.partition("=")
+        path = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(path):
+            fix = "name a key and a value, as in training.learning_rate=1e-4"
+            fault = FinetuneError(f"`{text}` sets nothing", where=place, allowed="section.key=value", fix=fix)
+            document.faults.append(fault)
+            continue
+        parsed = yaml12.parse(value_text, lambda line, column, place=place: place)  # type: ignore[misc]
+        document.faults += parsed.faults
+        # A value that is not YAML has left a fault, and null would only add another one.
+        if not parsed.faults:
+            _set(document, path, parsed.value, place)
+
+
+def _set(document: yaml12.Document, path: tuple[str, ...], value: Any, place: str) -> None:
+    section = document.value
+    for depth, key in enumerate(path[:-1], start=1):
+        if section.get(key) is None:
+            section[key] = {}
+            document.places.setdefault(path[:depth], place)
+        section = section[key]
+        if not isinstance(section, dict):
+            name = dotted(path[:depth])
+            what, fix = (
+                f"`{name}` is {shown(section)} and has no keys",
+                f"set `{name}` itself, or edit the recipe",
+            )
+            document.faults.append(FinetuneError(what, where=place, fix=fix))
+            return
+    section[path[-1]] = value
+    for old in [written for written in document.places if written[: len(path)] == path]:
+        del document.places[old]
+    document.places[path] = place
 
 
 def _refuse(what: str, where: str, fix: str) -> RecipeError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from finetune.moe import ATTENTION_PROJECTIONS, why_no_lora
@@ -26,6 +27,20 @@ class Section(BaseModel):
     """What all sections share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, given: Any) -> Any:
+        """`router:` with every key commented out reads as null; it means a section that says nothing."""
+        if not isinstance(given, dict):
+            return given
+        fields = cls.model_fields
+        sections = {name for name in fields if fields[name].annotation == dict[str, Any] or _is_section(fields[name])}
+        return {key: {} if value is None and key in sections else value for key, value in given.items()}
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 class ModelSection(Section):
@@ -304,51 +319,27 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        trainable, router, data, training = self.trainable, self.router, self.data, self.training
         faults = []
-        if self.trainable.method == "non_moe" and self.quantization.attention == "nf4":
-            faults.append(
-                Fault(
-                    ("quantization", "attention"),
-                    "`trainable.method: non_moe` trains the attention in full, and NF4 weights cannot be trained",
-                    allowed="16bit",
-                    fix="set `quantization.attention: 16bit`, or train with `trainable.method: attention_lora`",
-                )
-            )
-        if self.trainable.router_learning_rate is not None and not self.trainable.router:
-            faults.append(
-                Fault(
-                    ("trainable", "router_learning_rate"),
-                    "`trainable.router_learning_rate` is the routers', and they do not train",
-                    allowed="null",
-                    fix="remove it, or set `trainable.router: true`",
-                )
-            )
-        if self.router.aux == "train" and self.router.balance_coef == self.router.z_coef == 0:
-            faults.append(
-                Fault(
-                    ("router", "aux"),
-                    "`router.aux: train` has nothing to train on: `router.balance_coef` and `router.z_coef` are both 0",
-                    allowed="off, monitor",
-                    fix="set one of the coefficients, or `router.aux: monitor`",
-                )
-            )
-        evaluates = self.training.get("eval_strategy", "no") != "no"
-        if evaluates and not self.data.evaluates:
-            faults.append(
-                Fault(
-                    ("training", "eval_strategy"),
-                    "`training.eval_strategy` asks for evaluation, and there is nothing to evaluate on",
-                    fix="set `data.eval`, `data.eval_split` or `data.eval_fraction`, or `training.eval_strategy: no`",
-                )
-            )
-        if self.data.tokens_per_batch is not None and self.training.get("packing"):
-            faults.append(
-                Fault(
-                    ("data", "tokens_per_batch"),
-                    "`training.packing` fills rows to `training.max_length`; batches by tokens are of rows as they are",
-                    fix="remove one of the two",
-                )
-            )
+        if trainable.method == "non_moe" and self.quantization.attention == "nf4":
+            what = "`trainable.method: non_moe` trains the attention in full, and NF4 weights cannot be trained"
+            fix = "set `quantization.attention: 16bit`, or train with `trainable.method: attention_lora`"
+            faults.append(Fault(("quantization", "attention"), what, "16bit", fix))
+        if trainable.router_learning_rate is not None and not trainable.router:
+            what = "`trainable.router_learning_rate` is the routers', and they do not train"
+            fix = "remove it, or set `trainable.router: true`"
+            faults.append(Fault(("trainable", "router_learning_rate"), what, "null", fix))
+        if router.aux == "train" and router.balance_coef == router.z_coef == 0:
+            what = "`router.aux: train` has nothing to train on: `router.balance_coef` and `router.z_coef` are both 0"
+            fix = "set one of the coefficients, or `router.aux: monitor`"
+            faults.append(Fault(("router", "aux"), what, "off, monitor", fix))
+        if training.get("eval_strategy", "no") != "no" and not data.evaluates:
+            what = "`training.eval_strategy` asks for evaluation, and there is nothing to evaluate on"
+            fix = "set `data.eval`, `data.eval_split` or `data.eval_fraction`, or `training.eval_strategy: no`"
+            faults.append(Fault(("training", "eval_strategy"), what, None, fix))
+        if data.tokens_per_batch is not None and training.get("packing"):
+            what = "`training.packing` fills rows to `training.max_length`; batches by tokens are of rows as they are"
+            faults.append(Fault(("data", "tokens_per_batch"), what, None, "remove one of the two"))
         if faults:
             raise _custom(faults)
         return self

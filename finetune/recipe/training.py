@@ -7,13 +7,12 @@ choices and lower bounds are checked now, because TRL would find them after the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.faults import Fault, nearest
-from finetune.recipe.training_fields import UNKNOWN, Accepts, TrainingField, training_fields
+from finetune.recipe.training_fields import Accepts, TrainingField, installed_releases, training_fields
 from finetune.values import KeyPath, shown
 
 # On top of TRL's defaults. TRL's lr of 2e-5 is for full fine-tuning; seed and logging_steps are TRL's, made visible.
@@ -163,14 +162,11 @@ def training_schema() -> dict[str, Any]:
     """JSON Schema of the section."""
     properties = {}
     for name, field in open_fields().items():
-        schema = field.accepts.json_schema()
-        if name in _AT_LEAST:
-            schema["minimum"] = _AT_LEAST[name]
-        default = DEFAULTS.get(name, field.default)
-        properties[name] = schema | ({"description": field.help} if field.help else {})
-        if default is not UNKNOWN:
-            properties[name]["default"] = default
-    made_of = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "transformers"))
+        least = {"minimum": _AT_LEAST[name]} if name in _AT_LEAST else {}
+        help_text = {"description": field.help} if field.help else {}
+        default = {"default": DEFAULTS.get(name, field.default)}
+        properties[name] = field.accepts.json_schema() | least | help_text | default
+    made_of = ", ".join(f"{name} {version}" for name, version in installed_releases().items())
     return {"type": "object", "$comment": made_of, "additionalProperties": False, "properties": properties}
 
 

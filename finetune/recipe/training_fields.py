@@ -1,40 +1,40 @@
-"""The fields of TRL's `SFTConfig`, read from its source without importing it.
+"""The fields of TRL's `SFTConfig`: which YAML values each takes, its default and its help text.
 
-Why: a recipe is checked before anything heavy loads, and importing trl costs several seconds and all of torch.
-How: the installed packages are found by `importlib.util.find_spec` (which runs nothing of them), and `ast` follows
-`SFTConfig` through its bases to `transformers.TrainingArguments`. Annotation, literal default, help text and
-choices of each field become a `TrainingField`. A test compares the result with `dataclasses.fields(SFTConfig)`.
+A recipe is checked before anything heavy loads, and importing trl costs six seconds and all of torch. So the fields of
+the pinned releases lie in training_fields.json; only where other releases of trl or transformers are installed is
+`SFTConfig` itself imported and read. A test compares the file with the library. To renew it after changing a pin:
 
-Left out: an annotation that is neither a plain type, a union, a `Literal` nor an enum accepts anything, and a
-default that is computed is unknown.
+    python -m finetune.recipe.training_fields
 """
 
 from __future__ import annotations
 
-import ast
+import dataclasses
+import enum
 import functools
-import importlib.util
+import importlib.metadata
+import json
 import math
-from collections.abc import Iterator, Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.recipe.yaml12 import NUMBER
 
-UNKNOWN: Final = object()
-"""The default of a field whose default is computed, not written."""
-
-# Python's name of a type -> the JSON Schema type that YAML gives for it.
-_TYPES = {
-    "bool": "boolean",
-    "int": "integer",
-    "float": "number",
-    "str": "string",
-    "None": "null",
-    **dict.fromkeys(("dict", "Dict", "Mapping"), "object"),
-    **dict.fromkeys(("list", "List", "tuple", "Tuple", "Sequence"), "array"),
+_TABLE = Path(__file__).with_suffix(".json")
+# Python's type -> the JSON Schema type that YAML gives for it -> how a user would call it.
+_TYPES: Mapping[Any, str] = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    type(None): "null",
+    dict: "object",
+    list: "array",
 }
 _WORDS = {
     "boolean": "true or false",
@@ -45,11 +45,8 @@ _WORDS = {
     "object": "a mapping",
     "array": "a list",
 }
-# Choices that the sources hold in computed form or in prose only; each is compared with the library in a test.
-_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
+# Choices that the library names in its help text only.
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    "log_level": _LOG_LEVELS,
-    "log_level_replica": _LOG_LEVELS,
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "pad_to_multiple_of": ("auto",),
 }
@@ -78,7 +75,9 @@ class Accepts:
             return True
         if isinstance(value, list):
             return "array" in self.types and (self.items is None or all(self.items.takes(item) for item in value))
-        return any(_is(value, name) for name in self.types)
+        if type(value) is int and "number" in self.types:
+            return True
+        return _TYPES.get(type(value)) in self.types and not (isinstance(value, float) and not math.isfinite(value))
 
     def convert(self, value: Any) -> Any:
         """The value as the field wants it: a number written as text ("2e-4", common in YAML 1.1) becomes one."""
@@ -94,24 +93,20 @@ class Accepts:
         return " | ".join(words)
 
     def json_schema(self) -> dict[str, Any]:
-        if self.anything:
-            return {}
-        # `null` reads better inside an enum than beside it.
-        null_as_choice = self.choices and self.types == ("null",)
-        types = () if null_as_choice else self.types
-        options: list[dict[str, Any]] = []
-        if self.choices:
-            options.append({"enum": [*self.choices, None] if null_as_choice else list(self.choices)})
-        if types:
-            options.append({"type": types[0] if len(types) == 1 else list(types)})
+        choices, kinds = list(self.choices), list(self.types)
+        if choices and kinds == ["null"]:  # `null` reads better inside an enum than beside it
+            choices, kinds = [*choices, None], []
+        options: list[dict[str, Any]] = [{"enum": choices}] if choices else []
+        if kinds:
+            options.append({"type": kinds[0] if len(kinds) == 1 else kinds})
             if self.items is not None and not self.items.anything:
                 options[-1]["items"] = self.items.json_schema()
-        return options[0] if len(options) == 1 else {"anyOf": options}
+        return {} if not options else options[0] if len(options) == 1 else {"anyOf": options}
 
 
 @dataclass(frozen=True)
 class TrainingField:
-    """One init field of `SFTConfig`; `default` is `UNKNOWN` when the source computes it."""
+    """One init field of `SFTConfig`."""
 
     name: str
     accepts: Accepts
@@ -122,200 +117,88 @@ class TrainingField:
 @functools.cache
 def training_fields() -> Mapping[str, TrainingField]:
     """The init fields of the installed `trl.SFTConfig`, in the order of its signature."""
-    return read_fields({name: package_folder(name) for name in ("trl", "transformers")}, "trl", "SFTConfig")
+    table = json.loads(_TABLE.read_text(encoding="utf-8"))
+    if table["releases"] == installed_releases():
+        return {
+            name: TrainingField(**field | {"accepts": _read(field["accepts"])})
+            for name, field in table["fields"].items()
+        }
+    from trl import SFTConfig
+
+    return read_fields(SFTConfig)
 
 
-def package_folder(name: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise FinetuneError(f"the package {name} is not installed", fix=f"pip install {name}")
-    return Path(spec.submodule_search_locations[0])
+def installed_releases() -> dict[str, str]:
+    """Versions of the two packages that make up `SFTConfig`."""
+    return {name: _release(name) for name in ("trl", "transformers")}
 
 
-def read_fields(packages: Mapping[str, Path], package: str, class_name: str) -> dict[str, TrainingField]:
-    """Reads a dataclass and its bases from source.
-
-    Args:
-        packages: the folders of the packages that imports are followed into.
-        package: the one among them that defines or imports the class in its `__init__.py`, however indirectly.
-    """
-    sources = _Sources(packages)
-    found = sources.find_class(packages[package], class_name)
-    if found is None:
-        raise FinetuneError(
-            f"{package} has no {class_name} where one was expected",
-            where=str(packages[package]),
-            fix=f"install a release of {package} that this toolkit supports (see constraints.txt)",
-        )
-    return _fields_of(*found, sources)
+def read_fields(config: type) -> dict[str, TrainingField]:
+    """The init fields of a dataclass whose metadata are those of `transformers.HfArgumentParser`."""
+    hints = typing.get_type_hints(config)
+    fields = [field for field in dataclasses.fields(config) if field.init]
+    return {field.name: _field(field, _accepts(hints[field.name])) for field in fields}
 
 
-class _Sources:
-    """Where a name in a module of a few packages is defined; each module is parsed once."""
-
-    def __init__(self, packages: Mapping[str, Path]) -> None:
-        self._packages = packages
-        self._names: dict[Path, dict[str, ast.ClassDef | tuple[Path, str]]] = {}
-
-    def find_class(self, module: Path, name: str) -> tuple[ast.ClassDef, Path] | None:
-        """The class that `name` means in a module, and the file that defines it; None outside the packages."""
-        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
-        if file not in self._names:
-            self._names[file] = self._read(file) if file.is_file() else {}
-        meaning = self._names[file].get(name)
-        if isinstance(meaning, tuple):
-            return self.find_class(*meaning)
-        return None if meaning is None else (meaning, file)
-
-    def _read(self, file: Path) -> dict[str, ast.ClassDef | tuple[Path, str]]:
-        """Name -> the class of that name, or the module and name it is imported from."""
-        names: dict[str, ast.ClassDef | tuple[Path, str]] = {}
-        # Outer statements come first, and `if TYPE_CHECKING:` imports are among them.
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                names.setdefault(node.name, node)
-            elif isinstance(node, ast.ImportFrom) and (target := self._target(file, node)) is not None:
-                for alias in node.names:
-                    names.setdefault(alias.asname or alias.name, (target, alias.name))
-        return names
-
-    def _target(self, file: Path, node: ast.ImportFrom) -> Path | None:
-        parts = node.module.split(".") if node.module else []
-        if node.level:
-            return file.parents[node.level - 1].joinpath(*parts)
-        return self._packages[parts[0]].joinpath(*parts[1:]) if parts[0] in self._packages else None
-
-
-def _fields_of(cls: ast.ClassDef, file: Path, sources: _Sources) -> dict[str, TrainingField]:
-    fields: dict[str, TrainingField] = {}
-    for base in reversed(cls.bases):
-        found = sources.find_class(file, base.id) if isinstance(base, ast.Name) else None
-        if found is not None:
-            fields.update(_fields_of(*found, sources))
-    for statement in cls.body:
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        name, options = statement.target.id, _field_options(statement.value)
-        if _head(statement.annotation) == "ClassVar" or _literal(options.get("init")) is False:
-            fields.pop(name, None)
-        else:
-            fields[name] = _field(name, _accepts(statement.annotation, file, sources), options)
-    return fields
-
-
-def _field(name: str, accepts: Accepts, options: Mapping[str, ast.expr]) -> TrainingField:
-    metadata = dict(_constant_items(options.get("metadata")))
-    choices = metadata.get("choices") or _CHOICES.get(name)
-    if isinstance(choices, list | tuple):
-        accepts = replace(accepts, types=tuple(t for t in accepts.types if t != "string"), choices=tuple(choices))
-    if metadata.get("const") is True and "boolean" not in accepts.types:  # argparse: the bare flag means True
-        accepts = replace(accepts, types=("boolean", *accepts.types))
-    factory = options.get("default_factory")
-    default = _literal(options.get("default"))
-    if isinstance(factory, ast.Name) and factory.id in ("list", "dict"):
-        default = [] if factory.id == "list" else {}
-    # argparse wants "%%" for a percent sign.
-    return TrainingField(name, accepts, default, str(metadata.get("help", "")).replace("%%", "%"))
-
-
-def _field_options(value: ast.expr | None) -> dict[str, ast.expr]:
-    """The keywords of `field(...)`; a plain default counts as `default`."""
-    if isinstance(value, ast.Call) and _head(value.func) == "field":
-        return {keyword.arg: keyword.value for keyword in value.keywords if keyword.arg}
-    return {} if value is None else {"default": value}
-
-
-def _constant_items(node: ast.expr | None) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, ast.Dict):
-        for key, value in zip(node.keys, node.values, strict=True):
-            if isinstance(key, ast.Constant) and _literal(value) is not UNKNOWN:
-                yield str(key.value), _literal(value)
-
-
-def _literal(node: ast.expr | None) -> Any:
-    if node is None:
-        return UNKNOWN
+def _release(name: str) -> str:
     try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return UNKNOWN
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise FinetuneError(f"the package {name} is not installed", fix=f"pip install {name}") from None
 
 
-def _accepts(node: ast.expr, file: Path, sources: _Sources) -> Accepts:
-    """What an annotation takes."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return _accepts(ast.parse(node.value, mode="eval").body, file, sources)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _union([node.left, node.right], file, sources)
-    if isinstance(node, ast.Subscript):
-        head, arguments = _head(node.value), node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        if head == "Union":
-            return _union(arguments, file, sources)
-        if head == "Optional":
-            return _union([*arguments, ast.Constant(None)], file, sources)
-        if head == "Literal":
-            return _literals([_literal(argument) for argument in arguments])
-        if _TYPES.get(head) == "array":
-            return Accepts(("array",), items=_accepts(arguments[0], file, sources))
-        return Accepts((_TYPES[head],)) if head in _TYPES else Accepts()
-    head = _head(node)
-    if head in _TYPES:
-        return Accepts((_TYPES[head],))
-    return Accepts(choices=_enum_values(head, file, sources))
+def _field(field: dataclasses.Field[Any], accepts: Accepts) -> TrainingField:
+    choices = tuple(field.metadata.get("choices") or _CHOICES.get(field.name, ()))
+    if choices:
+        accepts = replace(accepts, types=tuple(kind for kind in accepts.types if kind != "string"), choices=choices)
+    if field.metadata.get("const") is True and "boolean" not in accepts.types:  # argparse: the bare flag means True
+        accepts = replace(accepts, types=("boolean", *accepts.types))
+    made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = made.value if isinstance(made, enum.Enum) else made
+    # argparse wants "%%" for a percent sign.
+    return TrainingField(field.name, accepts, default, str(field.metadata.get("help", "")).replace("%%", "%"))
 
 
-def _literals(values: list[object]) -> Accepts:
-    """`Literal[...]`: None is a type of its own in YAML, the rest are choices."""
-    return Accepts(("null",) if None in values else (), tuple(value for value in values if value is not None))
+def _accepts(hint: Any) -> Accepts:
+    """What an annotation takes. A type that YAML has no value for takes anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _union([_accepts(argument) for argument in arguments])
+    if origin is typing.Literal:
+        nullable = ("null",) if None in arguments else ()
+        return Accepts(nullable, tuple(argument for argument in arguments if argument is not None))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return Accepts(choices=tuple(member.value for member in hint))
+    kind = _TYPES.get(origin or hint)
+    items = _accepts(arguments[0]) if kind == "array" and arguments else None
+    return Accepts((kind,), items=items) if kind else Accepts()
 
 
-def _union(nodes: list[ast.expr], file: Path, sources: _Sources) -> Accepts:
-    members = [_accepts(node, file, sources) for node in nodes]
+def _union(members: Iterable[Accepts]) -> Accepts:
+    members = list(members)
     if any(member.anything for member in members):
         return Accepts()
     # `SchedulerType | str` means the text of one of the enum's values, not any text.
-    enums = any(_enum_values(_head(node), file, sources) for node in nodes)
-    types = [name for member in members for name in member.types if not (enums and name == "string")]
-    return Accepts(
-        types=tuple(dict.fromkeys(types)),
-        choices=tuple(choice for member in members for choice in member.choices),
-        items=next((member.items for member in members if member.items is not None), None),
+    enums = any(isinstance(choice, str) for member in members for choice in member.choices)
+    kinds = [kind for member in members for kind in member.types if not (enums and kind == "string")]
+    choices = tuple(choice for member in members for choice in member.choices)
+    return Accepts(tuple(kinds), choices, next((member.items for member in members if member.items), None))
+
+
+def _read(given: dict[str, Any]) -> Accepts:
+    items = _read(given["items"]) if given["items"] else None
+    return Accepts(tuple(given["types"]), tuple(given["choices"]), items)
+
+
+def _write_table() -> None:
+    from trl import SFTConfig
+
+    fields = {name: dataclasses.asdict(field) for name, field in read_fields(SFTConfig).items()}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(field)}" for name, field in fields.items())
+    _TABLE.write_text(
+        f'{{"releases": {json.dumps(installed_releases())}, "fields": {{\n{lines}\n}}}}\n', encoding="utf-8"
     )
 
 
-def _enum_values(name: str, file: Path, sources: _Sources) -> tuple[str, ...]:
-    """The values of an enum of strings; empty for anything else."""
-    found = sources.find_class(file, name) if name else None
-    if found is None or not any(_head(base).endswith("Enum") for base in found[0].bases):
-        return ()
-    values = [_literal(node.value) for node in found[0].body if isinstance(node, ast.Assign)]
-    return tuple(value for value in values if isinstance(value, str))
-
-
-def _head(node: ast.expr) -> str:
-    """The last name of `name`, `module.name` or `name[...]`; "None" for None, "" for anything else."""
-    if isinstance(node, ast.Subscript):
-        return _head(node.value)
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Name):
-        return node.id
-    return "None" if isinstance(node, ast.Constant) and node.value is None else ""
-
-
-def _is(value: object, name: str) -> bool:
-    """Whether a YAML value has a JSON Schema type. A boolean is no number; a whole number is a number."""
-    match name:
-        case "boolean":
-            return isinstance(value, bool)
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            return type(value) is int or (isinstance(value, float) and math.isfinite(value))
-        case "string":
-            return isinstance(value, str)
-        case "object":
-            return isinstance(value, dict)
-        case _:
-            return value is None if name == "null" else False
+if __name__ == "__main__":
+    _write_table()

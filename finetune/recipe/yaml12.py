@@ -135,7 +135,7 @@ def dump(value: Any) -> str:
 
 
 def _not_yaml(problem: str, where: str) -> FinetuneError:
-    return FinetuneError(f"not valid YAML: {problem}", where=where, fix="mend the line, or quote the text in it")
+    return FinetuneError(f"not valid YAML: {problem}", where=where, fix="correct the line, or quote the text in it")
 
 
 class _Converter:

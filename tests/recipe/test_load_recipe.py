@@ -393,7 +393,7 @@ def test_an_empty_text_is_no_path(tmp_path: Path) -> None:
         (
             b"model:\n  path: [\n",
             "not valid YAML: expected the node content, but found '<stream end>'\n  where: r.yaml:3:1\n"
-            "  fix: mend the line, or quote the text in it",
+            "  fix: correct the line, or quote the text in it",
         ),
         (
             b"x" * 1_000_001,

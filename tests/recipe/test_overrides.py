@@ -78,12 +78,12 @@ def test_a_section_can_come_from_the_command_line_alone(tmp_path: Path) -> None:
         (
             "model.path.name=x",
             "`model.path` is 'some/model' and has no keys\n  where: --set model.path.name=x\n"
-            "  fix: set `model.path` itself, or mend it",
+            "  fix: set `model.path` itself, or edit the recipe",
         ),
         (
             "data.train=[a",
             "not valid YAML: expected ',' or ']', but got '<stream end>'\n  where: --set data.train=[a\n"
-            "  fix: mend the line, or quote the text in it",
+            "  fix: correct the line, or quote the text in it",
         ),
         (
             "modle.path=x",

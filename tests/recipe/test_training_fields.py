@@ -1,9 +1,11 @@
-"""The fields read from source against those of the imported library."""
+"""The bundled table of fields against those of the imported library."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib.metadata
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from transformers.training_args import trainer_log_levels
 from trl import SFTConfig
 
 from finetune.errors import FinetuneError
-from finetune.recipe.training_fields import UNKNOWN, Accepts, package_folder, read_fields, training_fields
+from finetune.recipe import training_fields as training_fields_module
+from finetune.recipe.training_fields import Accepts, installed_releases, read_fields, training_fields
 
 LIBRARY = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
 
@@ -26,12 +29,9 @@ def test_names_and_order_are_those_of_the_dataclass() -> None:
 
 
 def test_defaults_are_those_of_the_dataclass() -> None:
-    computed = [name for name, field in training_fields().items() if field.default is UNKNOWN]
-    assert computed == ["optim"]
     for name, field in training_fields().items():
-        if name not in computed:
-            assert field.default == library_default(LIBRARY[name]), name
-            assert type(field.default) is type(library_default(LIBRARY[name])), name
+        assert field.default == library_default(LIBRARY[name]), name
+        assert type(field.default) is type(library_default(LIBRARY[name])), name
 
 
 def test_every_default_of_the_library_is_accepted() -> None:
@@ -104,59 +104,52 @@ def test_what_a_field_takes(name: str, value: object, taken: bool) -> None:
     assert training_fields()[name].accepts.takes(value) is taken
 
 
-def test_annotations_in_every_spelling(tmp_path: Path) -> None:
-    (tmp_path / "__init__.py").write_text(
-        "if TYPE_CHECKING:\n    from .sub import Config as Config\n",
-    )
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "__init__.py").write_text("from .impl import Config")
-    (tmp_path / "sub" / "impl.py").write_text(
-        "from ..kinds import Kind as K, Plain\n"
-        "import typing\n"
-        "class Config(Base):\n"
-        "    a: typing.Optional[int] = None\n"
-        "    b: 'Union[str, List[int], None]' = field(default_factory=list, metadata={'help': '5%%', 'x': f()})\n"
-        "    c: Literal['x', 3, None] = 'x'\n"
-        "    d: Optional[K] = field(default=K.A)\n"
-        "    e: Plain = None\n"
-        "    f: ClassVar[int] = 3\n"
-        "    g: int = field(init=False)\n"
-        "    h: Elsewhere | int = 1\n"
-        "    i: list = field(default_factory=dict)\n"
-        "    gone: ClassVar[str] = ''\n"
-        "    renewed: float = 0.5\n"
-        "    required: Dict[str, int]\n"
-        "    unannotated = 3\n"
-        "class Base:\n"
-        "    renewed: int = 1\n"
-        "    gone: int = 1\n"
-    )
-    (tmp_path / "kinds.py").write_text("class Kind(str, Enum):\n    A = 'a'\n    B = 'b'\nclass Plain:\n    A = 'a'\n")
-    fields = read_fields({"pkg": tmp_path}, "pkg", "Config")
+class Kind(enum.Enum):
+    A = "a"
+    B = "b"
+
+
+@dataclasses.dataclass
+class Base:
+    renewed: int = 1
+    help_only: str = dataclasses.field(default="x", metadata={"help": "5%%"})
+
+
+@dataclasses.dataclass
+class Spellings(Base):
+    """Annotations as `SFTConfig` and its bases write them, in every spelling that Python has."""
+
+    a: typing.Optional[int] = None  # noqa: UP045
+    b: "typing.Union[str, typing.List[int], None]" = dataclasses.field(default_factory=list)  # noqa: UP006, UP007, UP037
+    c: typing.Literal["x", 3, None] = "x"
+    d: Kind | str | None = Kind.A
+    e: Path | None = None
+    f: typing.ClassVar[int] = 3
+    g: int = dataclasses.field(init=False)
+    h: list = dataclasses.field(default_factory=list)  # type: ignore[type-arg]
+    i: typing.Dict[str, int] | None = None  # noqa: UP006
+    j: str | None = dataclasses.field(default=None, metadata={"nargs": "?", "const": True})
+    renewed: float = 0.5
+
+
+def test_annotations_in_every_spelling() -> None:
+    fields = read_fields(Spellings)
     assert {name: field.accepts for name, field in fields.items()} == {
         "renewed": Accepts(("number",)),
+        "help_only": Accepts(("string",)),
         "a": Accepts(("integer", "null")),
         "b": Accepts(("string", "array", "null"), items=Accepts(("integer",))),
         "c": Accepts(("null",), ("x", 3)),
         "d": Accepts(("null",), ("a", "b")),
         "e": Accepts(),
-        "h": Accepts(),
-        "i": Accepts(("array",)),
-        "required": Accepts(("object",)),
+        "h": Accepts(("array",)),
+        "i": Accepts(("object", "null")),
+        "j": Accepts(("boolean", "string", "null")),
     }
     assert next(iter(fields)) == "renewed"
-    assert {name: field.default for name, field in fields.items()} == {
-        "renewed": 0.5,
-        "a": None,
-        "b": [],
-        "c": "x",
-        "d": UNKNOWN,
-        "e": None,
-        "h": 1,
-        "i": {},
-        "required": UNKNOWN,
-    }
-    assert fields["b"].help == "5%"
+    defaults = {"renewed": 0.5, "help_only": "x", "a": None, "b": [], "c": "x", "d": "a", "e": None, "h": [], "i": None}
+    assert {name: field.default for name, field in fields.items()} == defaults | {"j": None}
+    assert fields["help_only"].help == "5%"
 
 
 def test_json_schema_of_what_is_accepted() -> None:
@@ -170,19 +163,21 @@ def test_json_schema_of_what_is_accepted() -> None:
     assert listed.json_schema() == {"type": "array", "items": {"type": "string"}}
 
 
-def test_a_package_that_is_not_installed_is_named() -> None:
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(FinetuneError) as caught:
-        package_folder("a_package_nobody_has")
-    assert str(caught.value) == (
-        "the package a_package_nobody_has is not installed\n  fix: pip install a_package_nobody_has"
-    )
+        installed_releases()
+    assert str(caught.value) == "the package trl is not installed\n  fix: pip install trl"
 
 
-def test_a_package_without_the_class_is_named(tmp_path: Path) -> None:
-    (tmp_path / "__init__.py").write_text("")
-    with pytest.raises(FinetuneError) as caught:
-        read_fields({"pkg": tmp_path}, "pkg", "Config")
-    assert str(caught.value) == (
-        f"pkg has no Config where one was expected\n  where: {tmp_path}\n"
-        "  fix: install a release of pkg that this toolkit supports (see constraints.txt)"
-    )
+@pytest.mark.parametrize("releases", [{"trl": "1.16.0", "transformers": "0"}, {"trl": "0", "transformers": "0"}])
+def test_other_releases_are_read_from_the_library(monkeypatch: pytest.MonkeyPatch, releases: dict[str, str]) -> None:
+    """The bundled table says what the library says, and is not read for another release."""
+    bundled = training_fields()
+    monkeypatch.setattr(training_fields_module, "installed_releases", lambda: releases)
+    imported = training_fields.__wrapped__()
+    assert imported == bundled
+    assert imported is not bundled

@@ -11,9 +11,8 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.bench import bench_app
+from finetune.cli.bench import bench_app, measuring
 from finetune.cli.options import Batch, Debug, Device, Json, Length, Out, Overrides, RecipePath, Shape, Steps
-from finetune.cli.reporting import quiet_libraries, reporting
 
 app = typer.Typer(name="bench", no_args_is_help=True, add_completion=False, help="Measure this repository.")
 app.registered_commands += bench_app.registered_commands
@@ -33,13 +32,10 @@ def bench_router(
     debug: Debug = False,
 ) -> None:
     """Measure what watching the routers costs a training step."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from bench.router import bench_router as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        document = run(
+        document |= run(
             recipe,
             report,
             overrides=overrides or (),
@@ -49,7 +45,6 @@ def bench_router(
             rounds=rounds,
             random_weights=random_weights,
         )
-        hand_over(document, report, out)
 
 
 @app.command("peers")
@@ -64,13 +59,10 @@ def bench_peers(
     debug: Debug = False,
 ) -> None:
     """Measure what one would train with instead, as far as it is installed."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from bench.peers import bench_peers as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        hand_over(run(report, shape=shape, batch=batch, length=length, steps=steps, layers=layers), report, out)
+        document |= run(report, shape=shape, batch=batch, length=length, steps=steps, layers=layers)
 
 
 @app.command("data")
@@ -86,13 +78,10 @@ def bench_data(
     debug: Debug = False,
 ) -> None:
     """Measure the data path beside bare tokenization."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from bench.data import bench_data as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        hand_over(run(report, rows=rows, processes=processes, max_length=length, source=source), report, out)
+        document |= run(report, rows=rows, processes=processes, max_length=length, source=source)
 
 
 @app.command("kernels")
@@ -106,14 +95,11 @@ def bench_kernels(
     debug: Debug = False,
 ) -> None:
     """Measure single kernels and one layer's experts, beside the copy rate."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from bench.kernels import TOKENS
         from bench.kernels import bench_kernels as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        hand_over(run(report, shape=shape, tokens=tokens or TOKENS), report, out)
+        document |= run(report, shape=shape, tokens=tokens or TOKENS)
 
 
 @app.command("experts")
@@ -127,13 +113,10 @@ def bench_experts(
     debug: Debug = False,
 ) -> None:
     """Measure what NF4, 3-bit and 2-bit experts lose against 16 bits on held-out text."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from bench.experts import bench_experts as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        hand_over(run(model, report, data=data, rows=rows, device=device), report, out)
+        document |= run(model, report, data=data, rows=rows, device=device)
 
 
 if __name__ == "__main__":

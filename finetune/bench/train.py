@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from finetune.bench.families import TimeSplit, profile_kernels, split_time
-from finetune.bench.flops import training_flops
 from finetune.bench.measure import BareStep, Peak, Recorder, Speed, Window, read_peak, real_tokens, reset_peak
 from finetune.bench.result import conditions, rounded
-from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_second
+from finetune.bench.roofline import Rates, measure_rates, roofline_tokens_per_second, training_flops
 from finetune.bench.workload import WARM_UP, Workload, make_workload
 from finetune.console import Report, gib
 from finetune.memory import MemoryEstimate

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from finetune.cli.options import Batch, Debug, Device, Json, Length, Out, Overrides, RecipePath, Steps
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
+from finetune.console import Report
+
+
+@contextlib.contextmanager
+def measuring(out: Path | None, as_json: bool, debug: bool) -> Iterator[tuple[Report, dict[str, Any]]]:
+    """`reporting`, and a document to fill: handed over at the end as a JSON line, also to the file `out`."""
+    with reporting(as_json, debug) as report:
+        from finetune.bench import hand_over, require_appendable
+
+        require_appendable(out)
+        document: dict[str, Any] = {}
+        yield report, document
+        hand_over(document, report, out)
+
 
 bench_app = typer.Typer(name="bench", no_args_is_help=True, help="Measure on this machine: training, decoding.")
 
@@ -25,13 +42,10 @@ def bench_train(
     debug: Debug = False,
 ) -> None:
     """Measure the training of a recipe: trainer, bare step, roofline, memory, kernels."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from finetune.bench import bench_train as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        document = run(
+        document |= run(
             recipe,
             report,
             overrides=overrides or (),
@@ -40,7 +54,6 @@ def bench_train(
             steps=steps,
             random_weights=random_weights,
         )
-        hand_over(document, report, out)
 
 
 @bench_app.command("decode")
@@ -65,13 +78,10 @@ def bench_decode(
     debug: Debug = False,
 ) -> None:
     """Measure the engine: tokens a second by batch and context, beside what the memory's bandwidth allows."""
-    with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
+    with measuring(out, as_json, debug) as (report, document):
         from finetune.bench import bench_decode as run
-        from finetune.bench import hand_over, require_appendable
 
-        require_appendable(out)
-        document = run(
+        document |= run(
             model,
             report,
             batches=batch or (1, 4, 16, 64),
@@ -84,4 +94,3 @@ def bench_decode(
             peer=peer,
             device_gib=device_gib or (),
         )
-        hand_over(document, report, out)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import Debug, Json, Overrides, RecipePath
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
 from finetune.recipe import load_recipe
 
 data_app = typer.Typer(name="data", no_args_is_help=True, help="Look at data.")
@@ -30,7 +30,6 @@ def data_check(
     """Report what a recipe's data teaches, before a GPU is touched; exit status 1 where training would refuse it."""
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
-        quiet_libraries(debug)
         from finetune.data import check_data
 
         document = check_data(

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import Base, Debug, Device, Json
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
 from finetune.errors import FinetuneError
 
 _HELD_OUT = "On held-out conversations"
@@ -91,7 +91,6 @@ def evaluate(
     """Measure models on held-out conversations, with intervals, or score one on benchmarks with --tasks."""
     with reporting(as_json, debug) as report:
         _refuse(context, _OF_BENCHMARKS if tasks is None else _OF_HELD_OUT, with_tasks=tasks is not None)
-        quiet_libraries(debug)
         if tasks is not None:
             from finetune.evaluate import run_harness
 

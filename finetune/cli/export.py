@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import Base, Debug, Device, Json, Output
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
 
 
 def merge(
@@ -43,7 +43,6 @@ def merge(
     """Merge an adapter: exactly in 4-bit experts and 16-bit attention, or as a checkpoint for other engines."""
     goes_on = "the same command goes on from what is there"
     with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
-        quiet_libraries(debug)
         from finetune.export import run_merge
 
         document = run_merge(
@@ -79,8 +78,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Put a run's adapter or merged model on the Hugging Face Hub, with a card."""
-    with reporting(as_json, debug, goes_on="the same command goes on from what is there") as report:
-        quiet_libraries(debug, hub_progress=True)
+    with reporting(as_json, debug, goes_on="the same command goes on from what is there", hub_progress=True) as report:
         from finetune.export import Destination
         from finetune.export import push as send
 
@@ -100,8 +98,7 @@ def pull(
 ) -> None:
     """Fetch an adapter or a model from the Hugging Face Hub: one commit, verified by hash, safetensors only."""
     goes_on = "the same command goes on from what is there"
-    with reporting(as_json, debug, goes_on=goes_on, unfinished=output) as report:
-        quiet_libraries(debug, hub_progress=True)
+    with reporting(as_json, debug, goes_on=goes_on, unfinished=output, hub_progress=True) as report:
         from finetune.export import pull as fetch
 
         pulled = fetch(repo_id, output, report, revision=revision, allow_unsafe=allow_unsafe)
@@ -121,7 +118,6 @@ def adapter_inspect(
 ) -> None:
     """Show what an adapter is: kind, rank, targets, base, recipe, data, and its norms layer by layer."""
     with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
         from finetune.adapter import inspect_adapter, show_adapter
 
         document = inspect_adapter(adapter, base_path=base)

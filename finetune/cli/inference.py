@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune.cli.options import Base, Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile, sane_size
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
 from finetune.errors import require_packages
 
 
@@ -30,7 +30,6 @@ def generate(
 ) -> None:
     """Answer prompts, streamed."""
     with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
         from finetune.infer import Engine, EngineSettings, Sampling
         from finetune.infer import generate as answer
 
@@ -96,7 +95,6 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal, or on a page with --ui."""
     with reporting(False, debug) as report:
-        quiet_libraries(debug)
         from finetune.infer import Sampling
 
         if ui:
@@ -156,7 +154,6 @@ def serve(
 ) -> None:
     """Serve a model over HTTP in OpenAI's form, until Ctrl+C or SIGTERM."""
     with reporting(False, debug) as report:
-        quiet_libraries(debug)
         packages = ("fastapi", "uvicorn", "httptools", "prometheus_client")
         require_packages(*packages, where="finetune serve", extra="serve")
         from finetune.infer import EngineSettings

@@ -23,14 +23,23 @@ from finetune.signals import Interrupted, is_main
 
 @contextlib.contextmanager
 def reporting(
-    as_json: bool, debug: bool, *, goes_on: str | None = None, unfinished: Path | None = None
+    as_json: bool,
+    debug: bool,
+    *,
+    goes_on: str | None = None,
+    unfinished: Path | None = None,
+    hub_progress: bool = False,
 ) -> Iterator[Report]:
-    """Gives a command its report, and turns a user's mistake into one message and exit status 2.
+    """Quiets the libraries, gives a command its report, and turns a user's mistake into one message and exit status 2.
+
+    What a command imports, it imports inside: the libraries read their settings when they are imported.
 
     Args:
         goes_on: what to say after Ctrl+C, for commands that keep what was done.
         unfinished: the output folder of such a command; nothing is said unless its unfinished one lies beside it.
+        hub_progress: the hub's client shows its bars.
     """
+    quiet_libraries(debug, hub_progress=hub_progress)
     report = Report(as_json=as_json)
     try:
         disk = full_disk_explained("an output folder, or the cache of a library")
@@ -57,11 +66,7 @@ def fail(error: FinetuneError, debug: bool) -> NoReturn:
 
 
 def quiet_libraries(debug: bool, *, hub_progress: bool = False) -> None:
-    """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported.
-
-    Args:
-        hub_progress: the hub's client shows its bars.
-    """
+    """Keeps libraries from talking over the report, unless the user asked them to; set before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The allocator's segments grow instead of being split. The memory margin counts on it: 0.3 GiB is reserved beyond
     # the tensors with it (8 x 1024 tokens in 34 GiB, H100).

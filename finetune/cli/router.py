@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import Base, Debug, Device, DocumentOut, Json, ProbeData, ProbeTokens, named
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
 
 router_app = typer.Typer(name="router", no_args_is_help=True, help="Look at routers.")
 
@@ -26,7 +26,6 @@ def router_drift(
 ) -> None:
     """Measure how far fine-tuning moved the routing from the base's, on the same text."""
     with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
         from finetune.router import router_drift as run
 
         report.finish(run(model, report, base=base, data=data or (), max_tokens=max_tokens, device=device, out=out))
@@ -46,7 +45,6 @@ def router_analyze(
 ) -> None:
     """Study the routing: load and repetition by kind of text, favourite tokens, pairs of experts, coloured text."""
     with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
         from finetune.router import router_analyze as run
 
         document = run(
@@ -65,7 +63,6 @@ def router_report(
 ) -> None:
     """Report what a run did to the routing: the verdict, load, curves against the base, drift, alarms."""
     with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
         from finetune.router import report_run
 
         report.finish(report_run(run, report, html=html, figures=figures))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath, sane_size
-from finetune.cli.reporting import quiet_libraries, reporting
+from finetune.cli.reporting import reporting
 from finetune.console import gib
 from finetune.recipe import load_recipe
 
@@ -36,7 +36,6 @@ def train(
     goes_on = resuming_command([str(recipe), *settings, *(flag for flag, given in flags.items() if given)])
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
-        quiet_libraries(debug)
         from finetune.train import train as run
 
         summary = run(
@@ -76,7 +75,6 @@ def preflight(
     """Estimate the memory of a recipe, without a GPU and without weights; exit status 1 where it does not fit."""
     with reporting(as_json, debug) as report:
         loaded = load_recipe(recipe, overrides or ())
-        quiet_libraries(debug)
         from torch import device as torch_device
 
         from finetune.memory import preflight as run
@@ -104,7 +102,6 @@ def quantize(
 ) -> None:
     """Quantize a model once; the folder then loads without quantizing again."""
     with reporting(as_json, debug) as report:
-        quiet_libraries(debug)
         from finetune.export import write_quantized
 
         census = write_quantized(model, output, attention=attention, experts=experts, revision=revision, device=device)

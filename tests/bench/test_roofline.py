@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from finetune.bench.flops import forward_flops, training_flops
-from finetune.bench.roofline import roofline_tokens_per_second
+from finetune.bench.roofline import forward_flops, roofline_tokens_per_second, training_flops
 from finetune.moe.arch import MoeArch
 from tests.conftest import REPOSITORY
 

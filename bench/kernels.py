@@ -29,11 +29,10 @@ from finetune.bench.roofline import copy_rate, sustained_seconds
 from finetune.checkpoint.json_file import read_json
 from finetune.console import Report
 from finetune.errors import DeviceError
-from finetune.kernels.experts_matmul import choose_backend
+from finetune.kernels.expert_operation import choose_backend
 from finetune.kernels.packed_experts import ExpertStorage, PackedExperts, dequantize_experts
-from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
+from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert, swiglu_backward_, swiglu_forward
 from finetune.kernels.skinny_gemm import skinny_experts, to_fp16_activations
-from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
 from finetune.moe.arch import EXPERT_PROJECTIONS, GATE_UP_PROJ, MoeArch
 from finetune.moe.experts import QuantizedExperts
 

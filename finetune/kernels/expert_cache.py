@@ -22,79 +22,29 @@ Shape suffixes: T rows, K choices, E experts, S slots of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from finetune.kernels.operators import HAS_TRITON, define
+from finetune.kernels.operators import HAS_TRITON, operator
 
 if HAS_TRITON:
-    from finetune.kernels import triton_expert_cache
+    from finetune.kernels import triton_kernels
 
 PINNED = 2**62
 """The last use of a slot that keeps its expert."""
 
-# ---- which slots --------------------------------------------------------------------------------------------------
-
-
-def _assign_plain(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int
-) -> tuple[Tensor, Tensor]:
-    slot, fetch = _empty_assignment(index, owner, used, counts, hot, first, count)
-    needed = index.unique().tolist()
-    counts[0] += 1
-    own = range(first, first + count)
-    place = {int(owner[s]): s for s in own}
-    missing = [expert for expert in needed if expert not in place]
-    free = [s for s in own if int(owner[s]) not in needed and int(used[s]) < PINNED]
-    free.sort(key=lambda s: (int(used[s]), s))
-    slot.fill_(-1)
-    fetch.fill_(-1)
-    for rank, expert in enumerate(missing):
-        if rank < len(free):
-            owner[free[rank]] = expert
-            slot[expert] = free[rank]
-        else:
-            overflow = (first - 1 - (rank - len(free))) % owner.numel()
-            owner[overflow], used[overflow] = -1, 0
-            slot[expert] = overflow
-        fetch[expert] = slot[expert]
-    for s in own:
-        expert = int(owner[s])
-        if expert in needed:
-            slot[expert] = s
-            used[s] = PINNED if hot[expert] else counts[0]
-    counts[1] += len(needed) - len(missing)
-    counts[2] += len(missing)
-    return slot, fetch
-
 
 def _empty_assignment(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int
+    index_TK: Tensor, owner_S: Tensor, used_S: Tensor, counts: Tensor, hot_E: Tensor, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    return hot.new_empty(hot.numel(), dtype=torch.int64), torch.empty_like(hot)
+    return hot_E.new_empty(hot_E.numel(), dtype=torch.int64), torch.empty_like(hot_E)
 
 
-def _assign_cuda(
-    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int
-) -> tuple[Tensor, Tensor]:
-    slot, fetch = _empty_assignment(index, owner, used, counts, hot, first, count)
-    triton_expert_cache.assign_slots(index, owner, used, counts, hot, slot, fetch, first, count)
-    return slot, fetch
-
-
-_assign = define(
-    "assign_slots(Tensor index, Tensor(a!) owner, Tensor(b!) used, Tensor(c!) counts, Tensor hot, int first, int count)"
-    " -> (Tensor, Tensor)",
-    plain=_assign_plain,
-    cuda=_assign_cuda if HAS_TRITON else None,
-    fake=_empty_assignment,
+@operator(
+    launch=HAS_TRITON and triton_kernels.assign_slots, empty=_empty_assignment, writes=["owner_S", "used_S", "counts"]
 )
-
-
 def assign_slots(
-    index_TK: Tensor, owner_S: Tensor, used_S: Tensor, counts: Tensor, hot_E: Tensor, *, first: int, count: int
+    index_TK: Tensor, owner_S: Tensor, used_S: Tensor, counts: Tensor, hot_E: Tensor, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """int64 [E], the slot in which each needed expert will lie (-1 for the others), and int32 [E], the same for those
     that must be fetched into it first. The state of the slots is brought up to date.
@@ -108,35 +58,43 @@ def assign_slots(
             fewer than `count`.
         first, count: the layer's own slots, of which there are at least one.
     """
-    return _assign(index_TK.contiguous(), owner_S, used_S, counts, hot_E, first, count)
+    slot, fetch = _empty_assignment(index_TK, owner_S, used_S, counts, hot_E, first, count)
+    needed = index_TK.unique().tolist()
+    counts[0] += 1
+    own = range(first, first + count)
+    held = {int(owner_S[s]) for s in own}
+    missing = [expert for expert in needed if expert not in held]
+    free = [s for s in own if int(owner_S[s]) not in needed and int(used_S[s]) < PINNED]
+    free.sort(key=lambda s: (int(used_S[s]), s))
+    slot.fill_(-1)
+    fetch.fill_(-1)
+    for rank, expert in enumerate(missing):
+        if rank < len(free):
+            owner_S[free[rank]] = expert
+            slot[expert] = free[rank]
+        else:
+            overflow = (first - 1 - (rank - len(free))) % owner_S.numel()
+            owner_S[overflow], used_S[overflow] = -1, 0
+            slot[expert] = overflow
+        fetch[expert] = slot[expert]
+    for s in own:
+        expert = int(owner_S[s])
+        if expert in needed:
+            slot[expert] = s
+            used_S[s] = PINNED if hot_E[expert] else counts[0]
+    counts[1] += len(needed) - len(missing)
+    counts[2] += len(missing)
+    return slot, fetch
 
 
-# ---- fetching -----------------------------------------------------------------------------------------------------
-
-
-def _fetch_plain(fetch: Tensor, hosts: list[Tensor], slots: list[Tensor]) -> None:
-    for expert, slot in enumerate(fetch.tolist()):
-        if slot >= 0:
-            for host, target in zip(hosts, slots, strict=True):
-                target[slot] = host[expert]
-
-
-def _fetch_cuda(fetch: Tensor, hosts: list[Tensor], slots: list[Tensor]) -> None:
-    triton_expert_cache.fetch_experts(fetch, hosts, slots)
-
-
-_fetch = define(
-    "fetch_experts(Tensor fetch, Tensor[] hosts, Tensor(a!)[] slots) -> ()",
-    plain=_fetch_plain,
-    cuda=_fetch_cuda if HAS_TRITON else None,
-    fake=lambda fetch, hosts, slots: None,
-)
-
-
-def fetch_experts(fetch_E: Tensor, hosts: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
+@operator(launch=HAS_TRITON and triton_kernels.fetch_experts, writes=["slots"])
+def fetch_experts(fetch_E: Tensor, hosts: list[Tensor], slots: list[Tensor]) -> None:
     """Copies expert e of every host tensor [E, ...] to slot fetch_E[e] of its partner [S, ...], where that is not -1.
 
     Args:
         hosts: page-locked, where the slots are on a GPU.
     """
-    _fetch(fetch_E, list(hosts), list(slots))
+    for expert, slot in enumerate(fetch_E.tolist()):
+        if slot >= 0:
+            for host, target in zip(hosts, slots, strict=True):
+                target[slot] = host[expert]

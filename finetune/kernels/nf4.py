@@ -12,7 +12,7 @@ the CPU of what a GPU had trained would have other scales in 0.15% of the blocks
 torch on single elements, which IEEE 754 fixes, and sums have one order. The bytes are those of bitsandbytes on a CPU
 (x86, one thread); its search for a weight's level, 30 of 37 ns, is a table here, in pieces that stay in the cache.
 
-Dequantizing is bitsandbytes' own operators; on CUDA with triton it is one kernel (`triton_nf4.py`), with the same
+Dequantizing is bitsandbytes' own operators; on CUDA with triton it is one kernel (`triton_codes.py`), with the same
 bits. `dequantize_reference` is the same in plain torch, as the truth for tests.
 """
 
@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from finetune.kernels.operators import HAS_TRITON, define
+from finetune.kernels.operators import HAS_TRITON, operator
 
 if HAS_TRITON:
-    from finetune.kernels import triton_nf4
+    from finetune.kernels import triton_codes
 
 _CPU = torch.device("cpu")
 BLOCK = 64  # weights per scale
@@ -74,7 +74,7 @@ class Nf4Weights(NamedTuple):
 
     def dequantize_into(self, out: Tensor) -> None:
         """Writes [E, out, in] to `out` (float32, bfloat16 or float16)."""
-        _dequantize(*self, out)
+        _dequantize_nf4(*self, out)
 
 
 def empty_nf4(experts: int, out: int, in_: int, device: torch.device | str) -> Nf4Weights:
@@ -267,7 +267,13 @@ def _midpoints() -> Tensor:
 # ---- dequantizing ----------------------------------------------------------------------------------------------------
 
 
-def _dequantize_plain(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
+def _dequantize_on_gpu(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
+    tables = code_of(packed.device), dynamic_map(packed.device)
+    triton_codes.dequantize_nf4(packed, absmax, nested_absmax, offset, *tables, NESTED_BLOCK, out)
+
+
+@operator(launch=HAS_TRITON and _dequantize_on_gpu, writes=["out"])
+def _dequantize_nf4(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
     # In pieces that stay in a CPU's cache: whole, one of Mixtral's matrices takes two to four times as long.
     size = piece_size(packed.device)
     for matrix in range(packed.shape[0]):
@@ -281,19 +287,6 @@ def _dequantize_plain(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, off
                 codes, scales_of, BLOCK, "nf4", values.shape, values.dtype
             )
             values.copy_(decoded.view(-1))
-
-
-def _dequantize_cuda(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, out: Tensor) -> None:
-    tables = code_of(packed.device), dynamic_map(packed.device)
-    triton_nf4.dequantize_nf4(packed, absmax, nested_absmax, offset, *tables, NESTED_BLOCK, out)
-
-
-_dequantize = define(
-    "dequantize_nf4(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor(a!) out) -> ()",
-    plain=_dequantize_plain,
-    cuda=_dequantize_cuda if HAS_TRITON else None,
-    fake=lambda packed, absmax, nested_absmax, offset, out: None,
-)
 
 
 def dequantize_reference(weights: Nf4Weights, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ Each joins what would be several launches in torch: the sum of partial products 
 the router, LoRA's update of several projections for rows of several adapters, rotary embedding with the write to the
 paged cache, and attention over pages in splits (FlashDecoding) with its reduction. No atomics: the same bits each time.
 
-Called only through the operators of `decode.py` and `paged.py`, each of which has the same in plain torch.
+Called only through the operators of `decode.py`, each of which has the same in plain torch.
 
 Shape suffixes: T rows (one token each), S = T * K choices, H hidden, E experts, P partial sums, D head_dim.
 """
@@ -287,12 +287,12 @@ def add_norm(
 
 
 def route(
-    x_TH: Tensor, gate_NEH: Tensor, which_T: Tensor, normalize: bool, index_TK: Tensor, weight_TK: Tensor
+    x_TH: Tensor, gate_NEH: Tensor, which_T: Tensor, top_k: int, normalize: bool, index_TK: Tensor, weight_TK: Tensor
 ) -> None:
     experts, hidden = gate_NEH.shape[1:]
     launch_chained(
         route_kernel, (x_TH.shape[0],), x_TH, gate_NEH, which_T, index_TK, weight_TK,
-        H=hidden, E=experts, TOP_K=index_TK.shape[1], NORMALIZE=normalize, BLOCK=triton.next_power_of_2(hidden),
+        H=hidden, E=experts, TOP_K=top_k, NORMALIZE=normalize, BLOCK=triton.next_power_of_2(hidden),
         EXPERTS=triton.next_power_of_2(experts), CHUNK=min(8, triton.next_power_of_2(experts)), num_warps=ROUTE_WARPS,
     )  # fmt: skip
 
@@ -316,9 +316,9 @@ def lora_rows(
 
 def rope_write(
     qkv_PTO: Tensor, cos_LD: Tensor, sin_LD: Tensor, position_T: Tensor, page_TP: Tensor, k: Tensor, v: Tensor,
-    q: Tensor,
+    heads: int, q: Tensor,
 ) -> None:  # fmt: skip
-    (tokens, heads, dim), (_, page, groups, _) = q.shape, k.shape
+    (tokens, _, dim), (_, page, groups, _) = q.shape, k.shape
     launch_chained(
         rope_write_kernel, (tokens, heads + 2 * groups), qkv_PTO, cos_LD, sin_LD, position_T, page_TP, k, v, q,
         page_TP.shape[1], tokens,

@@ -1,6 +1,6 @@
-"""The raw Triton kernels: one for each memory-bound pass around the experts' matrix products.
+"""The raw Triton kernels: one for each memory-bound pass around the experts' matrix products, and the expert cache's.
 
-Imported only where triton is installed, and called only through the operators beside it (`rows.py`, `swiglu.py`), each
+Imported only where triton is installed, and called only through the operators of `rows.py` and `expert_cache.py`, each
 of which has the same operation in plain torch as its truth. Every output element is written by exactly one program in a
 fixed order of summation: no atomics, so the same bits every time. Offsets that can pass 2^31 elements (S rows of 2F:
 from 37,450 tokens of Mixtral 8x7B) are computed in 64 bits.
@@ -15,6 +15,7 @@ Shape suffixes: T tokens, K choices, S = T * K rows sorted by expert, H hidden, 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,16 +25,9 @@ from finetune.kernels.triton_launch import launch
 
 @triton.jit
 def sort_rows_kernel(
-    index_ptr,
-    token_ptr,
-    order_ptr,
-    position_ptr,
-    end_ptr,
-    S,
-    TOP_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    index_ptr, token_ptr, order_ptr, position_ptr, end_ptr, S,
+    TOP_K: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """One program: one expert's rows, a stable counting sort of the choices by expert.
 
     One launch for what a sort, a search and an inverse permutation do in about fifteen; 2,048 tokens are bound by them.
@@ -132,13 +126,15 @@ SORT_CHUNK, SORT_WARPS = 2048, 8
 SWIGLU_BACKWARD_BLOCK, SWIGLU_BACKWARD_WARPS = 2048, 8
 
 
-def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: Tensor, end_E: Tensor) -> None:
+def sort_rows(
+    index_TK: Tensor, experts: int, token_S: Tensor, order_S: Tensor, position_TK: Tensor, end_E: Tensor
+) -> None:
     """Writes the four int32 outputs."""
     choices = index_TK.numel()
     # A power of two, so that token counts share compiled kernels.
     chunks = triton.next_power_of_2(triton.cdiv(choices, SORT_CHUNK))
     launch(
-        sort_rows_kernel, (end_E.numel(),), index_TK, token_S, order_S, position_TK, end_E, choices,
+        sort_rows_kernel, (experts,), index_TK.contiguous(), token_S, order_S, position_TK, end_E, choices,
         TOP_K=index_TK.shape[1], CHUNKS=chunks, CHUNK=SORT_CHUNK, num_warps=SORT_WARPS,
     )  # fmt: skip
 
@@ -146,7 +142,9 @@ def sort_rows(index_TK: Tensor, token_S: Tensor, order_S: Tensor, position_TK: T
 def gather_rows(x_TH: Tensor, token_S: Tensor, out_SH: Tensor) -> None:
     rows, hidden = out_SH.shape
     block = min(triton.next_power_of_2(hidden), COLUMN_BLOCK)
-    launch(gather_rows_kernel, (rows, triton.cdiv(hidden, block)), x_TH, token_S, out_SH, hidden, BLOCK=block)
+    launch(
+        gather_rows_kernel, (rows, triton.cdiv(hidden, block)), x_TH.contiguous(), token_S, out_SH, hidden, BLOCK=block
+    )
 
 
 def combine_rows(y_SH: Tensor, position_TK: Tensor, weight_TK: Tensor | None, out_TH: Tensor) -> None:
@@ -154,7 +152,7 @@ def combine_rows(y_SH: Tensor, position_TK: Tensor, weight_TK: Tensor | None, ou
     block = min(triton.next_power_of_2(hidden), COLUMN_BLOCK)
     launch(
         combine_rows_kernel, (tokens, triton.cdiv(hidden, block)), y_SH, position_TK,
-        position_TK if weight_TK is None else weight_TK, out_TH, hidden,
+        position_TK if weight_TK is None else weight_TK.contiguous(), out_TH, hidden,
         TOP_K=top_k, WEIGHTED=weight_TK is not None, BLOCK=block,
     )  # fmt: skip
 
@@ -169,6 +167,111 @@ def swiglu_backward(h_S2F: Tensor, v_SF: Tensor, weight_TK: Tensor, order_S: Ten
     rows, width = v_SF.shape
     block = min(triton.next_power_of_2(width), SWIGLU_BACKWARD_BLOCK)
     launch(
-        swiglu_backward_kernel, (rows,), h_S2F, v_SF, weight_TK, order_S, grad_weight_TK,
+        swiglu_backward_kernel, (rows,), h_S2F, v_SF, weight_TK.contiguous(), order_S, grad_weight_TK,
         F=width, BLOCK=block, num_warps=SWIGLU_BACKWARD_WARPS,
     )  # fmt: skip
+
+
+# ---- the expert cache ---------------------------------------------------------------------------------------------
+
+PINNED: tl.constexpr = tl.constexpr(2**62)
+# Enough to keep the link full (8 of them already are), few enough to leave the GPU to others.
+FETCH_PROGRAMS = 32
+
+
+@triton.jit
+def assign_kernel(
+    index_ptr, owner_ptr, used_ptr, counts_ptr, hot_ptr, slot_ptr, fetch_ptr, CHOICES, FIRST, TOTAL,
+    E: tl.constexpr, C: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one layer. Experts are rows and its own slots columns of the comparisons."""
+    e = tl.arange(0, EXPERTS)
+    c = tl.arange(0, SLOTS)
+    needed = tl.zeros([EXPERTS], dtype=tl.int32)
+    for start in range(0, CHOICES, BLOCK):
+        choice = start + tl.arange(0, BLOCK)
+        chosen = tl.load(index_ptr + choice, mask=choice < CHOICES, other=-1).to(tl.int32)
+        needed = tl.maximum(needed, tl.max((chosen[None, :] == e[:, None]).to(tl.int32), 1))
+    owner = tl.load(owner_ptr + FIRST + c, mask=c < C, other=-1)
+    used = tl.load(used_ptr + FIRST + c, mask=c < C, other=PINNED)
+    hot = tl.load(hot_ptr + e, mask=e < E, other=0)
+    step = tl.load(counts_ptr) + 1
+    holds = (owner[None, :] == e[:, None]).to(tl.int32)
+    place = tl.max(tl.where(holds > 0, c[None, :], -1), 1)
+    missing = tl.where(place < 0, needed, 0)
+    wanted = tl.max(holds * needed[:, None], 0)
+    free = tl.where((wanted == 0) & (used < PINNED), 1, 0)
+    # How many free slots were used before each, ties by number: the order in which they are given away.
+    earlier = (used[:, None] < used[None, :]) | ((used[:, None] == used[None, :]) & (c[:, None] < c[None, :]))
+    order = tl.sum(tl.where(earlier, free[:, None], 0), 0)
+    rank = tl.cumsum(missing, 0) - 1
+    gives = tl.where((rank[:, None] == order[None, :]), missing[:, None] * free[None, :], 0)
+    given = tl.max(tl.where(gives > 0, c[None, :], -1), 1)
+    overflow = (FIRST - 1 - (rank - tl.sum(free)) + TOTAL) % TOTAL
+    overflows = (missing > 0) & (given < 0)
+    slot = tl.where(place >= 0, FIRST + place, tl.where(overflows, overflow, FIRST + given))
+    tl.store(slot_ptr + e, tl.where(needed > 0, slot, -1).to(tl.int64), mask=e < E)
+    tl.store(fetch_ptr + e, tl.where(missing > 0, slot, -1), mask=e < E)
+    taken = tl.max(gives, 0)
+    held = tl.maximum(holds * needed[:, None], gives)
+    last = tl.where(tl.max(held * hot[:, None], 0) > 0, PINNED, step)
+    tl.store(owner_ptr + FIRST + c, tl.where(taken > 0, tl.sum(gives * e[:, None], 0), owner), mask=c < C)
+    tl.store(used_ptr + FIRST + c, tl.where((taken > 0) | (wanted > 0), last, used), mask=c < C)
+    tl.store(owner_ptr + overflow, tl.full([EXPERTS], -1, tl.int32), mask=overflows)
+    tl.store(used_ptr + overflow, tl.zeros([EXPERTS], tl.int64), mask=overflows)
+    misses = tl.sum(missing)
+    tl.store(counts_ptr, step)
+    tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + tl.sum(needed) - misses)
+    tl.store(counts_ptr + 2, tl.load(counts_ptr + 2) + misses)
+
+
+def assign_slots(
+    index: Tensor, owner: Tensor, used: Tensor, counts: Tensor, hot: Tensor, first: int, count: int, slot: Tensor,
+    fetch: Tensor,
+) -> None:  # fmt: skip
+    """As the operator; `slot` and `fetch` are the outputs."""
+    experts = hot.numel()
+    launch(
+        assign_kernel, (1,), index.contiguous(), owner, used, counts, hot, slot, fetch, index.numel(), first,
+        owner.numel(),
+        E=experts, C=count, EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(count),
+        BLOCK=min(256, triton.next_power_of_2(index.numel())),
+    )  # fmt: skip
+
+
+@triton.jit
+def copy_share(source_ptr, target_ptr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's share of WORDS words."""
+    for start in range(tl.program_id(0) * BLOCK, WORDS, tl.num_programs(0) * BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        tl.store(target_ptr + word, tl.load(source_ptr + word, mask=word < WORDS), mask=word < WORDS)
+
+
+@triton.jit
+def fetch_kernel(fetch_ptr, hosts, slots, E: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Every program copies its share of every missing expert's tensors."""
+    for expert in range(E):
+        slot = tl.load(fetch_ptr + expert).to(tl.int64)
+        if slot >= 0:
+            for number in tl.static_range(len(WORDS)):
+                copy_share(
+                    hosts[number] + expert * WORDS[number], slots[number] + slot * WORDS[number], WORDS[number], BLOCK
+                )
+
+
+def fetch_experts(fetch: Tensor, hosts: list[Tensor], slots: list[Tensor]) -> None:
+    """As the operator."""
+    sources, targets = [_words(host) for host in hosts], [_words(slot) for slot in slots]
+    # The kernel counts the host's words in 32 bits.
+    assert all(source.numel() < 2**31 for source in sources)
+    launch(
+        fetch_kernel, (FETCH_PROGRAMS,), fetch, tuple(sources), tuple(targets),
+        E=fetch.numel(), WORDS=tuple(source.shape[1] for source in sources), BLOCK=2048, num_warps=8,
+    )  # fmt: skip
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """[E, words] in the widest integers that an expert's bytes are whole numbers of."""
+    rows = tensor.view(tensor.shape[0], -1).view(torch.uint8)
+    size = rows.shape[1]
+    return rows.view(torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8)

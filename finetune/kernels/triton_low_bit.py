@@ -2,14 +2,14 @@
 
 As `triton_skinny_gemm.py` does with NF4, whose rows, intermediate rows and partial sums these share. What differs:
 
-- A code becomes fp16 without a table (`triton_low_bit_codes.py`). Compiled for sm_90 (triton 3.9), the loop of a vector
+- A code becomes fp16 without a table (`triton_codes.py`). Compiled for sm_90 (triton 3.9), the loop of a vector
   product is 44 instructions for 16 weights of 2 bits and 60 of 3, where NF4's is 93; on the tensor cores, at 8 rows,
   57 and 83, where NF4's is 72.
 - A few choices: codes are multiplied less 2^(BITS - 1) and times 2^-BITS, so that eight products of fp16 stay below
   65,504. What the zero adds is 2^(BITS - 1) - z times the sum of the group's columns, once for a program's outputs.
 - More choices: the weight itself, s (q - z), rounded to fp16 once, on the tensor cores.
 
-Leaves out: gradients, and many rows, where dequantizing once wins (`experts_matmul.py`).
+Leaves out: gradients, and many rows, where dequantizing once wins (`expert_operation.py`).
 
 Shape suffixes: S rows sorted by expert, I a matrix's input, O its output, F intermediate, G groups of 64 columns.
 """
@@ -26,9 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels.triton_launch import ASSEMBLY, launch, launch_chained, tile_rows, wait_for_previous
-from finetune.kernels.triton_low_bit_codes import dot16, fp16_weights, high_bits, sum16, unpack_affine
-from finetune.kernels.triton_skinny_gemm import SHRINK, store_act
+from finetune.kernels.packed_experts import LowBitWeights
+from finetune.kernels.triton_codes import dot16, fp16_weights, high_bits, sum16, unpack_affine
+from finetune.kernels.triton_launch import ASSEMBLY, wait_for_previous
+from finetune.kernels.triton_skinny_gemm import SHRINK, Format, Product, store_act
 
 # ---- few choices: the vector units -------------------------------------------------------------------------------
 
@@ -154,9 +155,8 @@ def product(
             x_mask = x_mask & (pair * 32 + byte < GROUPS * 16)[:, None]
         high = low
         if BITS == 3:
-            third = (
-                tl.load(third_ptr + pair * 8, mask=(pair * 8 + w < GROUPS * 4)[None, :], other=0).to(tl.int32) & 0xFFFF
-            )
+            third = tl.load(third_ptr + pair * 8, mask=(pair * 8 + w < GROUPS * 4)[None, :], other=0)
+            third = third.to(tl.int32) & 0xFFFF
             high = tl.reshape(high_bits(third[:, :, None], tl.arange(0, 4)[None, None, :]), [BN, 32]).to(tl.uint8)
         affine = tl.where((byte < 16)[None, :], tl.load(affine_at)[:, None], second_affine[:, None])
         scale, zero = unpack_affine(affine)
@@ -232,40 +232,6 @@ def down_kernel(
         tl.store(out, y / SHRINK, mask=mask[None, :] & (n < OUT)[:, None])
 
 
-# ---- whole matrices ----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def dequantize_kernel(
-    words_ptr, thirds_ptr, affine_ptr, out_ptr, words_per_matrix,
-    GROUPS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """One program: WORDS words of 16 weights of one matrix: columns 8 w to 8 w + 7 of a group, and 32 further."""
-    matrix = tl.program_id(1).to(tl.int64)
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    inside = word < words_per_matrix
-    row, rest = word // (GROUPS * 4), word % (GROUPS * 4)
-    rows = matrix * (words_per_matrix // (GROUPS * 4)) + row
-    scale, zero = unpack_affine(tl.load(affine_ptr + rows * GROUPS + rest // 4, mask=inside, other=0))
-    # A row of 3 bits is GROUPS * 4 words of low bits and half as many of third bits.
-    low = tl.load(words_ptr + rows * (GROUPS * 2 * BITS) + rest, mask=inside, other=0)
-    j = tl.arange(0, 8)
-    nibble = low[:, None] >> (4 * j)[None, :]
-    first, second = nibble & 3, (nibble >> 2) & 3
-    if BITS == 3:
-        high = (
-            tl.load(thirds_ptr + rows * (GROUPS * 12) + GROUPS * 8 + rest, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        )
-        third = high_bits(high[:, None], (j // 2)[None, :]) >> (4 * (j % 2))[None, :]
-        first, second = first | (third & 1) << 2, second | ((third >> 2) & 1) << 2
-    column = (rest // 4) * 64 + (rest % 4) * 8
-    out = out_ptr + rows[:, None] * (GROUPS * 64) + column[:, None] + j[None, :]
-    value = (first.to(tl.float32) - zero[:, None]) * scale[:, None]
-    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    value = (second.to(tl.float32) - zero[:, None]) * scale[:, None]
-    tl.store(out + 32, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-
-
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 # Chosen by counting instructions and bytes in flight, from what was best for NF4.
@@ -275,67 +241,21 @@ MATRIX_GATE_UP = {"BN": 16, "STAGES": 3, "num_warps": 1}
 MATRIX_DOWN = {"BN": 32, "STAGES": 3, "num_warps": 1}
 WIDE_GATE_UP = {"BN": 32, "STAGES": 3, "num_warps": 2}
 WIDE_DOWN = {"BN": 32, "STAGES": 3, "num_warps": 1}
-DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 256, 4
 
 
-def dequantize(packed: Tensor, affine: Tensor, out: Tensor) -> None:
-    """Writes `out` [E, O, I]: `packed` uint8 [E, O, bytes], `affine` fp16 [E, O, G, 2]."""
-    (experts, rows, groups, _), bits = affine.shape, packed.shape[2] * 8 // out.shape[2]
-    words = rows * groups * 4
-    grid = (triton.cdiv(words, DEQUANTIZE_WORDS), experts)
-    launch(
-        dequantize_kernel, grid, packed.view(torch.int32), packed.view(torch.int16), affine.view(torch.int32), out,
-        words,
-        GROUPS=groups, BITS=bits, WORDS=DEQUANTIZE_WORDS, num_warps=DEQUANTIZE_WARPS,
-    )  # fmt: skip
+def _arguments(weights: LowBitWeights, vector: bool) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The codes, the same as 16-bit words for the third bits, and scales with zeros as one int32 each."""
+    packed = weights.packed
+    pointers = (
+        packed.view(torch.int32) if vector else packed,
+        packed.view(torch.int16),
+        weights.affine.view(torch.int32),
+    )
+    return pointers, {"GROUPS": weights.affine.shape[2], "BITS": weights.bits, "ASSEMBLY": ASSEMBLY}
 
 
-def gate_up(
-    packed: Tensor, affine: Tensor, x_TH: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
-    out_SF: Tensor,
-) -> None:  # fmt: skip
-    """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
-
-    Arguments as `triton_skinny_gemm.gate_up`, with the tensors of a `LowBitWeights`.
-    """
-    count, width = out_SF.shape
-    experts, _, groups, _ = affine.shape
-    options = {"F": width, "TOP_K": index_TK.shape[1], **_format(packed, groups)}
-    thirds, scales = packed.view(torch.int16), affine.view(torch.int32)
-    if order_S is None:
-        tile = VECTOR_GATE_UP
-        grid = (triton.cdiv(width, tile["R"]), count)
-        launch_chained(vector_gate_up_kernel, grid, packed.view(torch.int32), thirds, scales, x_TH.view(torch.int64),
-                       index_TK, out_SF, **options, **tile)  # fmt: skip
-        return
-    block = tile_rows(count, experts)
-    tile = MATRIX_GATE_UP if block == 8 else WIDE_GATE_UP
-    grid = (triton.cdiv(width, tile["BN"]), experts)
-    launch_chained(gate_up_kernel, grid, packed, thirds, scales, x_TH, order_S, end_E, out_SF, BM=block,
-                   **options, **tile)  # fmt: skip
-
-
-def down(
-    packed: Tensor, affine: Tensor, x_SF: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
-    out_PSH: Tensor,
-) -> None:  # fmt: skip
-    """Writes float32 `out` [P, S, H], P splits to be added, in the order of the choices; arguments as `gate_up`."""
-    splits, count, out = out_PSH.shape
-    experts, _, groups, _ = affine.shape
-    options = {"OUT": out, "SPLITS": splits, **_format(packed, groups)}
-    thirds, scales = packed.view(torch.int16), affine.view(torch.int32)
-    if order_S is None:
-        tile = VECTOR_DOWN
-        grid = (triton.cdiv(out, tile["R"]), count, splits)
-        launch_chained(vector_down_kernel, grid, packed.view(torch.int32), thirds, scales, x_SF.view(torch.int64),
-                       index_TK, out_PSH, count, **options, **tile)  # fmt: skip
-        return
-    block = tile_rows(count, experts)
-    tile = MATRIX_DOWN if block == 8 else WIDE_DOWN
-    grid = (triton.cdiv(out, tile["BN"]), experts, splits)
-    launch_chained(down_kernel, grid, packed, thirds, scales, x_SF, order_S, end_E, out_PSH, count, BM=block,
-                   **options, **tile)  # fmt: skip
-
-
-def _format(packed: Tensor, groups: int) -> dict[str, Any]:
-    return {"GROUPS": groups, "BITS": packed.shape[2] // (8 * groups), "ASSEMBLY": ASSEMBLY}
+LOW_BIT = Format(
+    Product(vector_gate_up_kernel, VECTOR_GATE_UP, gate_up_kernel, MATRIX_GATE_UP, WIDE_GATE_UP),
+    Product(vector_down_kernel, VECTOR_DOWN, down_kernel, MATRIX_DOWN, WIDE_DOWN),
+    _arguments,
+)

@@ -3,7 +3,7 @@
 At so few rows a product costs what reading its weights costs, 0.52 bytes a weight instead of the 2.5 of dequantizing
 first. Decoding 4e12 weights a second (H100), about five instructions each, must not be what is waited for:
 
-- Packed bytes become fp16 codes without a load (`triton_nf4.py`). The codes are exact to 2^-12, and their scale is
+- Packed bytes become fp16 codes without a load (`triton_codes.py`). The codes are exact to 2^-12, and their scale is
   applied in float32 to the sums over 64 of them: nearer to the float64 product than bf16 weights are.
 - One or two rows multiply as pairs of fp16 in the vector units; more rows share their expert's weights on the fp16
   tensor cores. A row lies with its even columns first, as a byte holds two: no interleaving.
@@ -15,7 +15,7 @@ Gate and up of eight experts for 16 tokens take 240 us on an H100: 213 with the 
 read the same bytes and nothing else. Tried without gain: a table of byte pairs in shared memory (267 us), tables in
 registers (240), shifts as multiplications (244), four scales at once in a batched `tl.dot` (250), rows by L1 (244).
 
-Leaves out gradients, and many rows (`experts_matmul.py`).
+Leaves out gradients, and many rows (`expert_operation.py`).
 Shape suffixes: S rows sorted by expert, I a matrix's input, O its output, F intermediate.
 """
 
@@ -25,8 +25,8 @@ Shape suffixes: S rows sorted by expert, I a matrix's input, O its output, F int
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,8 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.nf4 import NESTED_BLOCK, Nf4Weights, code_of, dynamic_map
+from finetune.kernels.triton_codes import decode, dot8
 from finetune.kernels.triton_launch import ASSEMBLY, launch_chained, tile_rows, wait_for_previous
-from finetune.kernels.triton_nf4 import decode, dot8
 
 # The columns that one scale serves, as bytes.
 BLOCK_BYTES = tl.constexpr(32)
@@ -319,13 +319,6 @@ MATRIX_DENSE = {"BN": 64, "STAGES": 2, "num_warps": 2}
 VECTOR_DOWN_SPLITS, MATRIX_DOWN_SPLITS, MATRIX_DENSE_SPLITS = 7, 4, 8
 
 
-def _pointers(weights: Nf4Weights, *, words: bool = False) -> tuple[Tensor, ...]:
-    """The weights and the two tables, as the kernels take them; for the vector units packed as int32 words."""
-    device = weights.packed.device
-    packed = weights.packed.view(torch.int32) if words else weights.packed
-    return packed, *weights[1:], code_of(device), dynamic_map(device)
-
-
 def down_splits(choices: int, in_: int) -> int:
     """Partial sums of a down product of `in_` columns."""
     return min(VECTOR_DOWN_SPLITS if choices <= VECTOR_CHOICES else MATRIX_DOWN_SPLITS, in_ // 64)
@@ -336,6 +329,85 @@ def dense_splits(rows: int, in_: int) -> int:
     return 1 if rows <= VECTOR_DENSE_ROWS else min(MATRIX_DENSE_SPLITS, in_ // 64)
 
 
+class Product(NamedTuple):
+    """The kernels of one of the experts' two products, with their tiles; the tensor cores have two."""
+
+    vector: Any
+    vector_tile: dict[str, int]
+    matrix: Any
+    matrix_tile: dict[str, int]  # for 8 rows
+    wide_tile: dict[str, int]  # for more
+
+
+class Format(NamedTuple):
+    """How experts of one format are multiplied.
+
+    `arguments` gives a kernel's pointers and constants for weights, for the vector units (True) or the tensor cores.
+    """
+
+    first: Product
+    second: Product
+    arguments: Callable[[Any, bool], tuple[tuple[Tensor, ...], dict[str, Any]]]
+
+    def gate_up(
+        self, weights: Any, x_TH: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
+        out_SF: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
+
+        Args:
+            weights: this format's, E matrices [2F, H].
+            index_TK: int64, the choices.
+            order_S, end_E: the same sorted by expert, int32 (`rows.sort_by_expert`); without them the choices go one by
+                one through the vector units.
+        """
+        sizes = {"F": out_SF.shape[1], "TOP_K": index_TK.shape[1]}
+        self._launch(self.first, weights, (x_TH, index_TK, order_S, end_E, out_SF), out_SF.shape[1], 1, sizes)
+
+    def down(
+        self, weights: Any, x_SF: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
+        out_PSH: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes float32 `out` [P, S, H], P splits to be added, in the order of the choices; arguments as `gate_up`."""
+        splits, count, out = out_PSH.shape
+        sizes = {"OUT": out, "SPLITS": splits}
+        self._launch(self.second, weights, (x_SF, index_TK, order_S, end_E, out_PSH, count), out, splits, sizes)
+
+    def _launch(
+        self, product: Product, weights: Any, given: tuple[Any, ...], width: int, splits: int, sizes: dict[str, int]
+    ) -> None:
+        x, index_TK, order_S, end_E, *rest = given
+        choices, experts = index_TK.numel(), weights.packed.shape[0]
+        pointers, constants = self.arguments(weights, order_S is None)
+        if order_S is None:
+            tile = product.vector_tile
+            grid = (triton.cdiv(width, tile["R"]), choices, splits)
+            launch_chained(product.vector, grid, *pointers, x.view(torch.int64), index_TK, *rest,
+                           **sizes, **constants, **tile)  # fmt: skip
+            return
+        block = tile_rows(choices, experts)
+        tile = product.matrix_tile if block == 8 else product.wide_tile
+        grid = (triton.cdiv(width, tile["BN"]), experts, splits)
+        launch_chained(product.matrix, grid, *pointers, x, order_S, end_E, *rest, BM=block,
+                       **sizes, **constants, **tile)  # fmt: skip
+
+
+def _arguments(weights: Nf4Weights, vector: bool) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The weights and the two tables; for the vector units packed as int32 words."""
+    device, in_ = weights.packed.device, weights.matrix_shape[1]
+    packed = weights.packed.view(torch.int32) if vector else weights.packed
+    sizes = {"BLOCKS": in_ // 64} if vector else {"BYTES": in_ // 2, "UNROLL": 4 if in_ % 256 == 0 else 1}
+    pointers = packed, *weights[1:], code_of(device), dynamic_map(device)
+    return pointers, {"NESTED_BLOCK": NESTED_BLOCK, "ASSEMBLY": ASSEMBLY, **sizes}
+
+
+NF4 = Format(
+    Product(vector_gate_up_kernel, VECTOR_GATE_UP, gate_up_kernel, MATRIX_GATE_UP, WIDE_GATE_UP),
+    Product(vector_down_kernel, VECTOR_DOWN, down_kernel, MATRIX_DOWN, WIDE_DOWN),
+    _arguments,
+)
+
+
 def dense(matrices: Sequence[Nf4Weights], x_TI: Tensor, out_PTO: Tensor) -> None:
     """Writes float32 `out` [P, T, O], P splits to be added, of one to three matrices' outputs side by side.
 
@@ -343,77 +415,19 @@ def dense(matrices: Sequence[Nf4Weights], x_TI: Tensor, out_PTO: Tensor) -> None
         matrices: E = 1 each; their outputs are multiples of 16.
         x_TI: fp16, even columns first.
     """
-    (splits, tokens, out), in_ = out_PTO.shape, x_TI.shape[1]
+    splits, tokens, out = out_PTO.shape
     widths = [weights.packed.shape[1] for weights in matrices]
     padded = [*matrices, *[matrices[-1]] * (3 - len(matrices))]
     vector = tokens <= VECTOR_DENSE_ROWS
-    *fields, codes, maps = zip(*(_pointers(weights, words=vector) for weights in padded), strict=True)
+    *fields, codes, maps = zip(*(_arguments(weights, vector)[0] for weights in padded), strict=True)
     pointers = [*(tensor for field in fields for tensor in field), codes[0], maps[0]]
-    shared: dict[str, Any] = {"OUT": out, "NESTED_BLOCK": NESTED_BLOCK, "SPLITS": splits, "ASSEMBLY": ASSEMBLY}
-    options = {"END0": widths[0], "END1": sum(widths[:2]), **shared}
+    constants = {"END0": widths[0], "END1": sum(widths[:2]), "OUT": out, "SPLITS": splits}
+    constants |= _arguments(matrices[0], vector)[1]
     if vector:
         tile = VECTOR_DENSE
-        grid = (out // tile["R"], tokens, splits)
-        launch_chained(vector_dense_kernel, grid, *pointers, x_TI.view(torch.int64), out_PTO, tokens, BLOCKS=in_ // 64,
-               **options, **tile)  # fmt: skip
+        launch_chained(vector_dense_kernel, (out // tile["R"], tokens, splits), *pointers, x_TI.view(torch.int64),
+                       out_PTO, tokens, **constants, **tile)  # fmt: skip
         return
     tile = {**MATRIX_DENSE, "BN": math.gcd(MATRIX_DENSE["BN"], *widths)}
-    launch_chained(
-        dense_kernel, (out // tile["BN"], splits), *pointers, x_TI, out_PTO, tokens,
-        BYTES=in_ // 2, BM=tile_rows(tokens, 1), UNROLL=unroll(in_), **options, **tile,
-    )  # fmt: skip
-
-
-def gate_up(
-    weights: Nf4Weights, x_TH: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
-    out_SF: Tensor,
-) -> None:  # fmt: skip
-    """Writes fp16 `out` [S, F] in the order of the choices, even columns first, times SHRINK.
-
-    Args:
-        index_TK: int64, the choices.
-        order_S, end_E: the same sorted by expert, int32 (`rows.sort_by_expert`); without them the choices go one by
-            one through the vector units.
-    """
-    (count, width), in_ = out_SF.shape, x_TH.shape[1]
-    options: dict[str, Any] = {"TOP_K": index_TK.shape[1], "NESTED_BLOCK": NESTED_BLOCK, "ASSEMBLY": ASSEMBLY}
-    if order_S is None:
-        tile = VECTOR_GATE_UP
-        grid = (triton.cdiv(width, tile["R"]), count)
-        words = _pointers(weights, words=True)
-        launch_chained(vector_gate_up_kernel, grid, *words, x_TH.view(torch.int64), index_TK, out_SF, F=width,
-               BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
-        return
-    experts = weights.packed.shape[0]
-    block = tile_rows(count, experts)
-    tile = MATRIX_GATE_UP if block == 8 else WIDE_GATE_UP
-    grid = (triton.cdiv(width, tile["BN"]), experts)
-    launch_chained(gate_up_kernel, grid, *_pointers(weights), x_TH, order_S, end_E, out_SF, F=width, BYTES=in_ // 2,
-           BM=block, UNROLL=unroll(in_), **options, **tile)  # fmt: skip
-
-
-def down(
-    weights: Nf4Weights, x_SF: Tensor, index_TK: Tensor, order_S: Tensor | None, end_E: Tensor | None,
-    out_PSH: Tensor,
-) -> None:  # fmt: skip
-    """Writes float32 `out` [P, S, H], P splits to be added, in the order of the choices; arguments as `gate_up`."""
-    (splits, count, out), in_ = out_PSH.shape, x_SF.shape[1]
-    options: dict[str, Any] = {"OUT": out, "NESTED_BLOCK": NESTED_BLOCK, "SPLITS": splits, "ASSEMBLY": ASSEMBLY}
-    if order_S is None:
-        tile = VECTOR_DOWN
-        grid = (triton.cdiv(out, tile["R"]), count, splits)
-        words = _pointers(weights, words=True)
-        launch_chained(vector_down_kernel, grid, *words, x_SF.view(torch.int64), index_TK, out_PSH, count,
-               BLOCKS=in_ // 64, **options, **tile)  # fmt: skip
-        return
-    experts = weights.packed.shape[0]
-    block = tile_rows(count, experts)
-    tile = MATRIX_DOWN if block == 8 else WIDE_DOWN
-    grid = (triton.cdiv(out, tile["BN"]), experts, splits)
-    launch_chained(down_kernel, grid, *_pointers(weights), x_SF, order_S, end_E, out_PSH, count, BYTES=in_ // 2,
-           BM=block, UNROLL=unroll(in_), **options, **tile)  # fmt: skip
-
-
-def unroll(in_: int) -> int:
-    """Scales that are read at a time."""
-    return 4 if in_ % 256 == 0 else 1
+    launch_chained(dense_kernel, (out // tile["BN"], splits), *pointers, x_TI, out_PTO, tokens,
+                   BM=tile_rows(tokens, 1), **constants, **tile)  # fmt: skip

@@ -45,7 +45,7 @@ class Run:
         keep_gate_up: so many of the last layers keep their experts' gate_up output.
         resident_attention: the attention's NF4 weights that carry LoRA lie dequantized beside their NF4 form.
         dtype: of what is not quantized, and of the arithmetic.
-        backend: how the experts are multiplied (`kernels/experts_matmul.py`).
+        backend: how the experts are multiplied (`kernels/expert_operation.py`).
         fused_layers: liger-kernel's RMSNorm instead of transformers' own.
         processes: more than one adds the buckets of data-parallel gradients.
     """

@@ -42,7 +42,7 @@ class QuantizedExperts(nn.Module):
     where the fused tensor belongs; `set_packed` removes it.
 
     Attributes:
-        backend: how the products are made; auto is `kernels.experts_matmul.choose_backend`'s rule.
+        backend: how the products are made; auto is `kernels.choose_backend`'s rule.
         keep_gate_up: False computes the gate_up output again in the backward pass, for less memory.
         quantized_in: the dtype of the weights that `quantize` got; None where they were read packed.
     """

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.export.formats import plain_config
 from finetune.export.quantized import write_quantized
-from finetune.kernels.low_bit import unpack
 from finetune.kernels.nf4 import Nf4Weights, dequantize_reference
+from finetune.kernels.packed_experts import unpack
 from finetune.moe.load import LoadedModel
 from tests.conftest import REPOSITORY, TOKENIZER_FILES
 from tests.export.in_memory import merged_weight

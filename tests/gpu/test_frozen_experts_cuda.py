@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.expert_operation import frozen_experts
-from finetune.kernels.experts_matmul import Backend
+from finetune.kernels.expert_operation import Backend, frozen_experts
 from finetune.kernels.nf4 import Nf4Weights, dequantize_reference, quantize_nf4
 from finetune.kernels.packed_experts import dequantize_expert, dequantize_experts
 

@@ -10,10 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels import low_bit
+from finetune.kernels import packed_experts
 from finetune.kernels.expert_operation import frozen_experts
-from finetune.kernels.low_bit import Bits, LowBitWeights, empty_low_bit, pack, quantize_low_bit, solve, unpack
-from finetune.kernels.packed_experts import dequantize_expert, dequantize_experts
+from finetune.kernels.packed_experts import (
+    Bits,
+    LowBitWeights,
+    dequantize_expert,
+    dequantize_experts,
+    empty_low_bit,
+    pack,
+    quantize_low_bit,
+    solve,
+    unpack,
+)
 from finetune.kernels.skinny_gemm import skinny_experts, to_fp16_activations
 
 BITS: tuple[Bits, ...] = (2, 3)
@@ -58,7 +67,7 @@ def test_the_solver_beats_rounding_to_nearest(bits: Bits, outliers: bool) -> Non
     codes, affine = solve(weight, bits)
     scale, zero = affine.float().split(1, 1)
     solved = (codes - zero) * scale
-    for norm in (low_bit.NORM,) if outliers else (low_bit.NORM, 1.0, 2.0):
+    for norm in (packed_experts.NORM,) if outliers else (packed_experts.NORM, 1.0, 2.0):
         assert (solved - weight).norm(norm) < (0.85 if bits == 2 else 0.95) * (nearest - weight).norm(norm)
     # Measured: 0.33 and 0.17 of normal weights, where min-max rounding loses 0.45 and 0.19.
     if not outliers:
@@ -82,7 +91,7 @@ def test_the_same_weights_give_the_same_bits_in_any_company(bits: Bits, monkeypa
     assert whole.bits == bits
     assert whole.nbytes == weight.numel() * bits // 8 + weight.numel() // 64 * 4
     assert [t.shape for t in empty_low_bit(bits, 3, 40, 128, "meta")] == [t.shape for t in whole]
-    monkeypatch.setattr(low_bit, "_CHUNK", 7 * 128)  # seven rows at a time
+    monkeypatch.setattr(packed_experts, "_CHUNK", 7 * 128)  # seven rows at a time
     for other in (quantize_low_bit(weight, bits), quantize_low_bit(weight, bits)):
         assert all(torch.equal(a, b) for a, b in zip(other, whole, strict=True))
     alone = quantize_low_bit(weight[1:2], bits)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels import decode, expert_cache, nf4, paged, rows, skinny_gemm, swiglu  # noqa: F401  # registers the operators
-from finetune.kernels.low_bit import quantize_low_bit
+from finetune.kernels import decode, expert_cache, nf4, rows, skinny_gemm  # noqa: F401  # registers the operators
 from finetune.kernels.nf4 import quantize_nf4
+from finetune.kernels.packed_experts import quantize_low_bit
 from finetune.kernels.rows import sort_by_expert
 from finetune.kernels.skinny_gemm import fp16_like
 
@@ -27,7 +27,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     which = torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32)
     position = torch.arange(5, dtype=torch.int32)
     pages, pool = torch.arange(1, 6, dtype=torch.int32)[:, None], torch.randn(6, 8, 1, 16, generator=generator)
-    qkv, table = torch.randn(1, 5, 64, generator=generator), torch.rand(8, 16, generator=generator)
+    qkv, table = torch.randn(1, 5, 64, generator=generator), torch.rand(8, 8, generator=generator).repeat(1, 2)
     return {
         "add_norm": (x, torch.randn(2, 10, 64, generator=generator), weight, torch.ones(64), 1e-5),
         "route": (x, torch.randn(2, 4, 64, generator=generator), which, 2, True),

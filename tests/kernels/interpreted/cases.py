@@ -6,14 +6,35 @@ interpreter must be chosen before triton is imported.
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from finetune.kernels import triton_kernels, triton_nf4
+from finetune.kernels import (
+    decode,
+    expert_cache,
+    nf4,
+    packed_experts,
+    rows,
+    skinny_gemm,
+    triton_codes,
+    triton_kernels,
+)
 from finetune.kernels.nf4 import NESTED_BLOCK, code_of, dequantize_reference, dynamic_map, quantize_nf4
-from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert
-from finetune.kernels.swiglu import swiglu_backward_, swiglu_forward
+from finetune.kernels.operators import Operator
+from finetune.kernels.rows import combine_rows, gather_rows, sort_by_expert, swiglu_backward_, swiglu_forward
+from finetune.kernels.skinny_gemm import to_fp16_activations
+from tests.kernels.test_operators import arguments
 
+OPERATORS: dict[str, Operator[..., Any]] = {
+    value.plain.__name__.lstrip("_"): value
+    for module in (decode, expert_cache, nf4, packed_experts, rows, skinny_gemm)
+    for value in vars(module).values()
+    if isinstance(value, Operator)
+}
 CPU = torch.device("cpu")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,7 +48,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 def test_dequantize(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     stack = quantize_nf4(randn(*shape))
     out = torch.empty(shape, dtype=dtype)
-    triton_nf4.dequantize_nf4(*stack, code_of(CPU), dynamic_map(CPU), NESTED_BLOCK, out)
+    triton_codes.dequantize_nf4(*stack, code_of(CPU), dynamic_map(CPU), NESTED_BLOCK, out)
     expected = dequantize_reference(stack, dtype)
     if (
         dtype == torch.bfloat16
@@ -51,7 +72,7 @@ def test_sort(tokens: int, top_k: int, experts: int) -> None:
     index = torch.randint(experts - 1, (tokens, top_k), generator=torch.Generator().manual_seed(3))  # the last is empty
     expected = sort_by_expert(index, experts)
     found = [torch.full_like(tensor, -1) for tensor in expected]
-    triton_kernels.sort_rows(index, *found)
+    triton_kernels.sort_rows(index, experts, *found)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     # Brute force: Python's sort is stable.
     order = sorted(range(tokens * top_k), key=index.flatten().tolist().__getitem__)
@@ -88,6 +109,23 @@ def test_swiglu(width: int) -> None:
     torch.testing.assert_close(grad, expected, rtol=2e-6, atol=2e-6)
     # A sum of `width` products in another order.
     torch.testing.assert_close(grad_weight, expected_weight, rtol=1e-5, atol=1e-5 * width**0.5)
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_operators_hand_their_arguments_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the dispatcher calls on CUDA, with every operator's arguments, against plain torch on a copy of them."""
+    monkeypatch.setattr(skinny_gemm, "runs_on_kernels", lambda x: True)  # decides on the fp16 rows and the splits
+    given = arguments()[name]
+    if name in ("nf4_skinny_gemm", "skinny_experts"):
+        given = (*to_fp16_activations(given[0]), *given[2:])
+    ours, plain = copy.deepcopy(given), copy.deepcopy(given)
+    found, expected = OPERATORS[name].by_kernel(*ours), OPERATORS[name].plain(*plain)
+    pairs = zip(tree_leaves((found, ours)), tree_leaves((expected, plain)), strict=True)
+    for a, b in pairs:
+        if isinstance(a, torch.Tensor) and a.numel() and a.dtype != torch.float16:
+            if name in ("nf4_skinny_gemm", "skinny_experts") and a.dim() == 3:
+                a, b = a.sum(0), b.sum(0)  # partial sums, in as many splits as each likes
+            assert (a.double() - b.double()).norm() <= 2e-3 * b.double().norm()
 
 
 def test_no_rows() -> None:

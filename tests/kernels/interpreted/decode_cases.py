@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels import decode, paged, skinny_gemm, triton_decode, triton_skinny_gemm
+from finetune.kernels import decode, skinny_gemm, triton_decode, triton_skinny_gemm
 from finetune.kernels.nf4 import dequantize_reference, quantize_nf4
 from finetune.kernels.rows import sort_by_expert
 from finetune.kernels.skinny_gemm import to_fp16_activations
@@ -77,7 +77,7 @@ def test_experts(tokens: int, sizes: tuple[int, int], spread: str) -> None:
         rows = sort_by_expert(index, experts)
         order, end = rows.order_S, rows.end_E
     act = torch.full((2 * tokens, width), float("nan"), dtype=torch.float16, device=DEVICE)
-    triton_skinny_gemm.gate_up(gate_up, halves(x), index, order, end, act)
+    triton_skinny_gemm.NF4.gate_up(gate_up, halves(x), index, order, end, act)
     g, d = (dequantize_reference(stack, torch.float32).double() for stack in (gate_up, down))
     h = torch.stack([g[e] @ x[t].double() for t, chosen in enumerate(index.tolist()) for e in chosen])
     exact = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
@@ -85,7 +85,7 @@ def test_experts(tokens: int, sizes: tuple[int, int], spread: str) -> None:
     out = torch.full(
         (triton_skinny_gemm.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE
     )
-    triton_skinny_gemm.down(down, act, index, order, end, out)
+    triton_skinny_gemm.NF4.down(down, act, index, order, end, out)
     near(out.sum(0), torch.stack([d[e] @ row for e, row in zip(index.flatten().tolist(), exact, strict=True)]), 1e-3)
 
 
@@ -98,7 +98,7 @@ def test_add_norm(hidden: int, parts: int, weighted: bool) -> None:
     weight = torch.rand(5, 2, device=DEVICE) if weighted else None
     found = torch.empty_like(residual), torch.empty_like(residual), residual.new_empty(5, hidden, dtype=torch.float16)
     triton_decode.add_norm(residual, delta, weight, norm, 1e-5, *found)
-    expected = decode._add_norm_plain(residual, delta, weight, norm, 1e-5)
+    expected = decode._add_norm.plain(residual, delta, weight, norm, 1e-5)
     near(found[0], expected[0], 2e-3)
     near(found[1], expected[1], 4e-3)
     assert torch.equal(unsplit(found[2]), found[1].half())
@@ -111,8 +111,8 @@ def test_route(experts: int, normalize: bool) -> None:
     which = torch.tensor([0, 1, 2, 0, 1, 2, 0], dtype=torch.int32, device=DEVICE)
     index = torch.empty(7, 2, dtype=torch.int64, device=DEVICE)
     weight = torch.empty(7, 2, device=DEVICE)
-    triton_decode.route(x, gates, which, normalize, index, weight)
-    expected_index, expected_weight = decode._route_plain(x, gates, which, 2, normalize)
+    triton_decode.route(x, gates, which, 2, normalize, index, weight)
+    expected_index, expected_weight = decode.route.plain(x, gates, which, 2, normalize)
     assert torch.equal(index, expected_index)
     near(weight, expected_weight, 1e-2)
 
@@ -126,10 +126,10 @@ def test_route_of_what_is_not_finite(experts: int, normalize: bool) -> None:
     gates[1, experts - 1] = float("nan")
     which = torch.tensor([0, 0, 1, 0, 0], dtype=torch.int32, device=DEVICE)
     index, weight = torch.full((5, 2), -1, device=DEVICE), torch.zeros(5, 2, device=DEVICE)
-    triton_decode.route(x, gates, which, normalize, index, weight)
+    triton_decode.route(x, gates, which, 2, normalize, index, weight)
     assert ((index >= 0) & (index < experts)).all()
     assert (index[:, 0] != index[:, 1]).all()
-    expected_index, expected_weight = decode._route_plain(x, gates, which, 2, normalize)
+    expected_index, expected_weight = decode.route.plain(x, gates, which, 2, normalize)
     assert ((expected_index >= 0) & (expected_index < experts)).all()
     assert torch.equal(weight.isnan(), expected_weight.isnan())
     assert weight.isnan().all(1).tolist() == [False, True, True, True, False]
@@ -146,7 +146,7 @@ def test_lora(parts: int) -> None:
     which = torch.tensor([0, 1, 2, 2, 0, 1], dtype=torch.int32, device=DEVICE)
     found, expected = y.clone(), y.clone()
     triton_decode.lora_rows(found, x, a, b, magnitude, segment, which)
-    decode._lora_plain(expected, x, a, b, magnitude, segment, which)
+    decode.lora_rows.plain(expected, x, a, b, magnitude, segment, which)
     near(found.sum(0), expected.sum(0), 1e-5)
     assert torch.equal(found[:, which == 0], y[:, which == 0])
 
@@ -164,16 +164,16 @@ def test_attention_over_pages(window: int | None, shape: tuple[int, int, int]) -
     cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
     found_k, found_v, expected_k, expected_v = k.clone(), v.clone(), k.clone(), v.clone()
     q = torch.empty(rows, heads, dim, dtype=DTYPE, device=DEVICE)
-    triton_decode.rope_write(qkv, cos, sin, position, pages, found_k, found_v, q)
-    expected_q = paged._rope_plain(qkv, cos, sin, position, pages, expected_k, expected_v, heads)
+    triton_decode.rope_write(qkv, cos, sin, position, pages, found_k, found_v, heads, q)
+    expected_q = decode.rope_write.plain(qkv, cos, sin, position, pages, expected_k, expected_v, heads)
     near(q, expected_q, 4e-3)
     near(found_k, expected_k, 4e-3)
     assert torch.equal(found_v, expected_v)
     out = torch.empty(rows, heads * dim, dtype=DTYPE, device=DEVICE)
     half = torch.empty(rows, heads * dim, dtype=torch.float16, device=DEVICE)
-    limit = paged.NO_WINDOW if window is None else window
+    limit = decode.NO_WINDOW if window is None else window
     triton_decode.paged_attention(q, found_k, found_v, pages, position, dim**-0.5, limit, out, half)
-    near(out, paged._attention_plain(q, found_k, found_v, pages, position, dim**-0.5, limit)[0], 8e-3)
+    near(out, decode._paged_attention.plain(q, found_k, found_v, pages, position, dim**-0.5, limit)[0], 8e-3)
     assert torch.equal(unsplit(half), out.half())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.kernels import expert_cache, triton_expert_cache
+from finetune.kernels import expert_cache, triton_kernels
 from finetune.kernels.expert_cache import PINNED
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -30,10 +30,10 @@ def test_slots_are_plain_torchs(experts: int, slots: int, hot: int, choices: int
     for step in range(24 if DEVICE.type == "cpu" else 60):
         layer, first = step % 3, step % 3 * slots
         index = torch.randint(experts, (choices // 2, 2), generator=generator)
-        expected = expert_cache._assign_plain(index, owner, used, counts[layer], hot_E, first, slots)
+        expected = expert_cache.assign_slots.plain(index, owner, used, counts[layer], hot_E, first, slots)
         state = [*shared, on_device[layer], hot_E.to(DEVICE)]
-        found = expert_cache._empty_assignment(index, *state, first, slots)
-        triton_expert_cache.assign_slots(index.to(DEVICE), *state, *found, first, slots)
+        found = expert_cache.assign_slots.empty(index, *state, first, slots)
+        triton_kernels.assign_slots(index.to(DEVICE), *state, first, slots, *found)
         for ours, plain in zip((*found, *state[:3]), (*expected, owner, used, counts[layer]), strict=True):
             assert torch.equal(ours.cpu(), plain)
 
@@ -59,7 +59,7 @@ def test_fetched_bytes_are_the_hosts() -> None:
     if DEVICE.type == "cuda":
         hosts = [host.pin_memory() for host in hosts]
     fetch = torch.tensor([-1, 6, -1, 0, 3], dtype=torch.int32)
-    triton_expert_cache.fetch_experts(fetch.to(DEVICE), hosts, pools)
+    triton_kernels.fetch_experts(fetch.to(DEVICE), hosts, pools)
     for host, pool in zip(hosts, pools, strict=True):
         expected = torch.zeros_like(pool, device="cpu")
         for expert, slot in enumerate(fetch.tolist()):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.kernels import triton_low_bit, triton_skinny_gemm
-from finetune.kernels.low_bit import LowBitWeights, quantize_low_bit
+from finetune.kernels import triton_codes, triton_low_bit, triton_skinny_gemm
+from finetune.kernels.packed_experts import LowBitWeights, quantize_low_bit
 from finetune.kernels.rows import sort_by_expert
 from tests.kernels.interpreted.decode_cases import DEVICE, INTERPRETED, halves, near, rand, unsplit
 from tests.kernels.interpreted.decode_cases import seeded as seeded
@@ -40,7 +40,7 @@ def reference(stack: LowBitWeights, dtype: torch.dtype) -> torch.Tensor:
 def test_dequantize(bits: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     stack = quantize_low_bit(rand(*shape), bits)  # type: ignore[arg-type]
     out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    triton_low_bit.dequantize(*stack, out)
+    triton_codes.dequantize_low_bit(*stack, out)
     near(out, reference(stack, torch.float64), 1e-6 if dtype == torch.float32 else 5e-4)
 
 
@@ -64,7 +64,7 @@ def test_experts(bits: int, tokens: int, sizes: tuple[int, int], spread: str, mo
         rows = sort_by_expert(index, experts)
         order, end = rows.order_S, rows.end_E
     act = torch.full((2 * tokens, width), float("nan"), dtype=torch.float16, device=DEVICE)
-    triton_low_bit.gate_up(*gate_up, halves(x), index, order, end, act)
+    triton_low_bit.LOW_BIT.gate_up(gate_up, halves(x), index, order, end, act)
     g, d = (reference(stack, torch.float64) for stack in (gate_up, down))
     h = torch.stack([g[e] @ x[t].double() for t, chosen in enumerate(index.tolist()) for e in chosen])
     exact = torch.nn.functional.silu(h[:, :width]) * h[:, width:]
@@ -72,7 +72,7 @@ def test_experts(bits: int, tokens: int, sizes: tuple[int, int], spread: str, mo
     out = torch.full(
         (triton_skinny_gemm.down_splits(2 * tokens, width), 2 * tokens, hidden), float("nan"), device=DEVICE
     )
-    triton_low_bit.down(*down, act, index, order, end, out)
+    triton_low_bit.LOW_BIT.down(down, act, index, order, end, out)
     near(out.sum(0), torch.stack([d[e] @ row for e, row in zip(index.flatten().tolist(), exact, strict=True)]), 1.5e-3)
 
 
@@ -94,6 +94,6 @@ def test_rows_at_the_limit_do_not_overflow(bits: int, tokens: int, monkeypatch: 
         rows = sort_by_expert(index, 1)
         order, end = (None, None) if tokens <= triton_skinny_gemm.VECTOR_CHOICES else (rows.order_S, rows.end_E)
         out = torch.empty(triton_skinny_gemm.down_splits(tokens, 64), tokens, 64, device=DEVICE)
-        triton_low_bit.down(*ends, x, index, order, end, out)
+        triton_low_bit.LOW_BIT.down(ends, x, index, order, end, out)
         exact = x.double() @ reference(ends, torch.float64)[0].T / triton_skinny_gemm.SHRINK.value
         near(out.sum(0), exact, 1e-2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from finetune.errors import DeviceError
-from finetune.kernels import experts_matmul
-from finetune.kernels.experts_matmul import BackendChoice, GroupedMatmul, LoopMatmul, choose_backend
+from finetune.kernels import expert_operation
+from finetune.kernels.expert_operation import BackendChoice, GroupedMatmul, LoopMatmul, choose_backend
 from finetune.kernels.nf4 import dequantize_reference, quantize_nf4
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -38,7 +38,7 @@ def test_rule(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(experts_matmul, "_capability", lambda device: capability)
+    monkeypatch.setattr(expert_operation, "_capability", lambda device: capability)
     assert choose_backend(wanted, device, dtype, rows=2 * tokens, experts=8) == expected
 
 
@@ -48,7 +48,7 @@ def test_rule(
 def test_grouped_where_it_does_not_run(
     device: torch.device, dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_matmul, "_capability", lambda device: capability)
+    monkeypatch.setattr(expert_operation, "_capability", lambda device: capability)
     with pytest.raises(DeviceError) as error:
         choose_backend("grouped", device, dtype, rows=1, experts=8)
     name = str(dtype).removeprefix("torch.")

@@ -153,7 +153,7 @@ def _load(
 ) -> LoadedModel:
     if not random_weights:
         return load(model, attention=attention, device=device, experts_on=experts_on)
-    path = shape_path(model, None, scratch)
+    path = shape_path(model, scratch)
     spec = BaseSpec(path, attention=attention, experts=experts)
     return load_base(spec, device=device, random_weights_seed=0, experts_on=experts_on)
 

@@ -3,8 +3,8 @@
 Rows are the bundled conversations joined until they are longer than a row, so that every row is full and every token
 is real. The rest of the recipe stays as it is: method, optimizer, checkpointing, router watching, logging.
 
-The shape with --random-weights, by the first that applies: the folder that `model.path` names; `shape/` beside the
-recipe, if `model.path` is the recipe's own hub id; the hub. A shape without a tokenizer gets the bundled one.
+The shape with --random-weights, by the first that applies: the folder that `model.path` names; the bundled shape of
+that hub id; the hub. A shape without a tokenizer gets the bundled one.
 
 Leaves out: padding, evaluation and saving, which are not what a training step costs.
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import FinetuneError, ModelError
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import RECIPES, Recipe, bundled_shape, load_recipe
 
 WARM_UP = 3  # steps before the clock starts: kernels are compiled, the allocator's cache grows, clocks settle
-BUNDLED = Path(__file__).resolve().parents[2] / "recipes" / "tiny-mixtral"
+BUNDLED = RECIPES / "tiny-mixtral"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Every token of the bundled text has fewer characters on average: joined texts of this many a token fill a row.
 _CHARACTERS_PER_TOKEN = 8
@@ -71,7 +71,7 @@ def make_workload(
 
     Raises:
         RecipeError: faults in the recipe or the overrides.
-        FinetuneError: an override of what the bench decides itself; the bundled conversations are missing.
+        FinetuneError: an override of what the bench decides itself.
     """
     _refuse_own_keys(overrides)
     recipe = load_recipe(path, overrides)
@@ -111,23 +111,15 @@ def make_workload(
     # So that the window holds a log, as often as the recipe's training does or more.
     settings["training.logging_steps"] = min(every, steps) if isinstance(every, int) else every
     if random_weights:
-        model_named = any(text.partition("=")[0].strip() == "model.path" for text in overrides)
-        settings["model.path"] = shape_path(recipe.model.path, None if model_named else path.parent, scratch)
+        settings["model.path"] = shape_path(recipe.model.path, scratch)
     ours = [f"{key}={value}" for key, value in settings.items()]
     return Workload(load_recipe(path, [*overrides, *ours]), batch, length, steps)
 
 
-def shape_path(model: str, beside: Path | None, scratch: Path) -> str:
-    """Folder with the config and tokenizer of a shape, or the hub id itself.
-
-    Args:
-        beside: folder whose `shape/` stands for a hub id; None when the id is not the recipe's.
-    """
-    if Path(model).is_dir():
-        shape = Path(model)
-    elif beside is not None and (beside / "shape" / "config.json").is_file():
-        shape = beside / "shape"
-    else:
+def shape_path(model: str, scratch: Path) -> str:
+    """Folder with the config and tokenizer of a shape, or the hub id itself."""
+    shape = Path(model) if Path(model).is_dir() else bundled_shape(model)
+    if shape is None:
         return model
     if all((shape / name).is_file() for name in TOKENIZER_FILES):
         return str(shape)
@@ -144,12 +136,12 @@ def shape_path(model: str, beside: Path | None, scratch: Path) -> str:
 def copy_tokenizer(folder: Path) -> None:
     """Puts the bundled tokenizer into a folder."""
     for name in TOKENIZER_FILES:
-        shutil.copy(_bundled("model", name), folder)
+        shutil.copy(BUNDLED / "model" / name, folder)
 
 
 def write_full_rows(path: Path, *, rows: int, tokens: int) -> None:
     """Conversations longer than `tokens` tokens each, by joining the bundled ones."""
-    turns = _endless(_bundled("data", "train.jsonl"))
+    turns = _endless(BUNDLED / "data" / "train.jsonl")
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
             messages: list[dict[str, str]] = []
@@ -165,17 +157,6 @@ def _endless(source: Path) -> Iterator[list[dict[str, str]]]:
     while True:
         for messages in conversations:
             yield [message for message in messages if message["role"] != "system"]
-
-
-def _bundled(*parts: str) -> Path:
-    path = BUNDLED.joinpath(*parts)
-    if not path.is_file():
-        raise FinetuneError(
-            "the bundled conversations and tokenizer, on which benches run, are not installed",
-            where=str(path),
-            fix="run the bench from a checkout of the repository",
-        )
-    return path
 
 
 def _refuse_own_keys(overrides: Sequence[str]) -> None:

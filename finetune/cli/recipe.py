@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from finetune.cli.options import Debug, Json, Overrides, RecipePath
 from finetune.cli.reporting import reporting
-from finetune.recipe import load_recipe, provenance, recipe_schema, resolved_yaml
+from finetune.recipe import bundled_recipes, copy_recipe, load_recipe, provenance, recipe_schema, resolved_yaml
 
 recipe_app = typer.Typer(name="recipe", no_args_is_help=True, help="Look at recipes.")
+
+
+@recipe_app.command("list")
+def recipe_list(as_json: Json = False, debug: Debug = False) -> None:
+    """List the recipes that come with the toolkit."""
+    with reporting(as_json, debug) as report:
+        recipes = bundled_recipes()
+        for recipe in recipes:
+            report.line(recipe.name)
+            report.line(f"  {recipe.about}")
+            report.line(f"  hardware: {recipe.hardware}")
+        report.line("`finetune recipe copy NAME` writes one of them here, to be edited")
+        report.finish({"recipes": [{**asdict(recipe), "path": str(recipe.path)} for recipe in recipes]})
+
+
+@recipe_app.command("copy")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="As `finetune recipe list` shows it.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File to write; the recipe's own name by default.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a bundled recipe, to be edited."""
+    with reporting(as_json, debug) as report:
+        target = output or Path(name.split("/")[-1]).with_suffix(".yaml")
+        copy_recipe(name, target)
+        quoted = shlex.quote(str(target))
+        report.line(f"{target}: edit `data`, then `finetune preflight {quoted}` and `finetune train {quoted}`")
+        report.finish({"recipe": str(target)})
 
 
 @recipe_app.command("show")

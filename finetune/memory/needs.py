@@ -16,14 +16,14 @@ from transformers.trainer_utils import SaveStrategy
 
 from finetune.console import Report, gib
 from finetune.data import IGNORED, Reading, Source, Supervision, apply_template, encode_source
-from finetune.errors import DeviceError, FinetuneError
+from finetune.errors import DeviceError, FinetuneError, ModelError
 from finetune.kernels import choose_backend
 from finetune.memory.activations import ActivationPlan, plan_activations
 from finetune.memory.run import GIB, Dtype, Run
 from finetune.memory.step import recompute_seconds
 from finetune.memory.totals import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.moe import MoeArch, load_tokenizer, read_config, resolve_dtype, saved_quantization, wants_fused_layers
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, bundled_shape
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -53,7 +53,7 @@ def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None 
         ModelError: the model's config cannot be read or is no supported mixture of experts.
         DeviceError: the experts' backend does not run on this GPU.
     """
-    config = read_config(recipe.model.path, recipe.model.revision)
+    config, bundled = _config_of(recipe)
     arch = MoeArch.from_config(config, where=recipe.model.path)
     if device_bytes is None and device.type == "cuda" and torch.cuda.is_available():
         device_bytes = _usable_bytes(device)
@@ -77,7 +77,18 @@ def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None 
     if not memory.fits and budget is not None and (device_bytes is None or memory.total_bytes <= device_bytes):
         enough = math.ceil(10 * memory.total_bytes / GIB) / 10
         memory = replace(memory, advice=(f"set memory.budget_gib: {enough} or more", *memory.advice))
-    return memory
+    return replace(memory, bundled_shape=bundled)
+
+
+def _config_of(recipe: Recipe) -> tuple[dict[str, Any], bool]:
+    """The model's config, and whether it is the bundled one because the hub did not give it."""
+    try:
+        return read_config(recipe.model.path, recipe.model.revision), False
+    except ModelError:
+        shape = bundled_shape(recipe.model.path)
+        if shape is None:
+            raise
+        return read_config(str(shape)), True
 
 
 def plan_of(memory: MemoryEstimate) -> ActivationPlan:
@@ -199,6 +210,8 @@ def show_memory(memory: MemoryEstimate, report: Report) -> None:
     size = "" if memory.device_bytes is None else f"of {gib(memory.device_bytes)} that it may use"
     title = f"Preflight: memory of {memory.micro_batch} x {memory.seq_len} tokens"
     report.table(title, ("what", "size", "how"), [*rows, ("total", gib(memory.total_bytes), size)])
+    if memory.bundled_shape:
+        report.line("the hub did not give the model's config.json; counted with the one that comes with the toolkit")
     report.line(f"activations: {plan_of(memory)}")
     if memory.largest_micro_batch is not None:
         report.line(f"largest micro-batch that fits: {memory.largest_micro_batch}")

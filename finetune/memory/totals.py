@@ -26,6 +26,7 @@ class MemoryEstimate:
 
     `device_bytes` is what the process may use, None where that is not known; then nothing is said about fitting.
     `largest_micro_batch` is of the plan that needs least, as far as the recipe leaves the choice.
+    `bundled_shape` says that the model's config came with the toolkit, because the hub did not give it.
     """
 
     items: tuple[MemoryItem, ...]
@@ -41,6 +42,7 @@ class MemoryEstimate:
     optimizer_bytes: int
     largest_micro_batch: int | None
     advice: tuple[str, ...]
+    bundled_shape: bool = False
 
     @property
     def total_bytes(self) -> int:

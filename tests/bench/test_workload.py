@@ -70,13 +70,13 @@ def test_with_weights_the_model_stays(tmp_path: Path) -> None:
 
 
 def test_which_shape(tmp_path: Path, small_mixtral: Path) -> None:
-    assert shape_path(str(small_mixtral), MIXTRAL.parent, tmp_path) == str(small_mixtral)
-    assert shape_path("some/model", None, tmp_path) == "some/model"
-    assert shape_path("some/model", REPOSITORY / "recipes" / "tiny-mixtral", tmp_path) == "some/model"
-    assert shape_path(str(SHAPE), None, tmp_path) == str(tmp_path / "model")
+    assert shape_path(str(small_mixtral), tmp_path) == str(small_mixtral)
+    assert shape_path("some/model", tmp_path) == "some/model"
+    assert shape_path("mistralai/Mixtral-8x7B-v0.1", tmp_path) == str(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_bytes() == (SHAPE / "config.json").read_bytes()
 
 
-def test_a_model_named_by_the_user_is_not_the_shape_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_model_named_by_the_user_is_not_the_recipe_s_shape(tmp_path: Path) -> None:
     made = make_workload(
         MIXTRAL, ["model.path=other/model"], scratch=tmp_path, batch=1, length=64, steps=1, random_weights=True
     )
@@ -86,7 +86,7 @@ def test_a_model_named_by_the_user_is_not_the_shape_beside_the_recipe(tmp_path: 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"there is no config\.json"):
-        shape_path(str(tmp_path / "empty"), None, tmp_path)
+        shape_path(str(tmp_path / "empty"), tmp_path)
 
 
 @pytest.mark.parametrize(

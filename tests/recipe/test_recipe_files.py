@@ -21,6 +21,13 @@ def test_the_recipes_that_the_documentation_names_exist() -> None:
         "recipes/tiny-mixtral/collapsing-router.yaml",
         "recipes/mixtral-8x7b/qlora-attention-80gb.yaml",
         "recipes/mixtral-8x7b/freeze-experts-80gb.yaml",
+        "recipes/mixtral-8x7b/qlora-attention-48gb.yaml",
+        "recipes/mixtral-8x7b/qlora-attention-32gb.yaml",
+        "recipes/mixtral-8x7b/instruct-80gb.yaml",
+        "recipes/mixtral-8x22b/qlora-attention-80gb.yaml",
+        "recipes/qwen3-30b-a3b/qlora-attention-24gb.yaml",
+        "recipes/qwen3-30b-a3b/qlora-attention-80gb.yaml",
+        "recipes/olmoe-1b-7b/qlora-attention-12gb.yaml",
     }
 
 
@@ -29,6 +36,8 @@ def test_a_recipe_loads_and_reads_back(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / path)
     (tmp_path / "resolved.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    # What tuning gained shows only beside what the base could.
+    assert recipe.training["eval_on_start"] is True
     # Another reader finds the same, so nothing in it hangs on the YAML version.
     assert yaml.safe_load(resolved_yaml(recipe))["training"] == recipe.training
 

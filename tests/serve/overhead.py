@@ -93,7 +93,7 @@ def random_engine(shape: str, settings: Any) -> Any:
     from finetune.moe.load import load_base
 
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = load_base(BaseSpec(shape_path(shape, None, Path(scratch))), random_weights_seed=0)
+        loaded = load_base(BaseSpec(shape_path(shape, Path(scratch))), random_weights_seed=0)
     return Engine(ServedModels(loaded, (), {"model": 0}), shape, settings)
 
 

@@ -4,7 +4,8 @@
 #
 #   PARTS="tests multi train peers kernels"   which parts; one that fails does not stop the others
 #                                       (`multi`, two GPUs against one, says so where there is only one;
-#                                       `router`, what watching it costs a step, is a further one)
+#                                       `router`, what watching it costs a step, is a further one, and
+#                                       `recipes`, every recipe held to the memory of its card)
 #   ROWS="8x1024 4x4096"                which rows of training; further ones: 8x1024-non-moe, 8x1024-grouped,
 #                                       tiny-qlora-attention, tiny-freeze-experts
 #   RESULTS=DIR                         keeps the raw JSON lines there
@@ -93,6 +94,22 @@ if part router; then
   bench router router recipes/mixtral-8x7b/qlora-attention-80gb.yaml --random-weights --batch 8 --length 1024
 fi
 
+# What a card leaves a process of its 12, 24, 32, 40, 48 or 80 GB, in GiB; `memory.budget_gib` holds the run to it.
+held() { bench "recipe-${1//\//-}-$2" train "recipes/$1.yaml" --random-weights --steps 8 --set "memory.budget_gib=$2" "${@:3}"; }
+if part recipes; then
+  held mixtral-8x7b/qlora-attention-32gb 31
+  held mixtral-8x7b/qlora-attention-48gb 39.4
+  held mixtral-8x7b/qlora-attention-48gb 44.4
+  held mixtral-8x7b/instruct-80gb 79.2
+  held mixtral-8x22b/qlora-attention-80gb 79.2
+  held qwen3-30b-a3b/qlora-attention-24gb 23.5
+  held qwen3-30b-a3b/qlora-attention-80gb 31
+  held qwen3-30b-a3b/qlora-attention-80gb 39.4
+  held qwen3-30b-a3b/qlora-attention-80gb 79.2
+  held olmoe-1b-7b/qlora-attention-12gb 11.6
+  held olmoe-1b-7b/qlora-attention-12gb 23.5
+fi
+
 "$python" - "$results" <<'END_OF_TABLE'
 import json, pathlib, sys
 
@@ -102,11 +119,11 @@ for run in runs[:1]:
     print(run["device"], *(f"{name} {run['packages'][name]}" for name in ("torch", "transformers", "liger-kernel")))
 if train:
     columns = ("tokens/s", "bare", "of bare", "roofline", "of it", "peak GiB", "reserved", "estimate")
-    print(f"{'':<22}" + "".join(f"{column:>10}" for column in columns))
+    print(f"{'':<44}" + "".join(f"{column:>10}" for column in columns))
 for run in train:
     peak = run["memory"]["peak"] or {"allocated": 0, "reserved": 0}
     print(
-        f"{run['name']:<22}{run['trainer']['tokens_per_second']:>10,.0f}{run['bare']['tokens_per_second']:>10,.0f}"
+        f"{run['name']:<44}{run['trainer']['tokens_per_second']:>10,.0f}{run['bare']['tokens_per_second']:>10,.0f}"
         f"{run['trainer_over_bare']:>10.1%}{run['roofline_tokens_per_second'] or 0:>10,.0f}"
         f"{run['trainer_over_roofline'] or 0:>10.1%}{peak['allocated'] / 2**30:>10.1f}{peak['reserved'] / 2**30:>10.1f}"
         f"{run['memory']['estimate_error_percent'] or 0:>+9.1f}%"

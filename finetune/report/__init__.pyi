@@ -1,7 +1,6 @@
 from .figures import HEAT as HEAT
 from .figures import SOFT as SOFT
 from .figures import TRAIN as TRAIN
-from .figures import WARN as WARN
 from .figures import Axes as Axes
 from .figures import Drawn as Drawn
 from .figures import Hint as Hint

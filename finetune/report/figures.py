@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 
 from finetune.report.look import PALETTE, SERIES
 
-INK, SOFT, LINE, TRAIN, HELD, MEAN, ALARM, WARN = (
-    PALETTE[name][0] for name in ("ink", "soft", "line", "train", "held", "mean", "alarm", "warn")
+INK, SOFT, LINE, TRAIN, HELD, MEAN, ALARM = (
+    PALETTE[name][0] for name in ("ink", "soft", "line", "train", "held", "mean", "alarm")
 )
 # Blue and red, told apart with every common colour blindness; numbers stay readable on the strongest of them. Between
 # them nothing is drawn at all, so an even share shows the page itself, white or dark.

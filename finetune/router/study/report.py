@@ -58,6 +58,7 @@ class RouterReport:
                 "word": self.verdict.word,
                 "headline": self.verdict.headline,
                 "sentence": self.verdict.sentence,
+                "advice": self.verdict.advice,
             },
             "steps": self.last_step,
             "layers": history.layers,
@@ -115,7 +116,7 @@ def read_report(folder: Path) -> RouterReport:
         recipe_text=recipe_text,
         stopped_by=stopped,
         comparison=compared,
-        verdict=judge(history, compared, recipe, stopped),
+        verdict=judge(history, compared, recipe, stopped, str(folder)),
         missing=find_missing(history, recipe),
     )
 

@@ -50,6 +50,7 @@ def report_run(
 def show_report(made: RouterReport, document: Mapping[str, Any], report: Report) -> None:
     """The verdict and its numbers."""
     report.line(f"{made.verdict.headline}. {made.verdict.sentence}")
+    report.line(f"What to do: {made.verdict.advice}.")
     compared = document["compared"]
     if compared is not None:
         rows = [

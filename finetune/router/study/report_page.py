@@ -211,7 +211,9 @@ def _drift_tiles(made: RouterReport) -> Iterator[Tile]:
         note = f"of an even share, layer {layer}"
         if history.base is not None and history.base.noise_floor > 0:
             note += f"; {value / history.base.noise_floor:.1f} times chance"
-        yield Tile("load change", f"{value:.2f}", note, level="warning" if far(value, history) else "")
+        yield Tile(
+            "load change", f"{value:.2f}", note, level="warning" if history.alarms and far(value, history) else ""
+        )
     else:
         yield Tile("load change", "—", "not measured")
 

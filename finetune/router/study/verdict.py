@@ -12,11 +12,15 @@ Otherwise with the base on the probe, and it is said that the tokens differ. The
     intact     none of these
     unknown    there is no base to compare with
 
+Every verdict comes with what to do about it. It is a warning only where an alarm says so: a routing that moved on
+narrow data, and one that nobody measured, are facts to know.
+
 Leaves out: reading the files (router/history.py), drawing (report_page.py).
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,10 +61,13 @@ class Missing:
 
 @dataclass(frozen=True)
 class Verdict:
-    level: Literal["fine", "warning", "error"]
+    """What became of the routing, why, and what to do about it (`advice`; commands and keys between backticks)."""
+
+    level: Literal["fine", "notice", "warning", "error"]
     word: Literal["intact", "moved", "broken", "unknown"]
     headline: str
     sentence: str
+    advice: str
 
 
 def compare(history: RouterHistory) -> Comparison | None:
@@ -89,9 +96,15 @@ def compare(history: RouterHistory) -> Comparison | None:
 
 
 def judge(
-    history: RouterHistory, compared: Comparison | None, recipe: Mapping[str, Any], stopped: str | None
+    history: RouterHistory, compared: Comparison | None, recipe: Mapping[str, Any], stopped: str | None, run: str
 ) -> Verdict:
-    """The answer to "did fine-tuning break the routing?"."""
+    """The answer to "did fine-tuning break the routing?".
+
+    Args:
+        stopped: the message of the alarm that stopped the run.
+        run: the folder, as a command takes it.
+    """
+    adapter = shlex.quote(f"{run}/adapter")
     broken = [] if stopped is None else [f"an alarm stopped the run: {stopped.rstrip('.')}"]
     moved: list[str] = []
     with_base = compared is not None and compared.with_base
@@ -102,19 +115,44 @@ def judge(
     if history.alarms and not broken and not moved:
         moved.append(f"{counts(len(history.alarms), 'alarm')} went off on the way, and the end is quiet again")
     if broken:
-        return Verdict("error", "broken", "Fine-tuning broke the routing", _sentence("; ".join(broken)) + ".")
+        sentence = _sentence("; ".join(broken)) + "."
+        return Verdict("error", "broken", "Fine-tuning broke the routing", sentence, _cure(recipe))
     if moved:
         facts = _facts(history, compared)
         sentence = _sentence("; ".join(moved)) + "." + (f" {_sentence(facts)}." if facts else "")
-        return Verdict("warning", "moved", "Fine-tuning moved the routing", sentence)
-    if max((window.step for window in (*history.train, *history.held_out)), default=0) == 0:
-        return Verdict("warning", "unknown", "Nothing has trained yet", "The run has logged its base only.")
+        advice = (
+            f"keep the run if other text still works (`finetune evaluate {adapter} --compare base --data FILE`); if "
+            "not, halve `training.learning_rate`"
+        )
+        level: Literal["notice", "warning"] = "warning" if history.alarms else "notice"
+        return Verdict(level, "moved", "Fine-tuning moved the routing", sentence, advice)
+    step = max((window.step for window in (*history.train, *history.held_out)), default=0)
+    if step == 0:
+        sentence, advice = "The run has logged its base only.", "report again after the first log of training"
+        return Verdict("notice", "unknown", "Nothing has trained yet", sentence, advice)
     if not with_base and not history.drift:
         sentence = "Without the base's routing nobody can say what fine-tuning changed."
-        return Verdict("warning", "unknown", "There is no base to compare with", sentence)
-    step = max(window.step for window in (*history.train, *history.held_out))
+        advice = f"measure it now: `finetune router drift {adapter}`"
+        return Verdict("notice", "unknown", "There is no base to compare with", sentence, advice)
     sentence = f"After {counts(step, 'step')} {_facts(history, compared)}."
-    return Verdict("fine", "intact", "The routing is intact", sentence)
+    advice = "nothing; judge the run by its held-out loss and its answers"
+    return Verdict("fine", "intact", "The routing is intact", sentence, advice)
+
+
+def _cure(recipe: Mapping[str, Any]) -> str:
+    """What to change before training again; what moved the routing decides."""
+    if not setting(recipe, "trainable.router", False):
+        return "do not use this adapter; train again with a tenth of `training.learning_rate`"
+    rate = setting(recipe, "trainable.router_learning_rate", None)
+    return (
+        "do not use this adapter; train again with `trainable.router: false`, or with a tenth of "
+        + ("`training.learning_rate`" if rate is None else "`trainable.router_learning_rate`")
+        + (
+            ""
+            if setting(recipe, "router.aux", "off") == "train"
+            else " and `router.aux: train`, which balances the load"
+        )
+    )
 
 
 def find_missing(history: RouterHistory, recipe: Mapping[str, Any]) -> list[Missing]:

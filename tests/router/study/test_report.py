@@ -30,6 +30,7 @@ def test_a_healthy_run(tmp_path: Path):
     assert f"{1 - 0.1 * (1 + 2.5 / 6):.1%} of the experts chosen" in made.verdict.sentence
     assert (made.comparison.same_tokens, made.comparison.with_base) == (True, True)
     assert made.missing == []
+    assert (made.verdict.level, made.verdict.advice.partition(";")[0]) == ("fine", "nothing")
     document = made.to_dict()
     assert document["compared"]["max_vio_worst"] == [pytest.approx(0.22), pytest.approx(0.22)]
     assert document["compared"]["dead_experts"] == [0, 0]
@@ -45,6 +46,27 @@ def test_a_dead_expert_breaks_it(tmp_path: Path):
         f"1 expert died: expert 7 of layer 17 gets 0.00 of an even share, and got {share:.2f} in the base."
     )
     assert made.to_dict()["compared"]["dead_experts"] == [0, 1]
+
+
+def test_what_to_do_about_a_broken_routing_depends_on_what_trained(tmp_path: Path):
+    for name, trainable, router, says in (
+        ("frozen", {}, {}, "a tenth of `training.learning_rate`"),
+        (
+            "trained",
+            {"router": True},
+            {},
+            "`trainable.router: false`, or with a tenth of `training.learning_rate` and `router.aux: train`, which "
+            "balances the load",
+        ),
+        (
+            "balanced",
+            {"router": True, "router_learning_rate": 0.1},
+            {"aux": "train"},
+            "`trainable.router: false`, or with a tenth of `trainable.router_learning_rate`",
+        ),
+    ):
+        made = report_of(tmp_path / name, load=collapsing(8, 1, 100), recipe={"trainable": trainable, "router": router})
+        assert made.verdict.advice == f"do not use this adapter; train again with {says}"
 
 
 def test_an_expert_that_the_base_did_not_use_either_did_not_die(tmp_path: Path):
@@ -81,7 +103,11 @@ def test_a_load_that_moved_far(tmp_path: Path):
     lines[-1]["router/drift/by_layer/load_change"][3] = 0.81
     write_lines(tmp_path / "metrics.jsonl", lines)
     made = read_report(tmp_path)
-    assert (made.verdict.word, made.verdict.level) == ("moved", "warning")
+    assert (made.verdict.word, made.verdict.level) == ("moved", "notice")  # no alarm, no warning
+    assert made.verdict.advice == (
+        f"keep the run if other text still works (`finetune evaluate {tmp_path}/adapter --compare base --data FILE`); "
+        "if not, halve `training.learning_rate`"
+    )
     assert made.verdict.sentence.startswith(
         "On the same tokens the load of an expert in layer 3 changed by 0.81 of an even share, 20 times what chance "
         "shows. No expert died, the worst layer's MaxVio is 0.22 (0.22 in the base), and 85.8% of"
@@ -106,6 +132,7 @@ def test_a_change_that_chance_explains_is_none(tmp_path: Path):
 
 def test_alarms_count(tmp_path: Path):
     made = report_of(tmp_path / "warned", alarms=[alarm(20, 1), alarm(30, 1)])
+    assert (made.verdict.word, made.verdict.level) == ("moved", "warning")
     assert made.verdict.sentence.startswith("2 alarms went off on the way, and the end is quiet again. No expert died,")
     made = report_of(tmp_path / "stopped", alarms=[alarm(100, 1, action="stop")])
     assert made.verdict.word == "broken"
@@ -126,7 +153,8 @@ def test_without_the_same_tokens_the_probe_is_the_base(tmp_path: Path):
 def test_an_interrupted_run_without_a_base(tmp_path: Path):
     recipe = {"router": {"probe_tokens": 0, "alarms": {"action": "off"}}}
     made = report_of(tmp_path, steps=(2, 4), evaluations=(), base=False, recipe=recipe)
-    assert made.verdict.word == "unknown"
+    assert (made.verdict.word, made.verdict.level) == ("unknown", "notice")
+    assert made.verdict.advice == f"measure it now: `finetune router drift {tmp_path}/adapter`"
     assert (made.comparison.before_name, made.comparison.after_name) == ("training, step 2", "training, step 4")
     fixes = {each.what: each.fix for each in made.missing}
     assert fixes["drift from the base on the same tokens"] == "`router.probe_tokens: 4096`"
@@ -167,6 +195,7 @@ def test_the_command(tmp_path: Path):
     called = CliRunner().invoke(app, ["router", "report", str(run), "--html", str(page), "--figures", str(figures)])
     assert called.exit_code == 0, called.output
     assert "Fine-tuning moved the routing" in called.output
+    assert "What to do: keep the run if other text still works" in called.output
     assert "alarm at step 20: layer 1: something happened" in called.output
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert {path.name for path in figures.iterdir()} == {

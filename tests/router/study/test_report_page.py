@@ -274,6 +274,17 @@ def test_drift_by_layer_and_over_the_steps(made: Node):
     assert [height / heights[0] for height in heights] == pytest.approx([each / want[0] for each in want], abs=1e-3)
 
 
+def test_a_run_without_alarms_warns_of_nothing(tmp_path: Path):
+    for raised, level in (([], "notice"), ([alarm(50, 3)], "warning")):
+        run = write_run(tmp_path, alarms=raised)
+        lines = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(lines.replace('load_change": [0.12', 'load_change": [0.92'))
+        root = read_page(render_report(read_report(run)))
+        assert root.all("h1")[0].text == "Fine-tuning moved the routing"
+        assert root.all("header")[0].classes == [level]
+        assert any("warning" in tile.classes for tile in root.all(kind="tile")) == bool(raised)
+
+
 def test_what_is_missing_is_said_with_its_key(tmp_path: Path):
     root = read_page(
         page_of(tmp_path, layers=2, steps=(2, 4), evaluations=(), base=False, recipe={"router": {"probe_tokens": 0}})
@@ -293,6 +304,12 @@ def test_nothing_is_missing_in_a_whole_run(made: Node):
 def test_the_first_screen(tmp_path: Path):
     root = read_page(page_of(tmp_path, layers=2, load=collapsing(8, 1, 100), evaluations=(0, 100)))
     assert root.all("h1")[0].text == "Fine-tuning broke the routing"
+    assert root.all("header")[0].classes == ["error"]
+    todo = root.all(kind="todo")[0]
+    assert todo.text.startswith(
+        "What to do: do not use this adapter; train again with a tenth of training.learning_rate"
+    )
+    assert [code.text for code in todo.all("code")] == ["training.learning_rate"]
     tiles = {tile.all("h2")[0].text: tile for tile in root.all(kind="tile")}
     assert list(tiles) == ["worst MaxVio", "dead experts", "top-2 overlap", "load change", "alarms", "held-out loss"]
     assert tiles["worst MaxVio"].all(kind="value")[0].text == "1.00"

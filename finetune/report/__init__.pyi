@@ -1,4 +1,5 @@
 from .figures import HEAT as HEAT
+from .figures import INK as INK
 from .figures import SOFT as SOFT
 from .figures import TRAIN as TRAIN
 from .figures import Axes as Axes

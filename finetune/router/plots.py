@@ -24,6 +24,7 @@ from torch import Tensor
 
 from finetune.report import (
     HEAT,
+    INK,
     SOFT,
     WIDTH,
     Drawn,
@@ -286,7 +287,9 @@ def layer_curves(history: RouterHistory, names: Sequence[str]) -> Drawn:
             axes.set_title(f"layer {curve.layer}" if row == 0 else "")
             if curve.known:
                 end = f"{curve.known[-1][1]:.{digits(name)}f}"
-                axes.set_title(end, loc="right", **({"fontweight": "bold"} if curve.outside else {"color": SOFT}))
+                said = axes.set_title(end, loc="right", color=SOFT)
+                if curve.outside:
+                    said.set(color=INK, fontweight="bold")
         _, _, low, high = METRICS[name]
         bottom, top = mine[0].get_ylim()
         mine[0].set_ylim(bottom if low is None else low, top if high is None else max(top, high))

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.chat.conversation import Conversation, load_conversation, save_conversation
 from finetune.chat.screen import Screen
 from finetune.chat.session import Session, shown, with_settings
 from finetune.errors import DataError
@@ -79,7 +78,7 @@ class Commands:
         self._screen.table(HELP)
 
     def _reset(self, _: str) -> None:
-        self._session.replace(Conversation(self._session.conversation.system))
+        self._session.reset()
         self._screen.say("a new conversation")
 
     def _system(self, text: str) -> None:
@@ -100,7 +99,7 @@ class Commands:
 
     def _save(self, name: str, *, replace: bool = False) -> None:
         path = _file(name, "/save")
-        save_conversation(self._session.conversation, path, replace=replace)
+        self._session.save(path, replace=replace)
         turns = len(self._session.conversation.turns)
         self._screen.say(f"saved {turns} question{'s' * (turns > 1)} with answers in {path}")
 
@@ -108,11 +107,8 @@ class Commands:
         self._save(name, replace=True)
 
     def _load(self, name: str) -> None:
-        path = _file(name, "/load")
-        conversation = load_conversation(path)
-        self._session.engine.encode_chat(conversation.messages("?"), self._session.model)
-        self._session.replace(conversation)
-        for question, answer in conversation.turns:
+        self._session.load(_file(name, "/load"))
+        for question, answer in self._session.conversation.turns:
             self._screen.say(f"> {question}")
             self._screen.write(answer + "\n")
 

@@ -37,6 +37,9 @@ class Conversation:
             said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return said if question is None else [*said, {"role": "user", "content": question}]
 
+    def copy(self) -> Conversation:
+        return Conversation(self.system, list(self.turns))
+
 
 def save_conversation(conversation: Conversation, path: Path, *, replace: bool = False) -> None:
     """Writes the conversation as one JSON line.

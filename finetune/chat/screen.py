@@ -26,8 +26,10 @@ class Screen:
     """Reads lines and writes text.
 
     Args:
-        stdin, stdout, stderr: where; a prompt is shown, and lines can be edited, only where the first two are a
-            terminal.
+        stdin, stdout, stderr: where.
+
+    Attributes:
+        is_terminal: whether standard input and output are one; only there a prompt is shown and lines can be edited.
     """
 
     def __init__(self, stdin: TextIO, stdout: TextIO, stderr: TextIO):
@@ -37,8 +39,8 @@ class Screen:
             if isinstance(stream, io.TextIOWrapper):
                 # Neither bytes that are no text nor characters that the terminal has not end the talk.
                 stream.reconfigure(errors="surrogateescape" if stream is stdin else "replace")
-        self._is_terminal = stdin.isatty() and stdout.isatty()
-        if self._is_terminal:
+        self.is_terminal = stdin.isatty() and stdout.isatty()
+        if self.is_terminal:
             with contextlib.suppress(ImportError):  # lines are edited, and earlier ones found, where there is readline
                 import readline  # noqa: F401
 
@@ -56,6 +58,10 @@ class Screen:
         while not block.endswith(_BLOCK):
             block += "\n" + self._line(". ")
         return block.removesuffix(_BLOCK)
+
+    def question(self, text: str) -> str:
+        """The answer to a question at a terminal, without spaces around it; raises as `ask`."""
+        return self._line(text).strip()
 
     def write(self, text: str) -> None:
         """Writes a piece of an answer."""
@@ -77,7 +83,7 @@ class Screen:
         self._console.print(Text(visible(f"error: {error}"), style="red"), soft_wrap=True)
 
     def _line(self, prompt: str) -> str:
-        if self._is_terminal:
+        if self.is_terminal:
             # `input` edits lines only on the standard streams themselves; commands let standard output go elsewhere.
             with contextlib.redirect_stdout(self._stdout):
                 line = input(prompt)

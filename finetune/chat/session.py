@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.chat.answering import request_for
-from finetune.chat.conversation import Conversation, Messages
+from finetune.chat.conversation import Conversation, Messages, load_conversation, save_conversation
 from finetune.errors import DataError
 from finetune.infer import Request, Sampling
 
@@ -34,6 +35,34 @@ class Session:
     asked: str | None = None
     attempts: int = 0
     _kept: bool = field(default=False, init=False)
+    _on_disk: Conversation | None = field(default=None, init=False)
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether something was said that no file holds."""
+        return bool(self.conversation.turns) and self.conversation != self._on_disk
+
+    def save(self, path: Path, *, replace: bool) -> None:
+        """Writes the conversation; raises as `save_conversation`."""
+        save_conversation(self.conversation, path, replace=replace)
+        self._on_disk = self.conversation.copy()
+
+    def load(self, path: Path) -> None:
+        """Continues the first conversation of a file; its last question can be asked again.
+
+        Raises:
+            DataError: as `load_conversation`, or the chat template refuses it; the conversation is as before.
+        """
+        conversation = load_conversation(path)
+        self.engine.encode_chat(conversation.messages("?"), self.model)
+        self.conversation, self.attempts, self._kept = conversation, 0, True
+        self.asked = conversation.turns[-1][0]
+        self._on_disk = conversation.copy()
+
+    def reset(self) -> None:
+        """Forgets all but the system message."""
+        self.conversation = Conversation(self.conversation.system)
+        self.asked, self.attempts, self._kept = None, 0, False
 
     def ask(self, question: str) -> Request:
         """The request for an answer to a new question.
@@ -67,12 +96,6 @@ class Session:
             self.conversation.turns.pop()
         self.conversation.turns.append((self.asked, answer))
         self._kept = True
-
-    def replace(self, conversation: Conversation) -> None:
-        """Switches to another conversation; its last question can be asked again."""
-        self.conversation, self.attempts = conversation, 0
-        self._kept = bool(conversation.turns)
-        self.asked = conversation.turns[-1][0] if conversation.turns else None
 
     def tell_system(self, text: str | None) -> None:
         """Changes the system message.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -103,28 +104,44 @@ class Terminal:
         deadline = time.monotonic() + 60
         while self.seen.count(text) < times:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen!r}"
-            if select.select([self._file], [], [], 0.1)[0]:
-                self.seen += os.read(self._file, 65536).decode("utf-8", "replace")
+            self._read()
 
     def type(self, text: str) -> None:
         os.write(self._file, text.encode("utf-8"))
 
-    def leave_by(self, key: str) -> int:
-        """The exit status after a key at the prompt.
+    def press(self, key: str, until: str) -> None:
+        """Presses a key until a text stands there once more.
 
-        It is pressed again after a while: a signal between Python's last look and its wait for a key goes unseen.
+        Again after a while: a signal between Python's last look and its wait for a key goes unseen.
         """
+        times = self.seen.count(until) + 1
         for _ in range(60):
             self.type(key)
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline:
+                self._read()
+                if self.seen.count(until) >= times:
+                    return
+        raise AssertionError(f"no {until!r} in {self.seen!r}")
+
+    def status(self, *, again: str = "") -> int:
+        """The exit status of the process, which is leaving; a key may have to be pressed again, see `press`."""
+        for _ in range(60):
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                self._read()
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
                 if pid:
                     os.close(self._file)
                     return os.waitstatus_to_exitcode(status)
-                time.sleep(0.02)
+            self.type(again)
         os.kill(self._pid, signal.SIGKILL)
         raise AssertionError(f"still there: {self.seen!r}")
+
+    def _read(self) -> None:
+        if select.select([self._file], [], [], 0.02)[0]:
+            with contextlib.suppress(OSError):  # the process has ended
+                self.seen += os.read(self._file, 65536).decode("utf-8", "replace")
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> None:
@@ -141,7 +158,10 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> N
     terminal.type(f"/save {saved}\n")
     terminal.until("saved 2 questions")
     terminal.until("\n> ", times=4)
-    assert terminal.leave_by("\x03") == 0
+    terminal.press("\x03", "Leave? y or Ctrl-C leaves")  # nothing is unsaved
+    terminal.type("y\n")
+    assert terminal.status() == 0
+    assert "Save the conversation" not in terminal.seen
     assert "\x1b[2m" in terminal.seen  # the line about speed is dim
     messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
     assert messages[1]["content"].startswith("tuned: one two")
@@ -149,7 +169,46 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> N
     assert [message["content"] for message in messages[2:]] == ["hi", "tuned: hi"]
 
 
-def test_ctrl_d_at_the_prompt_leaves_with_status_0() -> None:
+def test_ctrl_c_at_the_prompt_asks_and_a_second_one_leaves() -> None:
     terminal = Terminal()
     terminal.until("> ")
-    assert terminal.leave_by("\x04") == 0
+    terminal.press("\x03", "Leave? y or Ctrl-C leaves, Enter stays: ")
+    terminal.type("\n")
+    terminal.until("\n> ")
+    terminal.type("hi\n")
+    terminal.until("tuned: hi")
+    terminal.until("\n> ", times=2)
+    terminal.press("\x03", "Leave, and the conversation is not saved?")
+    terminal.type("\x03")
+    assert terminal.status(again="\x03") == 0
+    assert "Save the conversation" not in terminal.seen
+
+
+@pytest.mark.parametrize("leave", ["\x04", "/exit\n"])
+def test_leaving_an_unsaved_conversation_offers_to_save_it(tmp_path: Path, leave: str) -> None:
+    taken, saved = tmp_path / "taken.jsonl", tmp_path / "said.jsonl"
+    taken.write_text("mine\n")
+    terminal = Terminal()
+    terminal.until("> ")
+    terminal.type("hi\n")
+    terminal.until("tuned: hi")
+    terminal.until("\n> ")
+    terminal.press(leave, "Save the conversation? /save FILE, or Enter leaves without saving: ")
+    for answer, says in ((str(taken), "the file exists already"), ("yes", "no file name was given")):
+        terminal.press(f"{answer}\n", says)
+        terminal.until("Save the conversation?", times=terminal.seen.count("error: ") + 1)
+    terminal.type(f"/save {saved}\n")
+    assert terminal.status() == 0
+    assert taken.read_text() == "mine\n"
+    assert [message["content"] for message in json.loads(saved.read_text())["messages"]] == ["hi", "tuned: hi"]
+
+
+def test_a_conversation_that_need_not_be_kept_is_left_by_enter() -> None:
+    terminal = Terminal()
+    terminal.until("> ")
+    terminal.type("hi\n")
+    terminal.until("tuned: hi")
+    terminal.until("\n> ")
+    terminal.press("\x04", "Save the conversation?")
+    terminal.type("\n")
+    assert terminal.status() == 0

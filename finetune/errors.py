@@ -7,7 +7,12 @@ Our own mistakes are `assert`s and stay tracebacks.
 
 from __future__ import annotations
 
+import shlex
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent  # the checkout, if it is one
 
 
 class FinetuneError(ValueError):
@@ -80,6 +85,19 @@ def require_packages(*packages: str, where: str, extra: str) -> None:
     """Raises a FinetuneError if a package is not installed that an extra of ours brings."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise FinetuneError(
-            f"not installed: {', '.join(missing)}", where=where, fix=f"pip install 'moe-qlora[{extra}]'"
-        )
+        raise FinetuneError(f"not installed: {', '.join(missing)}", where=where, fix=install_command(extra))
+
+
+def install_command(extra: str) -> str:
+    """The command that installs what an extra of ours brings.
+
+    In a checkout by the extra itself. Elsewhere by its requirements, because no index has this package, and whoever
+    took its name there could have users install anything.
+    """
+    if (_ROOT / "pyproject.toml").is_file():
+        root = "." if Path.cwd() == _ROOT else str(_ROOT)
+        return f"pip install -e {shlex.quote(f'{root}[{extra}]')}"
+    parts = [text.partition(";") for text in metadata.requires("moe-qlora") or ()]
+    brought = [wanted.strip() for wanted, _, marker in parts if f"extra == '{extra}'" in marker.replace('"', "'")]
+    assert brought, f"there is no extra {extra}"
+    return "pip install " + " ".join(map(shlex.quote, brought))

@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from finetune.console import Report
 from finetune.disk import write_json
-from finetune.errors import DataError, FinetuneError, ModelError
+from finetune.errors import DataError, FinetuneError, ModelError, install_command
 from finetune.evaluate.models import Compared, open_compared
 from finetune.moe import LoadedModel, load_tokenizer, resolve_device, router_fingerprint
 from finetune.private_api import harness_task_kinds
@@ -129,7 +129,7 @@ def _require_harness() -> None:
         raise FinetuneError(
             "lm-evaluation-harness is not installed",
             where="finetune evaluate --tasks",
-            fix="pip install 'moe-qlora[harness]'",
+            fix=install_command("harness"),
         )
 
 

@@ -35,7 +35,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune.adapter import MergeSource
 from finetune.disk import require_space
-from finetune.errors import ModelError, OutputError
+from finetune.errors import ModelError, OutputError, install_command
 from finetune.export.gguf_config import (
     ROPE_FREQS,
     describe_config,
@@ -117,7 +117,7 @@ def require_gguf(source: MergeSource, type: str) -> None:
             fix="merge with --format bf16, and convert that folder with llama.cpp's convert_hf_to_gguf.py",
         )
     require_written(source.config, AutoConfig.from_pretrained(source.folder), where=str(source.folder))
-    needed = {"gguf": "pip install 'moe-qlora[gguf]'"}
+    needed = {"gguf": install_command("gguf")}
     if type in QUANTIZER_TYPES:
         needed["llama_cpp"] = "pip install llama-cpp-python, or choose --gguf-type q8_0"
     for package, fix in needed.items():

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from finetune.errors import ModelError
+from finetune.errors import ModelError, install_command
 
 FusedLayers = Literal["auto"] | bool
 # The model types for which liger-kernel 0.8.5 has them.
@@ -45,7 +45,7 @@ def wants_fused_layers(wanted: FusedLayers, device: torch.device, model_type: st
             f"fused layers are asked for, but {', and '.join(found)}",
             where="model.fused_layers",
             allowed=f"auto, true (on a GPU, with liger-kernel, for {', '.join(SUPPORTED)}), false",
-            fix="set model.fused_layers=auto" if installed else "pip install 'moe-qlora[kernels]', or choose auto",
+            fix="set model.fused_layers=auto" if installed else f"{install_command('kernels')}, or choose auto",
         )
     return not found
 

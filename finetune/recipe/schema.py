@@ -266,9 +266,9 @@ class LoggingSection(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; offline needs neither an account nor a network."""
     tensorboard: bool = False
-    """TensorBoard, into the folder `tensorboard` of `output.dir`; needs `moe-qlora[loggers]`."""
+    """TensorBoard, into the folder `tensorboard` of `output.dir`; needs the extra `loggers`."""
     trackio: bool = False
-    """trackio, into its database on this machine (TRACKIO_DIR); needs `moe-qlora[loggers]`."""
+    """trackio, into its database on this machine (TRACKIO_DIR); needs the extra `loggers`."""
     project: Text = "moe-qlora"
     """Project of Weights & Biases and of trackio."""
     run_name: Text | None = None

@@ -26,7 +26,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback, rewrite_logs
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, install_command
 from finetune.recipe import Recipe
 from finetune.router import RouterMedia, RouterMediaCallback, load_heat_map_pixels
 from finetune.runfolder import RunFolder
@@ -40,7 +40,7 @@ def require_loggers(recipe: Recipe) -> None:
                 f"the package {package} is not installed",
                 where=f"logging.{package}: true",
                 allowed="true (with the package), false",
-                fix=f"pip install 'moe-qlora[loggers]', or set logging.{package}=false",
+                fix=f"{install_command('loggers')}, or set logging.{package}=false",
             )
 
 

@@ -83,4 +83,4 @@ def test_the_page_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = chat(monkeypatch, "", "no/such/model", "--ui")
     assert ran.status == 2
     assert "not installed: gradio, httptools" in ran.stderr
-    assert "pip install 'moe-qlora[ui]'" in ran.stderr
+    assert "pip install -e '.[ui]'" in ran.stderr

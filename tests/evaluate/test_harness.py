@@ -11,7 +11,7 @@ from tests.running import refused
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, saved_adapter: Path, tmp_path: Path) -> None:
     monkeypatch.setattr("finetune.evaluate.harness.find_spec", lambda name: None)
-    says = ("lm-evaluation-harness is not installed", "pip install 'moe-qlora[harness]'")
+    says = ("lm-evaluation-harness is not installed", "pip install -e '.[harness]'")
     refused(tmp_path, "evaluate", saved_adapter, "--tasks", "hellaswag", says=says)
 
 

@@ -291,7 +291,7 @@ def test_what_no_gguf_can_hold_is_refused(adapter: Path, tmp_path: Path, monkeyp
     missing = ("needs the package llama_cpp, which is not installed", "pip install llama-cpp-python")
     refused(tmp_path, *args, "q4_k_m", says=("the GGUF type q4_k_m " + missing[0], missing[1]))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(tmp_path, *args, "f16", says=("the GGUF type f16 needs the package gguf", "pip install 'moe-qlora[gguf]'"))
+    refused(tmp_path, *args, "f16", says=("the GGUF type f16 needs the package gguf", "pip install -e '.[gguf]'"))
 
 
 def test_every_field_of_the_config_is_written_or_refused_by_name() -> None:

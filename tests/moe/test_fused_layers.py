@@ -50,4 +50,4 @@ def test_asked_for_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wants_fused_layers("auto", CUDA, "mixtral")
     with pytest.raises(ModelError, match="the package liger-kernel is not installed") as error:
         wants_fused_layers(True, CUDA, "mixtral")
-    assert "fix: pip install 'moe-qlora[kernels]', or choose auto" in str(error.value)
+    assert "fix: pip install -e '.[kernels]', or choose auto" in str(error.value)

@@ -72,7 +72,7 @@ def test_an_open_address_without_a_key_is_warned_of(tmp_path: Path) -> None:
 
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.errors.find_spec", lambda name: None if name == "httptools" else name)
-    refused(tmp_path, "serve", MODEL, says=("not installed: httptools\n", "pip install 'moe-qlora[serve]'"))
+    refused(tmp_path, "serve", MODEL, says=("not installed: httptools\n", "pip install -e '.[serve]'"))
 
 
 @contextmanager

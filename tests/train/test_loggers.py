@@ -304,7 +304,7 @@ def test_a_logger_that_is_not_installed(
     says = (
         f"the package {package} is not installed",
         f"where: logging.{package}: true",
-        f"fix: pip install 'moe-qlora[loggers]', or set logging.{package}=false",
+        f"fix: pip install -e '.[loggers]', or set logging.{package}=false",
     )
     refused(tmp_path, "train", recipe, says=says)
 

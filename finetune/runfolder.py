@@ -91,6 +91,14 @@ class RunFolder:
         return self.root / "tensorboard"
 
 
+def run_of(folder: Path) -> Path:
+    """The run's folder, for the run's or one in it, such as its adapter's; every other path as it is."""
+    if (folder / RUN_FILE).is_file() or not folder.is_dir():
+        return folder
+    above = Path(os.path.normpath(folder / ".."))
+    return above if (above / RUN_FILE).is_file() else folder
+
+
 def require_claimable(
     root: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
 ) -> RunFolder:

@@ -27,6 +27,7 @@ from finetune.adapter.files import (
     kind_of,
     read_shapes,
     require_file,
+    tuned_folder,
 )
 from finetune.adapter.lora import add_adapters, load_adapter, projections_of, read_saved, save_adapter
 from finetune.adapter.non_moe import load_non_moe, read_non_moe, save_non_moe
@@ -77,12 +78,14 @@ class Adapter:
         """Reads what the folder says of itself.
 
         Args:
+            folder: of the adapter, or of the run that trained it.
             base: where the base is now, or which it is; the one that the adapter names when None.
 
         Raises:
             AdapterError: nothing was tuned there, a file is missing or damaged, or the adapter is of a kind that would
                 not answer here as it was trained.
         """
+        folder = tuned_folder(folder)
         kind = kind_of(folder)
         if kind is None:
             require_file(folder / LORA_CONFIG)
@@ -321,8 +324,12 @@ def require_tuned(base: str | None, *paths: str) -> None:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a path is a folder of tuned weights, rather than a model or a hub id."""
-    return kind_of(Path(path)) is not None
+    """Whether a path is a folder of tuned weights, or of a run with one, rather than a model or a hub id.
+
+    Raises:
+        AdapterError: a run that has no adapter yet.
+    """
+    return kind_of(tuned_folder(path)) is not None
 
 
 def load(

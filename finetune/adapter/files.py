@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,11 +16,34 @@ from safetensors import SafetensorError
 
 from finetune.checkpoint import read_tensor_infos
 from finetune.errors import AdapterError, OutputError
+from finetune.runfolder import RunFolder
 
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NON_MOE_CONFIG, NON_MOE_TENSORS = "non_moe.json", "non_moe.safetensors"
 Kind = Literal["lora", "non_moe"]
 Shapes = dict[str, tuple[int, ...]]
+
+
+def tuned_folder(path: str | Path) -> Path:
+    """The adapter's folder, for itself or the run's; every other path as it is.
+
+    Raises:
+        AdapterError: the run has no adapter yet.
+    """
+    folder = Path(path)
+    run = RunFolder(folder)
+    if not run.run_file.is_file():
+        return folder
+    if kind_of(run.adapter) is None:
+        saved = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda saved: saved.stat().st_mtime)
+        newest = f", or name a checkpoint of it, such as {saved[-1]}" if saved else ""
+        raise AdapterError(
+            "the run has not come to its end, so there is no adapter in it",
+            where=str(folder),
+            allowed="the folder of a finished run, or of an adapter",
+            fix=f"go on with it: finetune train {shlex.quote(str(folder))} --resume{newest}",
+        )
+    return run.adapter
 
 
 def kind_of(folder: Path) -> Kind | None:

@@ -296,7 +296,7 @@ def require_adapter(folder: Path) -> None:
         raise AdapterError(
             "there is no adapter to merge",
             where=str(folder),
-            allowed="a folder that `finetune train` saved as <output.dir>/adapter",
+            allowed="the folder of a run, or of an adapter",
             fix="check the path",
         )
 

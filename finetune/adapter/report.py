@@ -26,7 +26,7 @@ from finetune.console import Report
 from finetune.errors import AdapterError
 from finetune.moe import MoeArch, Tensors, fingerprint_of, hub_name, require_fingerprint, router_path
 from finetune.run_files import DataFile, recorded
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, run_of
 
 TRAINING_FILE = "training.json"
 _LAYER = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)?\.?(.+)")
@@ -63,7 +63,7 @@ def inspect_adapter(folder: Path, *, base_path: str | None = None) -> dict[str, 
             "fingerprint": spec.fingerprint or None,
             "at_hand": base is not None,
         },
-        **_training(folder),
+        **_training(adapter.folder),
         "layers": _by_layer(norms),
     }
 
@@ -192,7 +192,7 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
 
 def _training(folder: Path) -> dict[str, Any]:
     """Recipe and data: of the run that the folder lies in, or as they were published with it."""
-    run = RunFolder(folder.absolute().parent)
+    run = RunFolder(run_of(folder))
     if run.run_file.is_file() and run.data.is_file():
         return {"recipe": str(run.recipe), "data": data_facts(recorded(run.data, DataFile, kind=AdapterError))}
     if (folder / TRAINING_FILE).is_file():

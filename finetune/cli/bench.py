@@ -58,7 +58,7 @@ def bench_train(
 
 @bench_app.command("decode")
 def bench_decode(
-    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Requests at once; may be given several times.")
     ] = None,

@@ -25,7 +25,7 @@ _OF_BENCHMARKS = ("limit", "num_fewshot", "tasks_path", "batch_size", "apply_cha
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="The reference: adapter or model folder.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="The reference: folder of a run, adapter or model.", show_default=False)],
     compare: Annotated[
         list[str] | None,
         typer.Option(

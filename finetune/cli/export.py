@@ -12,7 +12,7 @@ from finetune.cli.reporting import reporting
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run saved.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run or of an adapter.", show_default=False)],
     output: Output,
     format: Annotated[str, typer.Option(help="nf4 (experts keep their bytes), bf16, fp16 or gguf.")] = "nf4",
     others: Annotated[
@@ -66,7 +66,9 @@ def merge(
 
 
 def push(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (its output.dir).", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run (its output.dir) or of its adapter.", show_default=False)
+    ],
     repo_id: Annotated[str, typer.Option(help="Where to: name, or owner/name.", show_default=False)],
     merged: Annotated[
         Path | None, typer.Option(help="Push this merged model of the run instead of its adapter.", show_default=False)
@@ -111,7 +113,7 @@ adapter_app = typer.Typer(name="adapter", no_args_is_help=True, help="Look at ad
 
 @adapter_app.command("inspect")
 def adapter_inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter or non-MoE tuning.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run, adapter or non-MoE tuning.", show_default=False)],
     base: Base = None,
     as_json: Json = False,
     debug: Debug = False,

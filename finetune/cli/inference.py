@@ -13,7 +13,7 @@ from finetune.errors import require_packages
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; may be given several times.")],
     against: Annotated[str | None, typer.Option(help="Another model to answer the same, side by side.")] = None,
     base: Base = None,
@@ -67,7 +67,7 @@ def generate(
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Another model, from an adapter; may be given several times."),
@@ -117,7 +117,7 @@ def chat(
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen on; give a key where others reach it.")] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     adapter: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML), or the folder of a run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. training.max_steps=10.")
 ]

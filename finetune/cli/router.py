@@ -15,7 +15,9 @@ router_app = typer.Typer(name="router", no_args_is_help=True, help="Look at rout
 
 @router_app.command("drift")
 def router_drift(
-    model: Annotated[Path, typer.Argument(help="Adapter folder, or a merged model with --base.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a run or adapter, or a merged model with --base.", show_default=False)
+    ],
     base: Annotated[str | None, typer.Option(callback=named, help="Base model; an adapter names its own.")] = None,
     data: ProbeData = None,
     max_tokens: ProbeTokens = 65_536,
@@ -33,7 +35,7 @@ def router_drift(
 
 @router_app.command("analyze")
 def router_analyze(
-    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
     base: Base = None,
     data: ProbeData = None,
     max_tokens: ProbeTokens = 65_536,
@@ -55,7 +57,9 @@ def router_analyze(
 
 @router_app.command("report")
 def router_report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (its output.dir).", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run (its output.dir) or of its adapter.", show_default=False)
+    ],
     html: Annotated[Path | None, typer.Option(help="Write the report as one page.", show_default=False)] = None,
     figures: Annotated[Path | None, typer.Option(help="Draw the PNGs into this folder.", show_default=False)] = None,
     as_json: Json = False,

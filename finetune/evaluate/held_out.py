@@ -24,7 +24,7 @@ from finetune.errors import AdapterError
 from finetune.evaluate.divergence import Row
 from finetune.recipe import Recipe
 from finetune.run_files import recorded_recipe
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, run_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HeldOut:
         """Finds them and opens their source, so that a fault is said before a model loads.
 
         Args:
-            model: an adapter folder, in a run's folder or not.
+            model: the folder of a run or of an adapter, a run's or not.
             data: what the command names instead.
 
         Raises:
@@ -52,7 +52,7 @@ class HeldOut:
         if data is not None:
             open_source(Source(data))
             return cls(data, None)
-        run_file = RunFolder(model.parent).run_file
+        run_file = RunFolder(run_of(model)).run_file
         if not run_file.is_file():
             return cls(None, None)
         recipe = recorded_recipe(run_file, kind=AdapterError, fix="name conversations with --data")

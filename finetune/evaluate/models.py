@@ -74,7 +74,7 @@ class Compared:
             spec = adapter.require_base()
             _, arch = check_base(spec)
             kind, tokenizer_of = ("base", spec.path) if name == BASE else ("adapter", adapter.tokenizer_of)
-            return cls(name, folder, kind, arch, tokenizer_of, base)  # type: ignore[arg-type]
+            return cls(name, str(adapter.folder), kind, arch, tokenizer_of, base)  # type: ignore[arg-type]
         saved = saved_quantization(read_config(folder))
         _, arch = check_base(BaseSpec(folder, attention=saved.get("attention", "16bit")))
         return cls(name, folder, "quantized" if saved else "16bit", arch, folder, None)

@@ -67,7 +67,7 @@ class RunFacts:
                 "this is not the folder of a run",
                 where=str(run.root),
                 allowed="a folder that `finetune train` wrote, with run.json and adapter/ in it",
-                fix="name the run's output.dir" + (", the folder above" if run.root.name == "adapter" else ""),
+                fix="name the run's output.dir",
             )
         if not (run.root / "summary.json").is_file():
             raise OutputError(

@@ -19,7 +19,7 @@ from finetune.export.hub import Destination, Hub, kind_of, publish, require_repo
 from finetune.export.published import adapter_files, is_local, merged_files, public_name, public_values
 from finetune.recipe import Recipe, resolved_yaml
 from finetune.router import run_figures
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, run_of
 
 CARD, RECIPE, FIGURES = "README.md", "recipe.yaml", "figures"
 
@@ -30,7 +30,7 @@ def push(
     """Pushes what a run trained; returns the document that `--json` prints.
 
     Args:
-        folder: the run's output folder.
+        folder: the run's output folder, or its adapter's.
         merged: a merged model of the run, to go instead of its adapter.
         dry_run: only show what would go.
 
@@ -39,10 +39,10 @@ def push(
         AdapterError, ModelError: it holds no adapter, `merged` no model.
         HubError: as `require_writable` and `publish`.
     """
-    run, hub = RunFolder(folder), Hub(report)
+    run, hub = RunFolder(run_of(folder)), Hub(report)
     require_repo_id(to.repo_id)
     facts = RunFacts.read(run)
-    with tempfile.TemporaryDirectory(prefix=".push.", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".push.", dir=run.root) as scratch:
         files = _weights(facts, merged, Path(scratch))
         if not dry_run:
             to = require_writable(hub, to)

@@ -21,6 +21,7 @@ from finetune.recipe import yaml12
 from finetune.recipe.explain import explain
 from finetune.recipe.faults import OVERRIDE, located
 from finetune.recipe.schema import Recipe
+from finetune.runfolder import RunFolder, run_of
 from finetune.values import dotted, shown
 
 _LARGEST = 1_000_000  # bytes; a recipe has about a thousand, a checkpoint given by mistake many millions
@@ -39,14 +40,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.
 
     Args:
-        path: the YAML file. Paths in it that start with "./" or "../" are taken from its folder.
+        path: the YAML file. Paths in it that start with "./" or "../" are taken from its folder. For the folder of a
+            run, or its adapter's, the recipe of that run, with `output.dir` there.
         overrides: `section.key=value` texts. Paths in them are taken from the working directory.
 
     Raises:
         RecipeError: with every fault found.
     """
-    document = _parse(Path(path))
-    _anchor(document.value, Path(path).parent)
+    run = RunFolder(run_of(Path(path)))
+    of_run = run.run_file.is_file()
+    file = run.recipe if of_run else Path(path)
+    document = _parse(file)
+    _anchor(document.value, file.parent)
+    if of_run and isinstance(document.value.get("output"), dict):
+        document.value["output"]["dir"] = str(run.root)  # it may have been moved
     _apply_overrides(document, overrides)
     _anchor(document.value, Path())
     try:

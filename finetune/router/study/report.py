@@ -16,7 +16,7 @@ from finetune.checkpoint import read_json
 from finetune.errors import OutputError
 from finetune.router.history import RouterHistory, read_history
 from finetune.router.study.verdict import Comparison, Missing, Verdict, compare, find_missing, judge, setting, value_of
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, run_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_report(folder: Path) -> RouterReport:
     Raises:
         OutputError: there is no run, it logged nothing of its routers, or a file cannot be understood.
     """
-    run = RunFolder(folder)
+    run = RunFolder(run_of(folder))
     about = _read_run(run)
     if not run.metrics.is_file():
         raise OutputError(

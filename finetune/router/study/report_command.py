@@ -17,7 +17,7 @@ from finetune.errors import OutputError
 from finetune.router.plots import run_figures
 from finetune.router.study.report import RouterReport, read_report
 from finetune.router.study.report_page import render_report
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, run_of
 
 
 def report_run(
@@ -42,7 +42,7 @@ def report_run(
     if figures is not None:
         with _writing(figures):
             figures.mkdir(parents=True, exist_ok=True)
-        document["figures"] = [str(path) for path in run_figures(RunFolder(folder), figures)]
+        document["figures"] = [str(path) for path in run_figures(RunFolder(run_of(folder)), figures)]
     show_report(made, document, report)
     return document
 

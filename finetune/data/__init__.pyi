@@ -22,6 +22,7 @@ from .messages import BESIDES as BESIDES
 from .messages import ROLES as ROLES
 from .messages import ContentFault as ContentFault
 from .messages import besides_of as besides_of
+from .messages import require_calls as require_calls
 from .messages import text_of as text_of
 from .messages import tools_as_text as tools_as_text
 from .messages import tools_of as tools_of
@@ -36,6 +37,7 @@ from .reading import Reader as Reader
 from .reading import first_row as first_row
 from .reading import rows_of as rows_of
 from .reading import sample_row as sample_row
+from .rendering import OWN_WRITE_NO_TOOLS as OWN_WRITE_NO_TOOLS
 from .rows import IGNORED as IGNORED
 from .rows import Message as Message
 from .rows import RowFault as RowFault

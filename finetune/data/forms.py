@@ -12,11 +12,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from finetune.data.messages import ROLES, besides_of, decoded, is_said, kind, shortened, text_of
+from finetune.data.messages import ROLES, besides_of, decoded, is_said, kind, require_calls, shortened, text_of
 from finetune.data.reading import rows_of
 from finetune.data.rows import Conversation, Message, Parsed, RawChunk, Role, RowFault
 from finetune.data.turns import Form, FormName, Turn, listed, text_form, turns_of
@@ -246,26 +246,24 @@ def role_of(role: Any, form: Form) -> Role:
     return known
 
 
-def check_conversation(conversation: Iterable[Message]) -> None:
+def check_conversation(conversation: Sequence[Message]) -> None:
     """Roles in turn, after at most one system message, and something to learn.
 
     Raises:
         RowFault: one of these does not hold.
     """
-    before, answers, called = "", [], False
+    require_calls(conversation)
+    before, answers = "", []
     for message in conversation:
         role = message["role"]
         if role == "system" and before:
             raise RowFault("a system message that is not the first turn")
         if role == "assistant" and before in ("", "system"):
             raise RowFault("the assistant speaks first")
-        if role == "tool" and not called:
-            raise RowFault("a tool answers where nothing called it")
         if role == before and role != "tool":
             raise RowFault(f"two {role} turns in a row")
         if role == "assistant":
             answers.append(message)
-        called = role == "tool" or "tool_calls" in message
         before = role
     if not answers:
         raise RowFault("no assistant turn, so nothing to learn")

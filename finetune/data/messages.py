@@ -10,10 +10,10 @@ arguments as an object. Leaves out content other than text, and calls inside the
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from finetune.data.reading import parse_json
 from finetune.data.rows import Role, RowFault
 
 # As clients and data sets write them; `developer` is OpenAI's newer name for what a template calls the system.
@@ -196,6 +196,15 @@ def _inside(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
+def require_calls(conversation: Iterable[Mapping[str, Any]]) -> None:
+    """Raises a RowFault for a tool's message that follows neither a call nor another tool's message."""
+    called = False
+    for message in conversation:
+        if message["role"] == "tool" and not called:
+            raise RowFault("a tool answers where nothing called it")
+        called = message["role"] == "tool" or "tool_calls" in message
+
+
 def besides(message: Mapping[str, Any]) -> dict[str, Any]:
     """What a checked message holds besides role and content, without the tools of its conversation."""
     return {key: message[key] for key in BESIDES.get(message["role"], ()) if key in message}
@@ -222,11 +231,17 @@ def decoded(value: Any, told: str) -> Any:
     """The value of JSON in a string, as a CSV cell holds it; "" of a blank one, and any other value as it is.
 
     Raises:
-        RowFault: the string is not JSON; its text begins with `told`, "`tools` is" for example.
+        RowFault: the string is not JSON, or Python cannot read it; the text begins with `told`, "`tools` is" for
+            example.
     """
     if not isinstance(value, str):
         return value
     try:
-        return parse_json(value) if value.strip() else ""
-    except RowFault:
-        raise RowFault(f"{told} a string that is not JSON") from None
+        return json.loads(value) if value.strip() else ""
+    except json.JSONDecodeError:
+        reason = "a string that is not JSON"
+    except RecursionError:
+        reason = "JSON that is nested too deeply"
+    except ValueError:
+        reason = f"JSON with a number of more than {sys.get_int_max_str_digits():,} digits"
+    raise RowFault(f"{told} {reason}")

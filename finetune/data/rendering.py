@@ -41,6 +41,7 @@ _STRIPS_ANSWERS = {
     **dict.fromkeys((MISTRAL_V1, MISTRAL_V1_SPACED, CHATML), False),
     **dict.fromkeys((MISTRAL_V3, MISTRAL_V3_SPACED), True),
 }
+OWN_WRITE_NO_TOOLS = "mistral-v1, mistral-v3 and chatml write no tools"
 # As transformers looks for it before it warns that the mask will be empty.
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE = range(0xF0000, 0x110000)  # planes 15 and 16: no character there has a meaning
@@ -105,6 +106,7 @@ class Renderer:
 
     def __init__(self, template: str, names: dict[str, Any], specials: Iterable[str]) -> None:
         self._template, self._names = template, names
+        self._no_tools = f"; {OWN_WRITE_NO_TOOLS}" if template in _STRIPS_ANSWERS else ""
         self._is_marked = GENERATION_MARKER.search(template) is not None
         # The longest first, as tokenizers match them. The group makes `split` keep what it splits at.
         self._special = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
@@ -128,8 +130,10 @@ class Renderer:
         except TemplateSyntaxError as fault:
             raise TemplateRefusal(f"the chat template is not Jinja: {fault.message}, line {fault.lineno}") from None
         except TemplateError as fault:
-            tools = " with tools" if any("tool_calls" in message for message in messages) else ""
-            raise TemplateRefusal(f"the chat template refuses a conversation{tools}: {fault}") from None
+            if not any("tool_calls" in message for message in messages):
+                raise TemplateRefusal(f"the chat template refuses a conversation: {fault}") from None
+            what = f"the chat template refuses a conversation with tools: {fault}"
+            raise TemplateRefusal(what + self._no_tools) from None
 
     def render_unfinished(self, messages: Turns) -> Rendered:
         """Renders a conversation up to the end of the last message's text, which is to go on; without spans.
@@ -197,7 +201,8 @@ class Renderer:
         unanswered = [{**m, "content": HARMLESS} if m["role"] == "tool" else m for m in messages]
         for what, without in (("calls of tools", uncalled), ("what tools answer", unanswered)):
             if without != list(messages) and not changes(without):
-                raise TemplateRefusal(f"the chat template does not write {what}; choose a data.template that does")
+                fix = f"choose a data.template that does{self._no_tools}"
+                raise TemplateRefusal(f"the chat template does not write {what}; {fix}")
 
     def _run(self, messages: Turns, add_generation_prompt: bool) -> tuple[str, Spans]:
         tools = messages[0].get("tools") if messages else None

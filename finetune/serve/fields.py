@@ -15,9 +15,14 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from finetune.data import OWN_WRITE_NO_TOOLS
 from finetune.serve.api_error import APIError
 
 Neutral = Mapping[str, tuple[Any, ...]]
+_TOOLS_FIX = (
+    "; tool_choice: 'none' has the model answer without them, and the chat template lists them where it knows tools: "
+    + OWN_WRITE_NO_TOOLS
+)
 
 # Told about the request, or a hint to the machinery behind it.
 HARMLESS = frozenset(
@@ -242,8 +247,7 @@ def refuse_extras(
         if name in refused:
             if not (value is None or _is_one_of(value, refused[name]) or _stays_unused(name, extras)):
                 others = ", ".join(["leaving it out", *(repr(neutral) for neutral in refused[name])])
-                fix = "; tool_choice: 'none' has the model answer without them" if name == "tools" else ""
-                message = f"{shown} is not supported; allowed: {others}{fix}"
+                message = f"{shown} is not supported; allowed: {others}{_TOOLS_FIX if name == 'tools' else ''}"
                 raise APIError(400, message, param=shown, code="unsupported_value")
         elif name not in harmless:
             near = difflib.get_close_matches(name, [*honoured, *refused, *harmless], n=1, cutoff=0.8)

@@ -19,7 +19,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.data import BESIDES, ROLES, ContentFault, RowFault, besides_of, text_of, tools_as_text, tools_of
+from finetune.data import (
+    BESIDES,
+    ROLES,
+    ContentFault,
+    RowFault,
+    besides_of,
+    require_calls,
+    text_of,
+    tools_as_text,
+    tools_of,
+)
 from finetune.errors import DataError
 from finetune.infer import Request
 from finetune.serve.api_error import APIError
@@ -98,6 +108,7 @@ class Prompts:
         plain = [_message(message, f"messages.{number}") for number, message in enumerate(messages)]
         if listed := _checked(tools_of, tools, "tools", where="tools"):
             plain[0]["tools"] = listed
+        _checked(require_calls, plain, where="messages")
         characters = sum(len(message["content"]) + len(tools_as_text(message)) for message in plain)
         self._require_fewer_characters(characters, "messages")
         if continues and "tool_calls" in plain[-1]:
@@ -185,14 +196,14 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return {"role": ROLES[role], "content": _content(content, f"{where}.content"), **besides}
 
 
-def _checked(check: Callable[[Any, Any], T], value: Any, name: Any, *, where: str) -> T:
+def _checked(check: Callable[..., T], *arguments: Any, where: str) -> T:
     """What training makes of it.
 
     Raises:
         APIError: training refuses it.
     """
     try:
-        return check(value, name)
+        return check(*arguments)
     except RowFault as fault:
         raise APIError(400, f"{where}: {fault}", param=where) from None
 

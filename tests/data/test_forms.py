@@ -469,6 +469,14 @@ def test_names_that_mean_nothing() -> None:
             "the arguments of a tool call are a string that is not JSON",
         ),
         (
+            [user(), assistant(tool_calls=[call("f", '{"a":' * 100_000)])],
+            "the arguments of a tool call are JSON that is nested too deeply",
+        ),
+        (
+            [user(), assistant(tool_calls=[call("f", '{"a": ' + "1" * 5_000 + "}")])],
+            "the arguments of a tool call are JSON with a number of more than 4,300 digits",
+        ),
+        (
             [user(), assistant(tool_calls=[call("f", "5")])],
             "the arguments of a tool call are a number, not a JSON object",
         ),
@@ -478,7 +486,7 @@ def test_names_that_mean_nothing() -> None:
         ([], "`messages` is empty"),
         (None, "`messages` is missing"),
         ("hello", "`messages` is a string that is not JSON"),
-        ("[" * 100_000, "`messages` is a string that is not JSON"),
+        ("[" * 100_000, "`messages` is JSON that is nested too deeply"),
         ('"hello"', "`messages` is a string, not a list"),
         (3, "`messages` is a number, not a list"),
     ],

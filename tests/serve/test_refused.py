@@ -29,6 +29,7 @@ CLIENT = httpx.Client(timeout=20)  # one, because its certificates take 30 ms to
 USER = [{"role": "user", "content": "Hi"}]
 PREFILL = [*USER, {"role": "assistant", "content": "Well"}]
 LONGEST = "This model's maximum context length is 256 tokens. However, your messages "
+DEEP = '{"a":' * 2_000
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 
 
@@ -131,6 +132,13 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
             {"messages": [*USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
             "messages.1.tool_calls",
             "add what they answered",
+        ),
+        ({"messages": [{"role": "tool", "content": "4"}, *USER]}, "messages", "a tool answers where nothing called it"),
+        ({"tools": [{"name": "f"}]}, "tools", "lists them where it knows tools: mistral-v1, mistral-v3 and chatml"),
+        (
+            {"messages": [*USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": DEEP}]}]},
+            "messages.1",
+            "the arguments of a tool call are JSON that is nested too deeply",
         ),
         ({"tools": [{}], "tool_choice": "none"}, "tools", "does not name a function"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type", "parts of type text"),

@@ -27,7 +27,8 @@ REFUSED = {
     43: "`messages` is empty",
     47: "the content of a turn is a number, not a string",
     51: "the chat template refuses a conversation with tools: message 3 has role tool where the Mistral v1 format "
-    "wants user: an optional system message first, then user and assistant in turn",
+    "wants user: an optional system message first, then user and assistant in turn; mistral-v1, mistral-v3 and chatml "
+    "write no tools",
     55: "every assistant turn is empty",
     59: "`messages` is missing",
 }

@@ -15,7 +15,6 @@ from .encoding import encoder_of as encoder_of
 from .encoding import token_pieces as token_pieces
 from .fileformats import SUFFIXES as SUFFIXES
 from .fileformats import suffix_of as suffix_of
-from .forms import find_form as find_form
 from .forms import parse as parse
 from .forms import to_conversation as to_conversation
 from .messages import BESIDES as BESIDES
@@ -37,6 +36,7 @@ from .reading import Reader as Reader
 from .reading import first_row as first_row
 from .reading import rows_of as rows_of
 from .reading import sample_row as sample_row
+from .recognition import find_form as find_form
 from .rendering import OWN_WRITE_NO_TOOLS as OWN_WRITE_NO_TOOLS
 from .rows import IGNORED as IGNORED
 from .rows import Message as Message

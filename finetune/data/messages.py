@@ -25,6 +25,8 @@ ROLES: Mapping[str, Role] = {
     "tool": "tool",
 }
 
+SYSTEM_COLUMNS = ("system_prompt", "system")  # names in use for a column with the system prompt
+
 
 class ContentFault(RowFault):
     """What is wrong with a message's content, `part` of it where it is a list, or `key` of that part."""
@@ -76,6 +78,12 @@ def shortened(value: Any) -> str:
     if not isinstance(value, str):
         return kind(value)
     return repr(value if len(value) <= 40 else value[:40] + "...")  # repr escapes what does not print
+
+
+def flow(mapping: Mapping[str, str]) -> str:
+    """A mapping as one writes it in a recipe: `{prompt: question}`; names that YAML may misread stand in quotes."""
+    pairs = (": ".join(word if word.isidentifier() else json.dumps(word) for word in pair) for pair in mapping.items())
+    return f"{{{', '.join(pairs)}}}"
 
 
 # ---- tools, calls and reasoning -------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ from datasets.utils import tqdm
 
 from finetune.checkpoint import read_json
 from finetune.data.encoding import encode_settings
-from finetune.data.forms import find_form
 from finetune.data.reading import ARROW_DAMAGE, Reader, first_row, sample_row
+from finetune.data.recognition import find_form
 from finetune.data.rows import RawChunk, RowFault, Unit
 from finetune.data.selection import SIGNATURE_VERSION
 from finetune.data.sources import Source, open_source

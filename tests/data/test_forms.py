@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data.forms import advice, danger, find_form, matters, parse, to_conversation
+from finetune.data.forms import advice, danger, matters, parse, to_conversation
+from finetune.data.recognition import find_form
 from finetune.data.rows import Message, RawChunk, RowFault
 from finetune.data.turns import Form
 from finetune.errors import DataError
@@ -386,6 +387,86 @@ def test_usual_names_of_the_list() -> None:
     assert form_of({"messages": None}).name == "messages"
 
 
+@pytest.mark.parametrize(
+    ("row", "used"),
+    [
+        ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),  # GSM8K
+        ({"Question": "a", "Answer": "b"}, {"prompt": "Question", "completion": "Answer"}),
+        ({"query": "a", "response": "b", "type": "x"}, {"prompt": "query", "completion": "response"}),  # MetaMathQA
+        ({"input": "a", "output": "b"}, {"prompt": "input", "completion": "output"}),
+        ({"inputs": "a", "targets": "b", "task": "x"}, {"prompt": "inputs", "completion": "targets"}),  # FLAN
+        ({"problem": "a", "solution": "b"}, {"prompt": "problem", "completion": "solution"}),
+        ({"prompt": "a", "response": "b"}, {"prompt": "prompt", "completion": "response"}),
+        ({"instruction": "a", "response": "b"}, {"prompt": "instruction", "completion": "response"}),
+        ({"user": "a", "assistant": "b"}, {"prompt": "user", "completion": "assistant"}),
+        ({"text": "prose", "question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),
+    ],
+)
+def test_a_question_and_an_answer_under_names_in_use(row: dict[str, str], used: dict[str, str]) -> None:
+    form = form_of(row)
+    assert form.name == "prompt_completion"
+    assert used.items() <= form.columns.items()
+    assert read(row) == [("user", "a", False), ("assistant", "b", True)]
+
+
+def test_what_a_question_refers_to_and_its_system_prompt() -> None:
+    dolly = {"instruction": "When?", "context": "In 2000.", "response": "2000", "category": "closed_qa"}
+    assert read(dolly) == [("user", "When?\n\nIn 2000.", True), ("assistant", "2000", True)]
+    sql = {"question": "How many?", "context": "CREATE TABLE a", "answer": "SELECT 1"}
+    assert read(sql)[0][1] == "How many?\n\nCREATE TABLE a"
+    orca = {"id": "1", "system_prompt": "Be brief.", "question": "a", "response": "b"}
+    assert [turn[:2] for turn in read(orca)] == [("system", "Be brief."), ("user", "a"), ("assistant", "b")]
+
+
+def test_names_in_use_beside_what_the_recipe_says() -> None:
+    row = {"Frage": "a", "answer": "b"}
+    assert form_of(row, columns={"prompt": "Frage"}).columns["completion"] == "answer"
+    assert form_of(row, columns={"instruction": "Frage"}).columns["output"] == "answer"
+    for form in ("prompt_completion", "alpaca"):
+        assert form_of({"question": "a", "answer": "b"}, form).name == form
+
+
+def test_two_columns_that_could_be_the_answer() -> None:
+    text = refusal({"question": "a", "answer": "b", "response": "c"})
+    assert "`answer` and `response` could each be the answer" in text
+    assert "set data.columns: {prompt: question, completion: answer}" in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "right"),
+    [
+        ({"question": "prompt", "answer": "completion"}, {"question": "a", "answer": "b"}, None),
+        ({"input": "prompt", "output": "completion"}, {"input": "a", "output": "b"}, None),
+        ({"dialog": "messages", "who": "role"}, {"dialog": [{"who": "user", "content": "a"}]}, None),
+        (
+            {"prompt": "question", "reply text": "completion"},
+            {"question": "a", "reply text": "b"},
+            '{prompt: question, completion: "reply text"}',
+        ),
+    ],
+)
+def test_columns_written_the_other_way_round(columns: dict[str, str], row: dict[str, Any], right: str | None) -> None:
+    text = refusal(row, columns=columns)
+    assert "data.columns is written the other way round: our name comes first" in text
+    right = right or f"{{{', '.join(f'{ours}: {own}' for own, ours in columns.items())}}}"
+    assert f"fix: write data.columns: {right}" in text
+
+
+def test_roles_written_the_other_way_round() -> None:
+    text = refusal({"messages": [{"role": "customer"}]}, roles={"user": "customer", "assistant": "agent"})
+    assert "data.roles is written the other way round: the role in your data comes first, then ours" in text
+    assert "fix: write data.roles: {customer: user, agent: assistant}" in text
+
+
+def test_the_line_for_columns_is_made_of_the_names_that_are_there() -> None:
+    assert "question and answer: data.columns: {prompt: foo, completion: bar}" in refusal({"foo": "a", "bar": "b"})
+    assert "data.columns: {prompt: question, completion: b}" in refusal({"b": "a", "question": "b"})
+    text = refusal({"question": "a", "answer": "b"}, columns={"prompt": "quest", "completion": "answer"})
+    assert "did you mean `question`? write data.columns: {prompt: question, completion: answer}" in text
+    text = refusal({"question": "a", "answer": "b"}, columns={"zzz": "question"})
+    assert "fix: write data.columns: {prompt: question, completion: answer}" in text
+
+
 def refusal(row: dict[str, Any], wanted: Any = "auto", **maps: dict[str, str]) -> str:
     with pytest.raises(DataError) as caught:
         form_of(row, wanted, **maps)
@@ -406,19 +487,20 @@ def test_the_column_of_the_wanted_form_is_not_there() -> None:
     assert "data.format chatml_text needs a column `text`; the columns are: messages" in text
     text = refusal({"instruction": "a", "outputs": "b"}, "alpaca")
     assert "needs a column `output`" in text
-    assert "did you mean `outputs`? Name it in data.columns" in text
+    assert "did you mean `outputs`? Set data.columns: {output: outputs}" in text
     text = refusal({"messages": [user()], "system_prompt": "s"}, columns={"system": "sytem_prompt"})
     assert "needs a column `sytem_prompt`" in text
-    assert "did you mean `system_prompt`" in text
+    assert "did you mean `system_prompt`? write data.columns: {system: system_prompt}" in text
 
 
 def test_names_that_mean_nothing() -> None:
     text = refusal({"messages": []}, columns={"mesages": "messages"})
-    assert "data.columns: there is no column 'mesages' of ours" in text
-    assert "did you mean 'messages'?" in text
+    assert "our name of a column comes first, then yours, and 'mesages' is no name of ours" in text
+    assert "write data.columns: {messages: messages}" in text
     text = refusal({"messages": []}, roles={"bot": "asistant"})
-    assert "data.roles: there is no role 'asistant' of ours" in text
+    assert "data.roles says what each role in your data is here, and 'asistant' is no role of ours" in text
     assert "allowed: system, user, assistant" in text
+    assert "write data.roles: {bot: assistant}" in text
     text = refusal({"messages": []}, columns={"prompt": "messages"})
     assert "data.columns.prompt means nothing in the form messages" in text
     assert "allowed: messages, role, content, tools, train, system" in text

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.forms import find_form, to_conversation
+from finetune.data.forms import to_conversation
 from finetune.data.reading import rows_of, sample_row
+from finetune.data.recognition import find_form
 from finetune.data.sources import Source, open_source
 from finetune.infer.request import Sampling
 from tests.chat.conftest import Talk

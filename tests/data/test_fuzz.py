@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.data.check.fix import repair
-from finetune.data.forms import find_form, parse, to_conversation
+from finetune.data.forms import parse, to_conversation
 from finetune.data.reading import rows_of
+from finetune.data.recognition import find_form
 from finetune.data.rows import RawChunk, RowFault
 from finetune.data.turns import Form
 

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.data.check.fix import repair
 from finetune.data.encoding import Refused, encoder_of
-from finetune.data.forms import find_form, parse, to_conversation
+from finetune.data.forms import parse, to_conversation
 from finetune.data.messages import tools_of
+from finetune.data.recognition import find_form
 from finetune.data.rows import RawChunk, RowFault
 from finetune.data.selection import content_key
 from finetune.data.sources import Source, open_source

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.data.chat import apply_template
 from finetune.data.encoding import encoder_of
-from finetune.data.forms import find_form, to_conversation
+from finetune.data.forms import to_conversation
+from finetune.data.recognition import find_form
 from finetune.infer.text import encode_messages
 from finetune.serve.api_error import APIError
 from finetune.serve.prompts import Prompts

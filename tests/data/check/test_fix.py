@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.data.check.fix import repair, write_fixed
-from finetune.data.forms import find_form, to_conversation
+from finetune.data.forms import to_conversation
+from finetune.data.recognition import find_form
 from finetune.data.rows import RowFault
 from finetune.data.turns import Form
 from tests.data.check.conftest import turns

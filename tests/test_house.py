@@ -25,7 +25,7 @@ ROWS = (
     ("recipe", "quant"),
     ("data", "run_files"),
     ("adapter", "memory"),
-    ("infer", "router"),
+    ("infer", "router", "starter"),
     ("chat", "evaluate", "serve"),
     ("export",),
     ("train",),

@@ -13,6 +13,7 @@ from finetune.cli.data import data_app
 from finetune.cli.evaluation import evaluate
 from finetune.cli.export import adapter_app, merge, pull, push
 from finetune.cli.inference import chat, generate, serve
+from finetune.cli.init import init
 from finetune.cli.recipe import recipe_app
 from finetune.cli.router import router_app
 from finetune.cli.training import preflight, quantize, train
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="QLoRA for Mixtral-class models whose experts really are 4-bit.",
 )
 # In the order of `--help`: from training to what is done with its result.
-for command in (train, preflight, quantize, merge, evaluate, generate, chat, serve, push, pull):
+for command in (init, train, preflight, quantize, merge, evaluate, generate, chat, serve, push, pull):
     app.command()(command)
 for group in (recipe_app, data_app, adapter_app, router_app, bench_app):
     app.add_typer(group)

@@ -1,4 +1,5 @@
 from .bundled import RECIPES as RECIPES
+from .bundled import SCHEMA as SCHEMA
 from .bundled import bundled_recipes as bundled_recipes
 from .bundled import bundled_shape as bundled_shape
 from .bundled import copy_recipe as copy_recipe

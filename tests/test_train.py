@@ -83,6 +83,33 @@ def test_a_run_leaves_what_it_names(write_recipe: Write, tmp_path: Path) -> None
     assert sum(step["router/layer_01/load"]) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_end_is_logged_and_its_adapter_has_our_card(
+    write_recipe: Write, tmp_path: Path, small_mixtral: Path, conversations: Path
+) -> None:
+    """Also where the last step is between two logs."""
+    training = {"max_steps": 5, "logging_steps": 3, "save_strategy": "steps", "save_steps": 5}
+    ran = run_finetune("train", write_recipe(training=training))
+    assert ran.status == 0, ran.stderr
+    logged = losses(tmp_path / "run")
+    assert list(logged) == [3, 5]
+    mean = (3 * logged[3] + 2 * logged[5]) / 5
+    done = " ".join(ran.stdout[ran.stdout.index("Done") :].split())
+    assert (
+        f"training loss (nats) │ {mean:.3f} over the run; first logged {logged[3]:.3f}, last {logged[5]:.3f} │" in done
+    )
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    for words in (
+        "library_name: peft",
+        "# run\n",
+        "LoRA, rank 16, alpha 32",
+        f"| training loss, mean of the run | {mean:.3f}",
+    ):
+        assert words in card
+    for absent in ("finetune pull", "figures/", str(tmp_path), str(small_mixtral.parent), str(conversations.parent)):
+        assert absent not in card
+    assert [path.parent.name for path in (tmp_path / "run").rglob("README.md")] == ["adapter"]
+
+
 @pytest.mark.slow
 def test_batches_of_a_token_budget_train(write_recipe: Write, tmp_path: Path, conversations: Path) -> None:
     """As many steps as the data check says, and every example once."""

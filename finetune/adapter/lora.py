@@ -241,6 +241,7 @@ def save_adapter(model: PeftModel, folder: str | Path, tensors: Mapping[str, Ten
     with writing(folder / LORA_TENSORS), tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
         # False: the vocabulary never changes here, and "auto" may ask the hub for the base's config.
         model.save_pretrained(scratch, save_embedding_layers=False, state_dict=tensors)
+        (Path(scratch) / "README.md").unlink()  # an empty form; a run that ends writes its card (export/card.py)
         for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == LORA_CONFIG):
             os.replace(file, folder / file.name)
 

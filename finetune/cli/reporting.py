@@ -74,6 +74,8 @@ def quiet_libraries(debug: bool, *, hub_progress: bool = False) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar redrawn a thousand times is no line of a log file
     if not hub_progress:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # transformers 5.2x renames arguments that 5.17 knows only by their old names.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +62,19 @@ def resuming_command(arguments: Sequence[str]) -> str:
         if parent.is_file():
             words = parent.read_text(encoding="utf-8", errors="replace").rstrip("\0").split("\0")
             return shlex.join([*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
-    return shlex.join(["finetune", "train", *arguments, "--resume"])
+    return shlex.join([*_started_as(), *arguments, "--resume"])
+
+
+def _started_as() -> list[str]:
+    """`finetune train`, in the words that start it where this process was started."""
+    program = Path(sys.argv[0])
+    if program.parts[-2:] == ("finetune", "__main__.py"):
+        return [sys.executable, "-m", "finetune", "train"]
+    if program.name == "train.py":
+        return [sys.executable, str(program)]
+    found = shutil.which("finetune")
+    on_path = program.name != "finetune" or (found is not None and os.path.samefile(found, program))
+    return ["finetune" if on_path else str(program), "train"]
 
 
 def preflight(

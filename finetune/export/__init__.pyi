@@ -1,3 +1,4 @@
+from .card import write_adapter_card as write_adapter_card
 from .download import pull as pull
 from .hub import Destination as Destination
 from .hub import Hub as Hub

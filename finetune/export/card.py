@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from finetune.checkpoint import read_json
+from finetune.disk import write_text
 from finetune.errors import HubError, ModelError, OutputError
 from finetune.export.hub import Destination, Hub, Kind
 from finetune.export.published import is_local, public_name
@@ -28,6 +29,7 @@ from finetune.report import environment
 from finetune.run_files import DataFile, FidelityFile, RunFile, SummaryFile, held_out_loss, recorded, recorded_recipe
 from finetune.runfolder import RunFolder, set_aside
 
+CARD = "README.md"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FIDELITY = {
     "reference_loss": ("completion loss, live adapter", "{:.4f} nats"),
@@ -88,37 +90,56 @@ class RunFacts:
 def base_licence(hub: Hub, base: BaseSpec) -> dict[str, str]:
     """The licence keys of the base's own card: from its folder, or from the hub; empty where nobody says."""
     if is_local(base.path):
-        card = Path(base.path) / "README.md"
-        found: Mapping[str, Any] = (metadata_load(card) if card.is_file() else None) or {}
-    else:
-        try:
-            info = hub.ask(
-                "read the base's licence", base.path, lambda: hub.api.model_info(base.path, revision=base.revision)
-            )
-        except HubError:
-            return {}
-        found = info.card_data.to_dict() if info.card_data is not None else {}
+        return _folder_licence(base)
+    try:
+        info = hub.ask(
+            "read the base's licence", base.path, lambda: hub.api.model_info(base.path, revision=base.revision)
+        )
+    except HubError:
+        return {}
+    return _licence_of({} if info.card_data is None else info.card_data.to_dict())
+
+
+def _folder_licence(base: BaseSpec) -> dict[str, str]:
+    card = Path(base.path) / CARD
+    return _licence_of((metadata_load(card) if card.is_file() else None) or {})
+
+
+def _licence_of(found: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(found[key]) for key in _LICENCE_KEYS if found.get(key)}
 
 
 def make_card(
     facts: RunFacts,
-    to: Destination,
+    to: Destination | None,
     kind: Kind,
     *,
     files: Collection[str],
-    licence: Mapping[str, str],
+    licence: Mapping[str, str] | None,
     merged: Path | None = None,
 ) -> str:
     """README.md of the repository, metadata first.
 
     Args:
+        to: the repository; None for the card of a folder that has not been published.
         files: what goes besides, by path in the repository.
-        licence: as `base_licence` returns it.
+        licence: as `base_licence` returns it; None where nobody was asked.
         merged: folder of the merged model, where that is what goes.
     """
-    data = metadata(facts, kind, licence)
+    data = metadata(facts, kind, licence or {})
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(facts, to, kind, files, licence, merged)}"))
+
+
+def write_adapter_card(run: RunFolder) -> None:
+    """The card of a finished run's own adapter folder, which names no folder of this machine; the hub is not asked.
+
+    Raises:
+        OutputError: as `RunFacts.read`.
+    """
+    facts = RunFacts.read(run)
+    licence = _folder_licence(facts.base) if is_local(facts.base.path) else None
+    kind: Kind = "LoRA adapter" if _is_lora(facts.recipe) else "non-MoE tuning"
+    write_text(run.adapter / CARD, make_card(facts, None, kind, files=(), licence=licence))
 
 
 def metadata(facts: RunFacts, kind: Kind, licence: Mapping[str, str]) -> ModelCardData:
@@ -142,10 +163,10 @@ def metadata(facts: RunFacts, kind: Kind, licence: Mapping[str, str]) -> ModelCa
 
 def _body(
     facts: RunFacts,
-    to: Destination,
+    to: Destination | None,
     kind: Kind,
     files: Collection[str],
-    licence: Mapping[str, str],
+    licence: Mapping[str, str] | None,
     merged: Path | None,
 ) -> str:
     base, recipe, public = facts.base, facts.recipe, public_name(facts.base.path)
@@ -155,10 +176,11 @@ def _body(
         environment(Path(__file__).parent, escape=False)
         .get_template("card.md.jinja")
         .render(
-            title=to.repo_id.rpartition("/")[2],
-            repo_id=to.repo_id,
-            branch=to.branch,
-            branch_argument=f', revision="{to.branch}"' if to.branch else "",
+            title=to.repo_id.rpartition("/")[2] if to else facts.run.root.absolute().name,
+            repo_id=to.repo_id if to else "ADAPTER_FOLDER",
+            published=to is not None,
+            branch=to.branch if to else None,
+            branch_argument=f', revision="{to.branch}"' if to and to.branch else "",
             kind=kind,
             summary=_summary(facts, kind, shown),
             base_shown=shown,
@@ -177,7 +199,7 @@ def _body(
                 f"{name} {facts.packages.get(name)}" for name in ("torch", "transformers", "trl", "peft")
             ),
             version=facts.packages.get("moe-qlora"),
-            pictures={name: f"figures/router_{name}.png" in files for name in ("load", "drift")},
+            pictures={name: f"figures/{name}.png" in files for name in ("training", "router_load", "router_drift")},
             router=_router(facts),
             fidelity=_fidelity(merged),
             merged=_merged(merged, files),
@@ -210,7 +232,9 @@ def _trained(recipe: Recipe) -> str:
     return f"{name}, rank {lora.r}, alpha {lora.alpha}{scaling}, on {', '.join(lora.target_modules)}{router}"
 
 
-def _licence_shown(licence: Mapping[str, str]) -> str:
+def _licence_shown(licence: Mapping[str, str] | None) -> str:
+    if licence is None:
+        return "the base's"
     name = licence.get("license_name") or licence.get("license")
     if name is None:
         return "the base's; its card does not say which"

@@ -14,14 +14,14 @@ from typing import Any
 
 from finetune.adapter import TRAINING_FILE, data_facts
 from finetune.console import Report, gib, strict_json
-from finetune.export.card import RunFacts, base_licence, make_card
+from finetune.export.card import CARD, RunFacts, base_licence, make_card
 from finetune.export.hub import Destination, Hub, kind_of, publish, require_repo_id, require_writable
 from finetune.export.published import adapter_files, is_local, merged_files, public_name, public_values
 from finetune.recipe import Recipe, resolved_yaml
 from finetune.router import run_figures
 from finetune.runfolder import RunFolder, run_of
 
-CARD, RECIPE, FIGURES = "README.md", "recipe.yaml", "figures"
+RECIPE, FIGURES = "recipe.yaml", "figures"
 
 
 def push(

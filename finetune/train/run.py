@@ -31,7 +31,7 @@ from finetune.data import apply_template, prepare_data, require_sound, show_shor
 from finetune.data import document as describe_data
 from finetune.disk import folder_bytes, require_space, staged, write_json, write_text
 from finetune.errors import DeviceError, OutputError
-from finetune.export import Hub, destination_of, push_after_training, require_writable
+from finetune.export import Hub, destination_of, push_after_training, require_writable, write_adapter_card
 from finetune.jsonl import JsonlCallback
 from finetune.memory import MemoryEstimate, apply_plan, disk_bytes, plan_of, preflight, require_fits, show_memory
 from finetune.moe import (
@@ -165,6 +165,7 @@ def _save(ready: Prepared, recipe: Recipe, report: Report, metrics: dict[str, fl
         show_router(ready.router, report)
         show_summary(summary, report)
         write_json(run.root / "summary.json", summary)
+        write_adapter_card(run)
     PartialState().wait_for_everyone()
     return summary
 

@@ -61,6 +61,7 @@ def summarize(
     figures = [str(path) for path in run_figures(run, run.figures)] if draw else []
     lines = read_metrics(run.metrics)
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    logged = [line["loss"] for line in lines if line.get("loss") is not None]
     evaluated = max((step for step in held_out if 0 < step <= saved_step), default=None)
     return {
         "output": str(run.root),
@@ -72,6 +73,8 @@ def summarize(
         "last_steps_not_finite": last_not_finite,
         "stopped_by": stopped_by,
         "train_loss": metrics.get("train_loss"),
+        "train_loss_first": logged[0] if logged else None,  # means of the first and the last logged steps
+        "train_loss_last": logged[-1] if logged else None,
         "eval_loss_first": held_out.get(0),  # of the model before its first step
         "eval_loss_last": None if evaluated is None else held_out[evaluated],
         "eval_step_last": evaluated,
@@ -89,6 +92,10 @@ def show_summary(summary: dict[str, Any], report: Report) -> None:
         rows.append(("stopped by an alarm", summary["stopped_by"]))
     if summary["steps_skipped"]:
         rows.append(("steps skipped (NaN or infinite)", f"{summary['steps_skipped']}"))
+    if summary["train_loss"] is not None:
+        first, last = summary["train_loss_first"], summary["train_loss_last"]
+        ends = "" if first is None else f"; first logged {first:.3f}, last {last:.3f}"
+        rows.append(("training loss (nats)", f"{summary['train_loss']:.3f} over the run{ends}"))
     if (held_out := held_out_loss(summary)) is not None:
         rows.append(("held-out completion loss (nats)", held_out))
     if summary["tokens_per_second"] is not None:

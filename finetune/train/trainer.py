@@ -273,7 +273,9 @@ class MoeTrainer(SFTTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
     ) -> None:
-        """Upstream's; a signal that cuts off the evaluation stops the run, with a checkpoint."""
+        """Upstream's; the last step is always logged, and a signal that cuts off the evaluation stops the run, with a
+        checkpoint."""
+        self.control.should_log |= self.state.global_step >= self.state.max_steps
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
         except EvaluationCut:
@@ -309,6 +311,9 @@ class MoeTrainer(SFTTrainer):
         if self.args.should_save:
             self.save_tuned(Path(output_dir), tensors)
             torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None beside the checkpoints; a run that ends writes one into its adapter's folder."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes a checkpoint to its end, or removes it, so that it does not hold the space that going on needs."""

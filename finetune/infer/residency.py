@@ -168,14 +168,14 @@ def read_load(file: Path, arch: MoeArch) -> Sequence[Sequence[float]]:
     """Reads how often each expert of each layer was chosen, [L, E], as `finetune train` recorded it.
 
     Raises:
-        DataError: the file is of another kind or of another model.
+        DataError: the file is missing, of another kind or of another model.
     """
     with contextlib.suppress(ValueError, KeyError, TypeError):  # a FinetuneError is a ValueError
         load = [list(map(float, layer["load"])) for layer in read_json(file, kind=DataError)["layers"]]
         if [len(row) for row in load] == [arch.experts] * arch.layers:
             return load
     raise DataError(
-        "there is no load of this model's experts in the file",
+        "there is no load of this model's experts in the file" if file.is_file() else "there is no such file",
         where=f"--routing {file}",
         allowed=f"the routing of a run with {arch.layers} layers of {arch.experts} experts",
         fix="name RUN/router/base.json of a run with router.watch, or leave --routing out",

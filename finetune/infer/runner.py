@@ -7,6 +7,7 @@ page 0. Tokens stay on the device from step to step: the host reads them one ste
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -285,7 +286,7 @@ def _pool_pages(arch: MoeArch, dtype: torch.dtype, device: torch.device, setting
         raise DeviceError(
             f"there is no memory for keys and values: a page of {PAGE} tokens takes {size / 2**20:.1f} MiB",
             where="--kv-gib" if settings.kv_gib is not None else str(device),
-            allowed=f"{2 * size / 2**30:.3f} GiB or more",
+            allowed=f"{math.ceil(2000 * size / 2**30) / 1000:.3f} GiB or more",
             fix="give more with --kv-gib, shorten --max-length, or free the device",
         )
     return count

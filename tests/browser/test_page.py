@@ -94,7 +94,7 @@ def test_the_figure_of_a_page(tmp_path: Path):
     page, target = tmp_path / "page.html", tmp_path / "figure.png"
     page.write_text(render_page(sound(), SOUND_EXAMPLES), encoding="utf-8")
     for arguments, width, least, most in (([], 2160, 900, 2600), (["--only", "examples"], 2160, 200, 1600)):
-        command = [sys.executable, "scripts/data_figure.py", str(page), str(target), *arguments]
+        command = [sys.executable, "scripts/page_figure.py", "data", str(page), str(target), *arguments]
         subprocess.run(command, cwd=REPOSITORY, check=True)
         height, across, _ = image.imread(target).shape
         assert width - 200 <= across <= width
@@ -102,7 +102,13 @@ def test_the_figure_of_a_page(tmp_path: Path):
 
 
 def test_a_recipe_that_makes_no_page_is_said(tmp_path: Path):
-    command = [sys.executable, "scripts/data_figure.py", str(tmp_path / "none.yaml"), str(tmp_path / "figure.png")]
+    command = [
+        sys.executable,
+        "scripts/page_figure.py",
+        "data",
+        str(tmp_path / "none.yaml"),
+        str(tmp_path / "figure.png"),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert "none.yaml" in done.stderr

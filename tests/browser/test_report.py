@@ -126,7 +126,7 @@ def test_the_browser_shows_the_text_that_was_there(browser: Any, file: Path):
 @pytest.mark.usefixtures("browser")  # skipped where there is none
 def test_the_figure_of_a_run(tmp_path: Path):
     target = tmp_path / "figure.png"
-    command = [sys.executable, "scripts/router_figure.py", str(write_run(tmp_path / "run")), str(target)]
+    command = [sys.executable, "scripts/page_figure.py", "router", str(write_run(tmp_path / "run")), str(target)]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     height, across, _ = image.imread(target).shape
     assert across == 2160
@@ -134,7 +134,7 @@ def test_the_figure_of_a_run(tmp_path: Path):
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path):
-    command = [sys.executable, "scripts/router_figure.py", str(tmp_path / "none"), str(tmp_path / "figure.png")]
+    command = [sys.executable, "scripts/page_figure.py", "router", str(tmp_path / "none"), str(tmp_path / "figure.png")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no run in this folder" in done.stderr

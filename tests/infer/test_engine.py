@@ -228,3 +228,4 @@ def test_no_memory_for_a_cache() -> None:
     with pytest.raises(DeviceError, match="no memory for keys and values") as caught:
         Engine.load(str(MODEL), device="cpu", settings=EngineSettings(kv_gib=1e-6))
     assert "--kv-gib" in str(caught.value)
+    assert "allowed: 0.001 GiB or more" in str(caught.value)

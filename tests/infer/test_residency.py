@@ -232,6 +232,8 @@ def test_routing_of_another_model_is_refused(tmp_path: Path) -> None:
             read_load(file, ARCH)
         assert f"{ARCH.layers} layers of {ARCH.experts} experts" in str(caught.value)
         assert "router/base.json" in str(caught.value)
+    with pytest.raises(DataError, match="there is no such file"):
+        read_load(tmp_path / "none.json", ARCH)
 
 
 def test_auto_is_resident_where_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:

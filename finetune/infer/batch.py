@@ -19,18 +19,18 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from finetune.errors import EngineError, FinetuneError
-from finetune.infer.request import Event, FinishedEvent, FinishReason, Request, TokenEvent
-from finetune.infer.runner import Runner
-from finetune.infer.sampler import Chosen, RowSampling
-from finetune.infer.text import AnswerText
+from finetune.infer.request import FinishedEvent, FinishReason, TokenEvent
+from finetune.infer.runner import Row, Runner
+from finetune.infer.sampler import Chosen
 
 log = logging.getLogger(__name__)
+_Ready = Callable[[], Chosen]  # waits for tokens that are on their way from the device
+_Pending = tuple[list[Row], _Ready]
 
 
 @dataclass
@@ -43,54 +43,6 @@ class Counters:
     cancelled: int = 0
     failed: int = 0
     preempted: int = 0
-
-
-@dataclass(eq=False)
-class Row:
-    """A request that waits or runs.
-
-    Attributes:
-        model: the name of the model that answers.
-        end_ids: tokens that end the answer.
-        limit: the most tokens of the answer.
-        cancelled: whether it is to end; set from any thread.
-        tokens: tokens reported to the listener.
-        newest: the device tensor with its last token, and the index in it.
-        launched: how many tokens the device was asked for.
-    """
-
-    request: Request
-    listen: Callable[[Event], None]
-    model: str
-    selector: int
-    end_ids: frozenset[int]
-    limit: int
-    text: AnswerText
-    sampling: RowSampling
-    cancelled: bool = False
-    pages: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    newest: tuple[Tensor, int] = field(default_factory=lambda: (torch.empty(0), 0))
-    launched: int = 0
-    finished: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the answer so far."""
-        return len(self.request.ids) + len(self.tokens)
-
-    @property
-    def position(self) -> int:
-        """Position at which the newest launched token will be written."""
-        return len(self.request.ids) + self.launched - 1
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """Tokens of these rows that are still on their way from the device."""
-
-    rows: list[Row]
-    ready: Callable[[], Chosen]
 
 
 class Batch:
@@ -116,10 +68,10 @@ class Batch:
         self._admit()
         rows = self._with_pages([row for row in self.running if row.launched < row.limit and not row.finished])
         if rows:
-            self._pending += self._attempt(rows, self._step)
+            self._pending += self._attempt(rows, self._runner.step)
         # The newest step runs on the device while the tokens before it are reported.
         while len(self._pending) > (1 if rows else 0):
-            self._tell(self._pending.popleft())
+            self._tell(*self._pending.popleft())
 
     def end(self, error: FinetuneError | None) -> None:
         """Ends all rows where they are, with the error if there is one, and frees their pages."""
@@ -154,8 +106,8 @@ class Batch:
             admitted.append(row)
             if not row.tokens:
                 self._counters.prompt_tokens += len(row.request.ids)
-        for rows in self._runner.prompt_batches(admitted, lambda row: (row.selector, row.length)):
-            self._pending += self._attempt(rows, self._prefill)
+        for rows in self._runner.prompt_batches(admitted):
+            self._pending += self._attempt(rows, self._runner.prefill)
 
     def _with_pages(self, rows: list[Row]) -> list[Row]:
         """The rows, oldest first, that have a page for their newest token; pre-empts others where pages run out."""
@@ -175,10 +127,10 @@ class Batch:
 
     # ---- the device ------------------------------------------------------------------------------------------------
 
-    def _attempt(self, rows: list[Row], run: Callable[[list[Row]], _Pending]) -> list[_Pending]:
+    def _attempt(self, rows: list[Row], run: Callable[[list[Row]], tuple[Tensor, _Ready]]) -> list[_Pending]:
         """Runs the rows together or, if that fails, each alone; ends those that fail alone."""
         try:
-            return [run(rows)]
+            tokens_T, ready = run(rows)
         except Exception as error:  # noqa: BLE001 # of one request, for all that is known; see the file
             for row in rows:
                 row.sampling.go_to(row.launched)
@@ -186,46 +138,25 @@ class Batch:
                 self._runner.probe()
                 self._fail(rows[0], error)
                 return []
+        else:
+            for number, row in enumerate(rows):
+                row.launched, row.newest = row.launched + 1, (tokens_T, number)
+            return [(rows, ready)]
+        # Here, where the exception no longer holds on to what the failed pass allocated.
         return [pending for row in rows for pending in self._attempt([row], run)]
-
-    def _prefill(self, rows: list[Row]) -> _Pending:
-        tokens, ready = self._runner.prefill(
-            rows[0].selector,
-            [(*row.request.ids, *row.tokens) for row in rows],
-            [row.pages for row in rows],
-            [row.sampling for row in rows],
-            [len(row.request.ids) for row in rows],
-        )
-        return self._launched(rows, tokens, ready)
-
-    def _step(self, rows: list[Row]) -> _Pending:
-        tokens, ready = self._runner.step(
-            rows,
-            [row.newest for row in rows],
-            [row.position for row in rows],
-            [row.pages for row in rows],
-            [row.selector for row in rows],
-            [row.sampling for row in rows],
-        )
-        return self._launched(rows, tokens, ready)
-
-    def _launched(self, rows: list[Row], tokens: Tensor, ready: Callable[[], Chosen]) -> _Pending:
-        for number, row in enumerate(rows):
-            row.launched, row.newest = row.launched + 1, (tokens, number)
-        return _Pending(rows, ready)
 
     # ---- reporting -------------------------------------------------------------------------------------------------
 
-    def _tell(self, pending: _Pending) -> None:
+    def _tell(self, rows: list[Row], ready: _Ready) -> None:
         try:
-            chosen = pending.ready()
+            chosen = ready()
         except Exception as error:  # noqa: BLE001 # the device tells late what went wrong
             self._runner.probe()
-            for row in pending.rows:
+            for row in rows:
                 self._fail(row, error)
             return
         tokens, finite = chosen.token_T.tolist(), chosen.finite_T.tolist()
-        for number, row in enumerate(pending.rows):
+        for number, row in enumerate(rows):
             if row.finished or row.cancelled:
                 continue
             with self._boundary(row):
@@ -243,7 +174,11 @@ class Batch:
         logprob: float | None = None
         top: tuple[tuple[int, float], ...] = ()
         if sampling.logprobs is not None and chosen.logprob_T is not None:
-            logprob, top = float(chosen.logprob_T[number]), _top(chosen, number, sampling.logprobs)
+            assert chosen.top_ids is not None
+            assert chosen.top_logprobs is not None
+            logprob, count = float(chosen.logprob_T[number]), sampling.logprobs
+            ids, values = chosen.top_ids[number, :count].tolist(), chosen.top_logprobs[number, :count].tolist()
+            top = tuple(zip(ids, values, strict=True))
         row.listen(TokenEvent(token, text, logprob, top))
         if ends or row.text.stop is not None:
             self._finish(row, "stop")
@@ -286,10 +221,3 @@ def _not_finite(row: Row) -> EngineError:
         where=f"after {len(row.request.ids)} tokens of the prompt and {len(row.tokens)} of the answer",
         fix="look for NaN in its weights; an adapter whose training loss became NaN has to be trained again",
     )
-
-
-def _top(chosen: Chosen, number: int, count: int) -> tuple[tuple[int, float], ...]:
-    assert chosen.top_ids is not None
-    assert chosen.top_logprobs is not None
-    ids, values = chosen.top_ids[number, :count].tolist(), chosen.top_logprobs[number, :count].tolist()
-    return tuple(zip(ids, values, strict=True))

@@ -30,11 +30,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError, EngineError
-from finetune.infer.batch import Batch, Counters, Row
+from finetune.infer.batch import Batch, Counters
 from finetune.infer.loading import ServedModels, chooses_offload, load_models
+from finetune.infer.pages import PAGE
 from finetune.infer.request import Event, FinishedEvent, Request
 from finetune.infer.residency import EngineSettings
-from finetune.infer.runner import Runner
+from finetune.infer.runner import Row, Runner
 from finetune.infer.sampler import RowSampling
 from finetune.infer.text import AnswerText, PromptEnd, Vocabulary, encode_messages, encode_text
 from finetune.moe import ExpertsOn, LoadedModel
@@ -46,18 +47,12 @@ log = logging.getLogger(__name__)
 RESTARTS = 3
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot; counters count from the start. `expert_*` are None where all experts are resident."""
+@dataclass(kw_only=True)
+class EngineStats(Counters):
+    """A snapshot. `expert_*` are None where all experts are resident."""
 
     running: int
     waiting: int
-    prompt_tokens: int
-    completion_tokens: int
-    requests: int
-    cancelled: int
-    failed: int
-    preempted: int
     kv_pages_used: int
     kv_pages: int
     kv_page_tokens: int
@@ -234,16 +229,13 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._lock:
             pool = self._runner.pool
-            cache = self._runner.cache_stats()
             return EngineStats(
                 running=len(self._batch.running),
                 waiting=len(self._batch.waiting) + len(self._submitted),
                 kv_pages_used=pool.used,
                 kv_pages=pool.pages,
-                kv_page_tokens=self._runner.page_tokens,
-                expert_hits=None if cache is None else cache.hits,
-                expert_misses=None if cache is None else cache.misses,
-                expert_fetched_bytes=None if cache is None else cache.misses * cache.expert_bytes,
+                kv_page_tokens=PAGE,
+                **self._runner.cache_stats(),
                 **asdict(self._counters),
             )
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.adapter import Adapter, is_adapter, load, open_tuned, put_side_by_side
 from finetune.errors import AdapterError, FinetuneError
-from finetune.infer.residency import EngineSettings, needs_offload, require_residency
+from finetune.infer.residency import EngineSettings, needs_offload
 from finetune.moe import (
     NF4_BYTES_PER_WEIGHT,
     BaseSpec,
@@ -109,9 +109,8 @@ def chooses_offload(path: str, base: str | None, device: str, settings: EngineSe
     """Whether the experts of what `load_models` would load go to the host's memory; reads no more than its config.
 
     Raises:
-        FinetuneError: a model, adapter or device that cannot be used, or a residency that does not exist.
+        FinetuneError: a model, adapter or device that cannot be used.
     """
-    require_residency(settings.residency)
     tuned = open_tuned(path, base=base)
     if settings.residency != "auto":
         return settings.residency == "offload"
@@ -127,11 +126,10 @@ def chooses_offload(path: str, base: str | None, device: str, settings: EngineSe
         arch,
         dtype,
         where,
+        settings,
+        settings.longest(int(config["max_position_embeddings"])),
         experts=saved.get("experts", spec.experts),
         attention_bits=attention_bits,
-        device_gib=settings.device_gib,
-        longest=settings.longest(int(config["max_position_embeddings"])),
-        max_batch=settings.max_batch,
     )
 
 

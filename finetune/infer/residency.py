@@ -61,6 +61,16 @@ class EngineSettings:
     device_gib: float | None = None
     routing: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Raises a DeviceError for an unknown residency."""
+        if self.residency not in get_args(Residency):
+            raise DeviceError(
+                f"there is no residency {self.residency!r}",
+                where="--residency",
+                allowed=", ".join(get_args(Residency)),
+                fix="auto keeps the experts on the device where they fit",
+            )
+
     def longest(self, positions: int) -> int:
         """Tokens of the longest request, for a model with this many positions."""
         return min(self.max_length or DEFAULT_MAX_LENGTH, positions)
@@ -72,17 +82,6 @@ class MemorySplit:
 
     kv: int
     slots: int
-
-
-def require_residency(residency: str) -> None:
-    """Raises a DeviceError for an unknown residency."""
-    if residency not in get_args(Residency):
-        raise DeviceError(
-            f"there is no residency {residency!r}",
-            where="--residency",
-            allowed=", ".join(get_args(Residency)),
-            fix="auto keeps the experts on the device where they fit",
-        )
 
 
 def free_bytes(device: torch.device, device_gib: float | None) -> int:
@@ -98,19 +97,18 @@ def needs_offload(
     arch: MoeArch,
     dtype: torch.dtype,
     device: torch.device,
+    settings: EngineSettings,
+    longest: int,
     *,
     experts: ExpertStorage,
     attention_bits: float,
-    device_gib: float | None,
-    longest: int,
-    max_batch: int,
 ) -> bool:
     """Whether a model that is not loaded yet does not fit the device with its experts; a CPU's always does.
 
     Args:
+        longest: tokens of the longest request.
         experts: how they are stored.
         attention_bits: of an attention weight, 16 or what NF4 takes.
-        longest: tokens of the longest request.
     """
     if device.type != "cuda":
         return False
@@ -120,36 +118,29 @@ def needs_offload(
     weights += arch.attention_params * attention_bits / 8
     weights += plain * dtype.itemsize
     row = pages_for(min(longest, _ROW_TOKENS)) * page_bytes(arch, dtype)
-    return weights + row + _workspace(arch, dtype, longest, max_batch, "resident") > free_bytes(device, device_gib)
+    needed = weights + row + _workspace(arch, dtype, longest, settings.max_batch, "resident")
+    return needed > free_bytes(device, settings.device_gib)
 
 
 def split_memory(
-    arch: MoeArch,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    offload: bool,
-    device_gib: float | None,
-    kv_gib: float | None,
-    wanted_kv: int,
-    longest: int,
-    max_batch: int,
+    arch: MoeArch, dtype: torch.dtype, device: torch.device, settings: EngineSettings, longest: int, *, offload: bool
 ) -> MemorySplit:
     """Divides what is free once the model is loaded, without its experts under `offload`.
 
     Args:
-        wanted_kv: bytes of keys and values if all rows had their full length.
+        longest: tokens of the longest request.
     """
-    free = free_bytes(device, device_gib)
-    if offload:
-        kv = int(kv_gib * 2**30) if kv_gib is not None else int((device_gib or free / 2**30) * 2**30 * _KV_SHARE)
-        kv = min(wanted_kv, kv)
-        return MemorySplit(kv, free - kv - _workspace(arch, dtype, longest, max_batch, "offload"))
-    if kv_gib is not None:
-        return MemorySplit(min(wanted_kv, int(kv_gib * 2**30)), 0)
-    if device.type != "cuda":
-        return MemorySplit(min(wanted_kv, _CPU_KV_BYTES), 0)
-    return MemorySplit(min(wanted_kv, free - _workspace(arch, dtype, longest, max_batch, "resident")), 0)
+    free = free_bytes(device, settings.device_gib)
+    wanted_kv = (settings.max_batch * pages_for(longest) + 1) * page_bytes(arch, dtype)
+    workspace = _workspace(arch, dtype, longest, settings.max_batch, "offload" if offload else "resident")
+    if settings.kv_gib is not None:
+        kv = int(settings.kv_gib * 2**30)
+    elif offload:
+        kv = int((settings.device_gib or free / 2**30) * 2**30 * _KV_SHARE)
+    else:
+        kv = free - workspace if device.type == "cuda" else _CPU_KV_BYTES
+    kv = min(wanted_kv, kv)
+    return MemorySplit(kv, free - kv - workspace if offload else 0)
 
 
 def _workspace(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,28 +21,53 @@ from finetune.infer.loading import ServedModels
 from finetune.infer.offloaded import expert_bytes, least_slots, offload_experts, plan_slots
 from finetune.infer.pages import PAGE, PagePool, page_bytes, pages_for
 from finetune.infer.prefill import prefill
+from finetune.infer.request import Event, Request
 from finetune.infer.residency import CONTEXT_BYTES, PREFILL_TOKENS, EngineSettings, read_load, split_memory
 from finetune.infer.rotary import RotaryTables
 from finetune.infer.sampler import Chosen, RowSampling, choose
 from finetune.infer.step import DecodeStep
-from finetune.moe import MoeArch, experts_path
-
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """Of offloaded experts: needed ones that were found in a slot, and those fetched; bytes of one expert."""
-
-    hits: int
-    misses: int
-    expert_bytes: int
+from finetune.infer.text import AnswerText
+from finetune.moe import experts_path
 
 
-@dataclass(frozen=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits_TV: Tensor
+@dataclass(eq=False)
+class Row:
+    """A request that waits or runs.
+
+    Attributes:
+        model: the name of the model that answers.
+        end_ids: tokens that end the answer.
+        limit: the most tokens of the answer.
+        cancelled: whether it is to end; set from any thread.
+        tokens: tokens reported to the listener.
+        newest: the device tensor with its last token, and the index in it.
+        launched: how many tokens the device was asked for.
+    """
+
+    request: Request
+    listen: Callable[[Event], None]
+    model: str
+    selector: int
+    end_ids: frozenset[int]
+    limit: int
+    text: AnswerText
+    sampling: RowSampling
+    cancelled: bool = False
+    pages: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    newest: tuple[Tensor, int] = field(default_factory=lambda: (torch.empty(0), 0))
+    launched: int = 0
+    finished: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.request.ids) + len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """Position at which the newest launched token will be written."""
+        return len(self.request.ids) + self.launched - 1
 
 
 class Runner:
@@ -52,8 +77,6 @@ class Runner:
         DeviceError: no memory for a cache of one full-length request.
     """
 
-    page_tokens = PAGE
-
     def __init__(self, served: ServedModels, settings: EngineSettings):
         loaded = served.loaded
         self.arch, self.device = loaded.arch, loaded.device
@@ -62,31 +85,28 @@ class Runner:
         self.causal = causal
         self.adapters = served.adapters
         dtype: torch.dtype = causal.dtype
-        positions = int(causal.config.max_position_embeddings)
-        longest: int = settings.longest(positions)
+        longest = settings.longest(int(causal.config.max_position_embeddings))
         if settings.device_gib is not None and self.device.type == "cuda":
             most = settings.device_gib * 2**30 - CONTEXT_BYTES
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.device)
         offload = served.experts_on == "host"
-        split = split_memory(
-            self.arch,
-            dtype,
-            self.device,
-            offload=offload,
-            device_gib=settings.device_gib,
-            kv_gib=settings.kv_gib,
-            wanted_kv=(settings.max_batch * pages_for(longest) + 1) * page_bytes(self.arch, dtype),
-            longest=longest,
-            max_batch=settings.max_batch,
-        )
-        count = _pool_pages(self.arch, dtype, self.device, settings, split.kv)
+        split = split_memory(self.arch, dtype, self.device, settings, longest, offload=offload)
+        size = page_bytes(self.arch, dtype)
+        count = split.kv // size  # with the page for padding
+        if count < 2:
+            raise DeviceError(
+                f"there is no memory for keys and values: a page of {PAGE} tokens takes {size / 2**20:.1f} MiB",
+                where="--kv-gib" if settings.kv_gib is not None else str(self.device),
+                allowed=f"{math.ceil(2000 * size / 2**30) / 1000:.3f} GiB or more",
+                fix="give more with --kv-gib, shorten --max-length, or free the device",
+            )
         self.max_length: int = min(longest, (count - 1) * PAGE)
         self._cache_counts: Tensor | None = None
         self._cache_counts_read: Tensor | None = None
         if offload:
             self._expert_bytes = expert_bytes(causal.get_submodule(experts_path(0)))
-            self._cache_counts = _offload(causal, self.arch, self.device, settings, split.slots)
+            self._cache_counts = self._offload(settings, max(0, split.slots) // self._expert_bytes)
             self._cache_counts_read = torch.zeros(
                 self._cache_counts.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda"
             )
@@ -99,10 +119,10 @@ class Runner:
         self._position_T = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._adapter_T = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._page_TP = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._page_counts: list[int] = []  # of each row, in the table
-        self._last: list[object] = []
-        self._last_chosen: Tensor | None = None
+        self._last: list[Row] = []  # of the newest step, whose tokens are `_last_tokens`
+        self._last_tokens = self._token_T
 
     def probe(self) -> None:
         """Runs one token through the base and waits for it; raises torch's error if the device no longer works."""
@@ -123,91 +143,83 @@ class Runner:
             self.model.set_adapter(self.adapters[selector - 1])
             yield
 
-    def prompt_batches(self, rows: Sequence[R], describe: Callable[[R], tuple[int, int]]) -> Iterator[list[R]]:
-        """Rows of one selector whose prompts go through one forward pass; `describe` gives selector and length."""
-        batch: list[R] = []
-        tokens, current = 0, None
+    def prompt_batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """Neighbours of one selector whose prompts go through one forward pass."""
+        batch: list[Row] = []
+        tokens = 0
         for row in rows:
-            selector, length = describe(row)
-            if batch and (selector != current or tokens + length > PREFILL_TOKENS):
+            if batch and (row.selector != batch[0].selector or tokens + row.length > PREFILL_TOKENS):
                 yield batch
                 batch, tokens = [], 0
             batch.append(row)
-            tokens, current = tokens + length, selector
+            tokens += row.length
         if batch:
             yield batch
 
-    def prefill(
-        self,
-        selector: int,
-        prompts: Sequence[Sequence[int]],
-        pages: Sequence[Sequence[int]],
-        samplings: Sequence[RowSampling],
-        began: Sequence[int],
-    ) -> tuple[Tensor, Callable[[], Chosen]]:
-        """The token after each prompt: on the device [N], and a function that waits for it on the host.
-
-        Args:
-            began: as `prefill.prefill`.
-        """
+    def prefill(self, rows: list[Row]) -> tuple[Tensor, Callable[[], Chosen]]:
+        """The token after each row of one selector: on the device, int64 [T], and a function that waits for it."""
         self._last = []
-        with self.active(selector):
-            logits = prefill(self.causal, prompts, pages, self.pool, self.rotary, began)
-        chosen = choose(logits, samplings)
+        with self.active(rows[0].selector):
+            logits_TV = prefill(
+                self.causal,
+                [(*row.request.ids, *row.tokens) for row in rows],
+                [row.pages for row in rows],
+                self.pool,
+                self.rotary,
+                [len(row.request.ids) for row in rows],
+            )
+        chosen = choose(logits_TV, [row.sampling for row in rows])
         return chosen.token_T, _to_host(chosen)
 
-    def step(
-        self,
-        rows: Sequence[object],
-        tokens: Sequence[tuple[Tensor, int]],
-        positions: Sequence[int],
-        pages: Sequence[Sequence[int]],
-        selectors: Sequence[int],
-        samplings: Sequence[RowSampling],
-    ) -> tuple[Tensor, Callable[[], Chosen]]:
-        """One step of all rows; results as `prefill`.
-
-        Args:
-            rows: identify the batch, so that the same rows need not be arranged again.
-            tokens: device tensor and index of each row's newest token.
-            positions: the position of that token.
-        """
+    def step(self, rows: list[Row]) -> tuple[Tensor, Callable[[], Chosen]]:
+        """One step of all rows; results as `prefill`. The same rows in the same order are not arranged again."""
         count = len(rows)
         bucket = min(1 << (count - 1).bit_length(), self._token_T.numel())
         if self._cache_counts is not None:
             bucket = count  # rows that pad a batch would have experts fetched
-        goes_on = self._last_chosen is not None and list(rows) == self._last
+        goes_on = rows == self._last
         self._last = []  # until this step has run
-        if goes_on and self._last_chosen is not None:
-            self._token_T[:count].copy_(self._last_chosen)
+        if goes_on:
+            self._token_T[:count].copy_(self._last_tokens)
             self._position_T[:count] += 1
         else:
-            self._token_T[:count] = torch.stack([source[index] for source, index in tokens])
-            self._send(self._position_T, positions)
-            self._send(self._adapter_T, selectors)
-        counts = [len(own) for own in pages]
+            self._token_T[:count] = torch.stack([tokens_T[number] for tokens_T, number in (row.newest for row in rows)])
+            self._send(self._position_T, [row.position for row in rows])
+            self._send(self._adapter_T, [row.selector for row in rows])
+        counts = [len(row.pages) for row in rows]
         if not goes_on or counts != self._page_counts:
-            self._send_pages(pages)
+            table = torch.zeros(self._page_TP.shape, dtype=torch.int32)
+            for number, row in enumerate(rows):
+                table[number, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
+            self._send(self._page_TP, table)
             self._page_counts = counts
-        logits = self._logits(bucket)
-        chosen = choose(logits[:count], samplings)
-        self._last, self._last_chosen = list(rows), chosen.token_T
+        chosen = choose(self._logits(bucket)[:count], [row.sampling for row in rows])
+        self._last, self._last_tokens = rows, chosen.token_T
         if self._cache_counts is not None and self._cache_counts_read is not None:
             self._cache_counts_read.copy_(self._cache_counts, non_blocking=True)
         return chosen.token_T, _to_host(chosen)
 
-    def cache_stats(self) -> CacheStats | None:
-        """As of the newest finished step; None where all experts are resident."""
+    def cache_stats(self) -> dict[str, int]:
+        """The `expert_*` of EngineStats, as of the newest finished step; none where all experts are resident."""
         if self._cache_counts_read is None:
-            return None
+            return {}
         _, hits, misses = self._cache_counts_read.sum(0).tolist()
-        return CacheStats(hits, misses, self._expert_bytes)
+        fetched = misses * self._expert_bytes
+        return {"expert_hits": hits, "expert_misses": misses, "expert_fetched_bytes": fetched}
 
-    def _send_pages(self, pages: Sequence[Sequence[int]]) -> None:
-        table = torch.zeros(self._page_TP.shape, dtype=torch.int32)
-        for row, own in enumerate(pages):
-            table[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
-        self._send(self._page_TP, table)
+    def _offload(self, settings: EngineSettings, slots: int) -> Tensor:
+        """Moves the experts behind so many slots; returns the counts of `offload_experts`."""
+        load_LE = None if settings.routing is None else read_load(settings.routing, self.arch)
+        plan = plan_slots(self.arch, slots, load_LE)
+        if plan is None:
+            each = f"{self._expert_bytes / 2**20:.0f} MiB each"
+            raise DeviceError(
+                f"the device has room for {slots} experts beside everything else",
+                where="--device-gib" if settings.device_gib is not None else str(self.device),
+                allowed=f"{least_slots(self.arch)} or more, {each}: one a layer, or all of one layer",
+                fix="give more of the device, a shorter --max-length, or a smaller --kv-gib",
+            )
+        return offload_experts(self.causal, self.arch, plan, self.device)
 
     def _send(self, target: Tensor, values: Sequence[int] | Tensor) -> None:
         """Writes the values to the beginning of `target` and zeros behind them; the host does not wait."""
@@ -220,9 +232,9 @@ class Runner:
             return self._decode(bucket)
         if bucket not in self._graphs:
             self._graphs[bucket] = self._capture(bucket)
-        captured = self._graphs[bucket]
-        captured.graph.replay()
-        return captured.logits_TV
+        graph, logits_TV = self._graphs[bucket]
+        graph.replay()
+        return logits_TV
 
     def _decode(self, bucket: int) -> Tensor:
         return self.decode(
@@ -233,7 +245,7 @@ class Runner:
             self.pool,
         )
 
-    def _capture(self, bucket: int) -> _Graph:
+    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Once outside the graph, so that kernels are compiled. It writes what the graph will write again.
         self._decode(bucket)
         torch.cuda.synchronize(self.device)
@@ -241,7 +253,7 @@ class Runner:
         # Of this thread alone: a server's other threads may touch the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._decode(bucket)
-        return _Graph(graph, logits)
+        return graph, logits
 
 
 def _to_host(chosen: Chosen) -> Callable[[], Chosen]:
@@ -262,31 +274,3 @@ def _to_host(chosen: Chosen) -> Callable[[], Chosen]:
         return Chosen(copies[0], copies[1], *copies[2:])
 
     return ready
-
-
-def _offload(causal: Any, arch: MoeArch, device: torch.device, settings: EngineSettings, room: int) -> Tensor:
-    load_LE = None if settings.routing is None else read_load(settings.routing, arch)
-    size = expert_bytes(causal.get_submodule(experts_path(0)))
-    plan = plan_slots(arch, max(0, room) // size, load_LE)
-    if plan is None:
-        raise DeviceError(
-            f"the device has room for {max(0, room) // size} experts beside everything else",
-            where="--device-gib" if settings.device_gib is not None else str(device),
-            allowed=f"{least_slots(arch)} or more, {size / 2**20:.0f} MiB each: one a layer, or all of one layer",
-            fix="give more of the device, a shorter --max-length, or a smaller --kv-gib",
-        )
-    return offload_experts(causal, arch, plan, device)
-
-
-def _pool_pages(arch: MoeArch, dtype: torch.dtype, device: torch.device, settings: EngineSettings, room: int) -> int:
-    """Pages of the pool, with the one for padding."""
-    size = page_bytes(arch, dtype)
-    count = room // size
-    if count < 2:
-        raise DeviceError(
-            f"there is no memory for keys and values: a page of {PAGE} tokens takes {size / 2**20:.1f} MiB",
-            where="--kv-gib" if settings.kv_gib is not None else str(device),
-            allowed=f"{math.ceil(2000 * size / 2**30) / 1000:.3f} GiB or more",
-            fix="give more with --kv-gib, shorten --max-length, or free the device",
-        )
-    return count

@@ -24,6 +24,12 @@ _TOOLS_FIX = (
     + OWN_WRITE_NO_TOOLS
 )
 
+
+def _each(neutral: tuple[Any, ...], names: str) -> Neutral:
+    """Fields that are refused alike."""
+    return dict.fromkeys(names.split(), neutral)
+
+
 # Told about the request, or a hint to the machinery behind it.
 HARMLESS = frozenset(
     (
@@ -43,160 +49,74 @@ REFUSED: Neutral = {
     # OpenAI
     "tools": ([],),  # any, with tool_choice "none": the model may read of them
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
     "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "moderation": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
-    # Constrained answers, by whatever name
-    "grammar": ("",),
-    "grammar_lazy": (False,),
-    "grammar_triggers": ([],),
-    "json_schema": ({},),
-    "structured_outputs": (),
-    "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "regex": (),
-    "ebnf": (),
-    "format": ("",),
-    "guideline": (),
-    # Sampling
-    "typical_p": (1,),
-    "typ_p": (1,),
-    "mirostat": (0,),
-    "mirostat_mode": (0,),
+    # Whose default elsewhere is not one of the usual ones
     "mirostat_tau": (5,),
     "mirostat_eta": (0.1,),
-    "tfs_z": (1,),
-    "tfs": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (-1, 0),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "smoothing_factor": (0,),
-    "dynatemp_range": (0,),
-    "dynatemp_exponent": (1,),
-    "xtc_probability": (0,),
     "xtc_threshold": (0.1,),
-    "dry_multiplier": (0,),
     "dry_base": (1.75,),
     "dry_allowed_length": (2,),
-    "dry_penalty_last_n": (-1,),
     "dry_sequence_breakers": (["\n", ":", '"', "*"],),
-    "adaptive_target": (-1,),
     "adaptive_decay": (0.9,),
-    "repeat_penalty": (1,),
     "repeat_last_n": (64, -1),
-    "penalize_nl": (False,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "min_keep": (0,),
-    "samplers": (),
-    "sampler_seed": (),
-    "do_sample": (True,),
-    "watermark": (False,),
-    "use_beam_search": (False,),
-    "num_beams": (1,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "min_tokens": (0,),
-    "min_new_tokens": (0,),
-    "stop_token_ids": ([],),
-    "stop_regex": (),
-    "bad_words": ([],),
-    "bad_words_ids": ([],),
-    "allowed_token_ids": (),
-    "logits_processors": ([],),
-    "custom_logit_processor": (),
-    "custom_params": (),
-    "thinking_token_budget": (),
-    "repetition_detection": (),
-    # The answer's length and end, under other names or in other ways
-    "max_new_tokens": (),
-    "n_predict": (),
-    "num_predict": (),
-    "n_indent": (0,),
-    "n_discard": (0,),
-    "n_cmpl": (1,),
+    "top_n_sigma": (-1, 0),
     "t_max_predict_ms": (-1, 0),
-    "include_stop_str_in_output": (False,),
-    "no_stop_trim": (False,),
-    "skip_special_tokens": (True,),
-    # The prompt
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "template": (),
-    "system": ("",),
-    "context": ([],),
-    "raw": (False,),
-    "prompt_template": (),
-    "truncate": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
     "truncation": ("disabled",),
-    "transforms": ([],),
-    "num_ctx": (),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "image_data": ([],),
-    "images": ([],),
-    "prompt_embeds": (),
-    "return_full_text": (False,),
-    # Reasoning
-    "think": (False,),
-    "reasoning": (),
     "reasoning_format": ("none", "auto"),
-    "reasoning_budget": (-1,),
-    "include_reasoning": (True, False),
-    "separate_reasoning": (True, False),
-    "stream_reasoning": (True, False),
-    "thinking_forced_open": (False,),
-    "enable_thinking": (False,),
-    # Other models, or other weights
-    "models": ([],),
-    "provider": ({},),
-    "route": (),
-    "plugins": ([],),
-    "lora": ([],),
-    "lora_path": (),
-    "adapter_id": (),
-    "draft_model": (),
-    "options": ({},),
-    # What else the answer should tell
-    "n_probs": (0,),
-    "post_sampling_probs": (False,),
-    "prompt_logprobs": (),
-    "logprob_token_ids": (),
-    "top_n_tokens": (0,),
-    "details": (False,),
-    "decoder_input_details": (False,),
-    "return_tokens": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "return_hidden_states": (False,),
-    "return_progress": (False,),
-    "timings_per_token": (False,),
-    "response_fields": ([],),
-    "verbose": (False,),
-    "usage": (),
-    "tool_prompt": (),
-    "parse_tool_calls": (True, False),
+    # Null alone
+    **_each(
+        (),
+        """
+        audio web_search_options moderation
+        structured_outputs structural_tag regex ebnf guideline
+        guided_json guided_regex guided_choice guided_grammar guided_decoding_backend guided_whitespace_pattern
+        samplers sampler_seed allowed_token_ids stop_regex custom_logit_processor custom_params
+        thinking_token_budget repetition_detection
+        max_new_tokens n_predict num_predict
+        chat_template template prompt_template prompt_embeds truncate truncate_prompt_tokens truncation_side num_ctx
+        reasoning route lora_path adapter_id draft_model prompt_logprobs logprob_token_ids usage tool_prompt
+    """,
+    ),
+    **_each(
+        (False,),
+        """
+        echo grammar_lazy penalize_nl watermark use_beam_search early_stopping include_stop_str_in_output no_stop_trim
+        raw return_full_text think thinking_forced_open enable_thinking post_sampling_probs details
+        decoder_input_details return_tokens return_token_ids return_tokens_as_token_ids return_hidden_states
+        return_progress timings_per_token verbose
+    """,
+    ),
+    **_each((True,), "do_sample skip_special_tokens"),
+    **_each((True, False), "include_reasoning separate_reasoning stream_reasoning parse_tool_calls"),
+    **_each(
+        (0,),
+        """
+        presence_penalty frequency_penalty mirostat mirostat_mode top_a epsilon_cutoff eta_cutoff smoothing_factor
+        dynatemp_range xtc_probability dry_multiplier no_repeat_ngram_size min_keep min_tokens min_new_tokens
+        n_indent n_discard n_probs top_n_tokens
+    """,
+    ),
+    **_each(
+        (1,),
+        """
+        best_of typical_p typ_p tfs_z tfs dynatemp_exponent repeat_penalty encoder_repetition_penalty num_beams
+        length_penalty n_cmpl
+    """,
+    ),
+    **_each((-1,), "dry_penalty_last_n adaptive_target reasoning_budget"),
+    **_each(("",), "suffix grammar format system"),
+    **_each(
+        ([],),
+        """
+        functions grammar_triggers stop_token_ids bad_words bad_words_ids logits_processors documents context
+        transforms image_data images models plugins lora response_fields
+    """,
+    ),
+    **_each(({},), "logit_bias json_schema chat_template_kwargs mm_processor_kwargs media_io_kwargs provider options"),
 }
 # Where the two paths differ in what is done anyway.
 CHAT_REFUSED: Neutral = {**REFUSED, "add_special_tokens": (False,)}

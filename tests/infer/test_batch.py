@@ -18,6 +18,7 @@ from finetune.infer.engine import RESTARTS, Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings
+from finetune.infer.runner import Row
 from finetune.infer.sampler import RowSampling
 from finetune.infer.text import AnswerText
 from finetune.moe.arch import MoeArch
@@ -162,10 +163,10 @@ def test_what_raises_for_one_request_ends_that_one(engine: Engine, monkeypatch: 
 def test_a_prompt_that_runs_out_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = engine._runner.prefill
 
-    def limited(selector: int, prompts: Any, *rest: Any) -> Any:
-        if max(map(len, prompts)) > 100:
+    def limited(rows: list[Row]) -> Any:
+        if max(row.length for row in rows) > 100:
             raise torch.OutOfMemoryError("tried to allocate 80 GiB\nand more lines")
-        return prefill(selector, prompts, *rest)
+        return prefill(rows)
 
     alone = [tokens(answers(engine, [request])[0]) for request in SOUND]
     monkeypatch.setattr(engine._runner, "prefill", limited)

@@ -25,7 +25,7 @@ from finetune.infer.offloaded import (
     plan_slots,
     undo_offload,
 )
-from finetune.infer.pages import page_bytes, pages_for
+from finetune.infer.pages import page_bytes
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings, needs_offload, read_load, split_memory
 from finetune.kernels.expert_cache import PINNED
@@ -46,21 +46,9 @@ def settings_with(
     """A budget that leaves room for so many slots."""
     size = expert_bytes(QuantizedExperts(ARCH.experts, ARCH.hidden, ARCH.intermediate))
     settings = EngineSettings(residency="offload", **more)
-    longest = settings.longest(10**9)
-    wanted = (settings.max_batch * pages_for(longest) + 1) * page_bytes(ARCH, dtype)
-    split = split_memory(
-        ARCH,
-        dtype,
-        device,
-        offload=True,
-        device_gib=2.0,
-        kv_gib=KV_GIB,
-        wanted_kv=wanted,
-        longest=longest,
-        max_batch=settings.max_batch,
-    )
-    gib = 2.0 - (split.slots - (slots + 0.5) * size) / 2**30
-    return replace(settings, kv_gib=KV_GIB, device_gib=gib)
+    settings = replace(settings, kv_gib=KV_GIB, device_gib=2.0)
+    split = split_memory(ARCH, dtype, device, settings, settings.longest(10**9), offload=True)
+    return replace(settings, device_gib=2.0 - (split.slots - (slots + 0.5) * size) / 2**30)
 
 
 def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
@@ -218,9 +206,8 @@ def test_memory_that_cannot_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_residency_that_does_not_exist_is_refused() -> None:
-    settings = EngineSettings(residency="disk")  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="there is no residency 'disk'") as caught:
-        Engine.load(str(MODEL), device="cpu", settings=settings)
+        EngineSettings(residency="disk")  # type: ignore[arg-type]
     assert "auto, resident, offload" in str(caught.value)
 
 
@@ -248,11 +235,10 @@ def test_auto_is_resident_where_everything_fits(monkeypatch: pytest.MonkeyPatch)
             mixtral,
             torch.bfloat16,
             cuda,
+            EngineSettings(max_batch=16),
+            4096,
             experts=storage,
             attention_bits=4.127,
-            device_gib=None,
-            longest=4096,
-            max_batch=16,
         )
 
     weights = 0.5159 * mixtral.expert_params + 2 * mixtral.embedding_params

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,41 +40,17 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def small_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random bf16 Mixtral: 2 layers, 4 experts, vocabulary 32000; never written to."""
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from tests.models import save_small_mixtral
 
-    folder = tmp_path_factory.mktemp("small-mixtral")
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=32000,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(REPOSITORY / "recipes" / "tiny-mixtral" / "model" / name, folder / name)
-    return folder
+    return save_small_mixtral(tmp_path_factory.mktemp("small-mixtral"), tied=True)
 
 
 @pytest.fixture(scope="session")
 def saved_adapter(small_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained adapter of rank 4 on the small Mixtral, as a run saves it; never written to."""
-    from finetune.adapter.lora import add_attention_lora, save_adapter
-    from finetune.moe.base_spec import BaseSpec
-    from finetune.moe.load import load_base
+    from tests.models import save_lora
 
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    loaded = load_base(BaseSpec(str(small_mixtral)), device="cpu")
-    save_adapter(add_attention_lora(loaded.model, loaded.arch, r=4), folder)
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.base.save(folder)
-    return folder
+    return save_lora(small_mixtral, tmp_path_factory.mktemp("run") / "adapter")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ of 64; weights are drawn wide enough (`initializer_range`) that routers choose a
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
+    MixtralForCausalLM,
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
 )
 
+from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.kernels.nf4 import Nf4Weights, dequantize_reference
 from finetune.kernels.packed_experts import dequantize_experts
+from finetune.moe.base_spec import BaseSpec
 from finetune.moe.experts import QuantizedExperts
+from finetune.moe.load import load_base
+from tests.conftest import REPOSITORY, TOKENIZER_FILES
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 2, 4, 128, 192, 160
@@ -117,3 +123,42 @@ def dequantized_twin(model: PreTrainedModel, dtype: torch.dtype = torch.float32)
     twin.load_state_dict({name: found.get(name, tensor) for name, tensor in wanted.items()})
     twin.tie_weights()
     return twin.train(model.training)
+
+
+def save_small_mixtral(folder: Path, *, tied: bool) -> Path:
+    """A random bf16 Mixtral of 2 layers and 4 experts with the bundled model's tokenizer of 32,000 tokens."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+    )
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(REPOSITORY / "recipes" / "tiny-mixtral" / "model" / name, folder / name)
+    return folder
+
+
+def save_lora(base: Path, folder: Path, *, r: int = 4, std: float = 0.0) -> Path:
+    """An adapter of the attention as a run saves it, in `folder`.
+
+    Args:
+        std: how wide the B matrices are drawn; 0 changes no answer, NaN breaks the model.
+    """
+    loaded = load_base(BaseSpec(str(base)), device="cpu")
+    torch.manual_seed(0)
+    model = add_attention_lora(loaded.model, loaded.arch, r=r)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(std * torch.randn_like(parameter))
+    save_adapter(model, folder)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.base.save(folder)
+    return folder

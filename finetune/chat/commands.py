@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from finetune.chat.screen import Screen
@@ -47,7 +48,7 @@ class Commands:
             "/set": self._set,
             "/retry": self._retry,
             "/save": self._save,
-            "/save!": self._save_over,
+            "/save!": partial(self._save, replace=True),
             "/load": self._load,
             "/exit": self._exit,
         }
@@ -102,9 +103,6 @@ class Commands:
         self._session.save(path, replace=replace)
         turns = len(self._session.conversation.turns)
         self._screen.say(f"saved {turns} question{'s' * (turns > 1)} with answers in {path}")
-
-    def _save_over(self, name: str) -> None:
-        self._save(name, replace=True)
 
     def _load(self, name: str) -> None:
         self._session.load(_file(name, "/load"))

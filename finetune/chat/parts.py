@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from pathlib import Path
 
 from jinja2 import Template
@@ -45,12 +46,12 @@ def chat_text(messages: Messages, note: str, *, label: str) -> str:
 
 def head(model: str) -> str:
     """HTML of the page's title."""
-    return _template("head.html.jinja").render(model=visible(model))
+    return f'<header class="head"><h1>finetune chat</h1><p>{escape(visible(model))}</p></header>'
 
 
 def refusal(text: str) -> str:
     """HTML of why something was not done."""
-    return _template("refusal.html.jinja").render(text=visible(text))
+    return f'<p class="refused" role="alert">{escape(visible(text))}</p>'
 
 
 def coloured_text(routed: Routed, layer: int, *, model: str) -> str:

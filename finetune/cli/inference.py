@@ -37,7 +37,7 @@ def generate(
         stdout = report.stdout
         one_row = EngineSettings(
             max_batch=1,
-            residency=residency,  # type: ignore[arg-type]  # checked by the engine
+            residency=residency,  # type: ignore[arg-type]  # checked there
             device_gib=device_gib,
         )
 
@@ -95,25 +95,28 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal, or on a page with --ui."""
     with reporting(False, debug) as report:
-        from finetune.infer import Sampling
-
         if ui:
             require_packages("gradio", "httptools", where="finetune chat --ui", extra="ui")
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        from finetune.chat import ChatOptions, talk, talk_on_page
-        from finetune.infer import EngineSettings
+        from finetune.chat import talk, talk_on_page
+        from finetune.infer import Engine, EngineSettings, Sampling, parse_adapters
 
-        settings = EngineSettings(
-            max_length=max_length,
-            residency=residency,  # type: ignore[arg-type]  # checked by the engine
-            device_gib=device_gib,
-            routing=routing,
-        )
-        options = ChatOptions(model, adapter or (), base, device, sampling, system, settings)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        adapters = parse_adapters(adapter or ())
+
+        def load(max_batch: int) -> Engine:
+            settings = EngineSettings(
+                max_batch=max_batch,
+                max_length=max_length,
+                residency=residency,  # type: ignore[arg-type]  # checked there
+                device_gib=device_gib,
+                routing=routing,
+            )
+            return Engine.load(model, adapters=adapters, base=base, device=device, settings=settings)
+
         if ui:
-            talk_on_page(options, report, host=host, port=port)
+            talk_on_page(load, sampling, system, report, host=host, port=port)
         else:
-            talk(options, report)
+            talk(load, sampling, system, report)
 
 
 def serve(
@@ -172,7 +175,7 @@ def serve(
                 max_batch=max_batch,
                 max_length=max_length,
                 kv_gib=kv_gib,
-                residency=residency,  # type: ignore[arg-type]  # checked by the engine
+                residency=residency,  # type: ignore[arg-type]  # checked there
                 device_gib=device_gib,
                 routing=routing,
             ),

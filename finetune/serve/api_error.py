@@ -6,7 +6,6 @@ Types and codes are those that OpenAI's clients check; the messages are ours: wh
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from starlette.responses import Response
 
@@ -37,23 +36,16 @@ class APIError(Exception):
             parts.append(error.fix)
         return cls(400, "; ".join(parts), param=param)
 
-    def document(self) -> dict[str, Any]:
+    def body(self) -> bytes:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode("ascii")
 
-    def body(self) -> bytes:
-        return json.dumps(self.document()).encode("ascii")
-
-    def headers(self) -> dict[str, str]:
-        """Headers that say when to try again or how to authenticate."""
+    def response(self) -> Response:
+        """With the headers that say when to try again or how to authenticate."""
+        headers = {401: {"www-authenticate": "Bearer"}, 415: {"accept-encoding": "identity"}}.get(self.status, {})
         if self.status in (429, 503):
-            return {"retry-after": str(RETRY_SECONDS)}
-        named = {401: {"www-authenticate": "Bearer"}, 415: {"accept-encoding": "identity"}}
-        return named.get(self.status, {})
-
-
-def error_response(error: APIError) -> Response:
-    """The HTTP response that carries an error."""
-    return Response(error.body(), error.status, error.headers(), "application/json")
+            headers = {"retry-after": str(RETRY_SECONDS)}
+        return Response(self.body(), self.status, headers, "application/json")

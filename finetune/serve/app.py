@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from finetune.serve.admission import Admission
-from finetune.serve.api_error import APIError, error_response
+from finetune.serve.api_error import APIError
 from finetune.serve.auth import AuthMiddleware
 from finetune.serve.choices import ChatChoices, CompletionChoices
 from finetune.serve.prompts import Encoding
@@ -88,9 +88,7 @@ def make_app(
         answers = admission.submit(requests, live=bool(parsed.stream), began=began)
         with_logprobs = requests[0].sampling.logprobs is not None
         model = admission.require_model(parsed.model)
-        form = (ChatChoices if kind is ChatCompletionRequest else CompletionChoices)(
-            texts[model], with_logprobs=with_logprobs
-        )
+        form = (ChatChoices if kind is ChatCompletionRequest else CompletionChoices)(texts[model])
         common: dict[str, Any] = {"model": model, "n": parsed.n or 1, "with_logprobs": with_logprobs}
         if not parsed.stream:
             return WholeReply(admission, answers, form, **common)
@@ -100,7 +98,7 @@ def make_app(
     @app.exception_handler(APIError)
     async def on_api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
-        return error_response(error)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: Exception) -> Response:
@@ -108,13 +106,13 @@ def make_app(
         asked = f"{request.method} {request.url.path:.200}"
         codes = {404: "unknown_url", 405: "method_not_allowed"}
         code = codes.get(error.status_code)
-        response = error_response(APIError(error.status_code, f"{asked}: {error.detail}", code=code))
+        response = APIError(error.status_code, f"{asked}: {error.detail}", code=code).response()
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        return error_response(APIError(500, "an error in the server; its log has more", code="internal_error"))
+        return APIError(500, "an error in the server; its log has more", code="internal_error").response()
 
     return AuthMiddleware(app, admission, key=key, hosts=hosts, origins=origins)
 

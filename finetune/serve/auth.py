@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.errors import FinetuneError
 from finetune.serve.admission import Admission
-from finetune.serve.api_error import APIError, error_response
+from finetune.serve.api_error import APIError
 from finetune.web import host_name, is_local, is_local_name
 
 ENDPOINTS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
@@ -71,7 +71,7 @@ class AuthMiddleware:
 
         try:
             error = self._error(scope)
-            await (self._inner if error is None else error_response(error))(scope, receive, watched)
+            await (self._inner if error is None else error.response())(scope, receive, watched)
         finally:
             self._admission.metrics.count(_endpoint(scope["path"]), status)
 
@@ -97,7 +97,7 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
         else:
             error = APIError(401, "the API key is missing or wrong", code="invalid_api_key")
-            await error_response(error)(scope, receive, send)
+            await error.response()(scope, receive, send)
 
     def _shows_key(self, scope: Scope) -> bool:
         assert self._key is not None

@@ -15,19 +15,14 @@ from finetune.serve.token_texts import TextOffset, TokenTexts, finite
 
 
 class ChatChoices:
-    """Builds the choices of /v1/chat/completions.
-
-    Args:
-        with_logprobs: whether log-probabilities were asked for.
-    """
+    """Builds the choices of /v1/chat/completions. `tokens` are those whose log-probabilities were asked for."""
 
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     piece_object = "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts, *, with_logprobs: bool):
+    def __init__(self, texts: TokenTexts):
         self._texts = texts
-        self._with_logprobs = with_logprobs
 
     def opening(self, number: int) -> dict[str, Any] | None:
         """The chunk before the first token."""
@@ -35,55 +30,36 @@ class ChatChoices:
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str | None) -> dict[str, Any]:
-        return {
-            "index": number,
-            "delta": {"content": text} if text or reason is None else {},
-            "logprobs": self._logprobs(tokens) if tokens else None,
-            "finish_reason": reason,
-        }
+        delta = {"content": text} if text or reason is None else {}
+        return {"index": number, "delta": delta, "logprobs": self._logprobs(tokens), "finish_reason": reason}
 
     def whole(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
-        return {
-            "index": number,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(tokens),
-            "finish_reason": reason,
-        }
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": number, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": reason}
 
     def _logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
+        if not tokens:
             return None
         content = [
-            {
-                **self._token(event.token, event.logprob),
-                "top_logprobs": [self._token(token, logprob) for token, logprob in event.top],
-            }
-            for event in tokens
+            {**self._token(one.token, one.logprob), "top_logprobs": [self._token(*other) for other in one.top]}
+            for one in tokens
         ]
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "token": self._texts.shown(token),
-            "logprob": finite(logprob),
-            "bytes": list(self._texts.spelled(token)),
-        }
+        spelled = list(self._texts.spelled(token))
+        return {"token": self._texts.shown(token), "logprob": finite(logprob), "bytes": spelled}
 
 
 class CompletionChoices:
-    """Builds the choices of /v1/completions.
-
-    Args:
-        with_logprobs: whether log-probabilities were asked for.
-    """
+    """The same of /v1/completions."""
 
     id_prefix = "cmpl-"
     whole_object = "text_completion"
     piece_object = "text_completion"
 
-    def __init__(self, texts: TokenTexts, *, with_logprobs: bool):
+    def __init__(self, texts: TokenTexts):
         self._texts = texts
-        self._with_logprobs = with_logprobs
         self._offsets: defaultdict[int, TextOffset] = defaultdict(TextOffset)
 
     def opening(self, number: int) -> dict[str, Any] | None:
@@ -91,19 +67,12 @@ class CompletionChoices:
         return None
 
     def piece(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(number, tokens) if tokens else None
-        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": number, "text": text, "logprobs": self._logprobs(number, tokens), "finish_reason": reason}
 
-    def whole(self, number: int, text: str, tokens: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
-        return {
-            "index": number,
-            "text": text,
-            "logprobs": self._logprobs(number, tokens),
-            "finish_reason": reason,
-        }
+    whole = piece
 
     def _logprobs(self, number: int, tokens: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
+        if not tokens:
             return None
         offset = self._offsets[number]
         top = []

@@ -95,8 +95,7 @@ class WholeReply(Reply):
         if self._gone:
             return
         if (error := self._broken_off()) is not None:
-            response = Response(error.body(), error.status, error.headers(), "application/json")
-            await response(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         choices = []
         for answer in self._answers.all:

@@ -20,20 +20,18 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import Event, Request, Sampling
 from finetune.infer.residency import EngineSettings
-from finetune.moe.base_spec import BaseSpec
-from finetune.moe.load import load_base
+from tests.browser.conftest import MEASURE, SIZES, opened_tab
 from tests.conftest import REPOSITORY
+from tests.models import save_lora
 from tests.running import run_finetune
 
 pytest.importorskip("gradio", reason="scripts/test_browser.sh installs it")
 PlaywrightTimeout: Any = pytest.importorskip("playwright.sync_api").TimeoutError
 
 MODEL = REPOSITORY / "recipes" / "tiny-mixtral" / "model"
-MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 SAMPLING = Sampling(max_new_tokens=24)
 QUESTION = "def add(a, b):"
 INJECTED = "<script>alert(1)</script><img src=x onerror=alert(2)> ${alert(3)} {{value}} \u202e"
@@ -42,17 +40,7 @@ INJECTED = "<script>alert(1)</script><img src=x onerror=alert(2)> ${alert(3)} {{
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter whose answers are not the base's."""
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    loaded = load_base(BaseSpec(str(MODEL)), device="cpu")
-    model = add_attention_lora(loaded.model, loaded.arch, r=4)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    save_adapter(model, folder)
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.base.save(folder)
-    return folder
+    return save_lora(MODEL, tmp_path_factory.mktemp("run") / "adapter", std=0.3)
 
 
 class Paced:
@@ -153,24 +141,13 @@ class Opened:
 
 @pytest.fixture
 def opened(site: Site, browser: Any, request: pytest.FixtureRequest) -> Iterator[Opened]:
-    width, theme = getattr(request, "param", (1280, "light"))
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-    tab = Opened(page, [], [])
-    page.on("console", lambda message: tab.said.append(message.text))
-    page.on("pageerror", lambda error: tab.said.append(str(error)))
-    page.on("dialog", lambda dialog: (tab.said.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda sent: tab.asked.append(sent.url))
     site.engine.pause = 0.0
-    page.goto(site.url)
-    page.wait_for_selector("#left .chat")
-    yield tab
-    page.close()
+    with opened_tab(browser, site.url, *getattr(request, "param", (1280, "light"))) as tab:
+        tab[0].wait_for_selector("#left .chat")
+        yield Opened(*tab)
 
 
-SIZES = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
-
-
-@pytest.mark.parametrize("opened", SIZES, ids=lambda at: f"{at[0]}-{at[1]}", indirect=True)
+@SIZES
 def test_it_answers_quietly_and_fits(
     opened: Opened, site: Site, screenshots: Path | None, request: pytest.FixtureRequest
 ) -> None:

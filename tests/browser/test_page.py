@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 from matplotlib import image
 
 from finetune.data.check.page import render_page
+from tests.browser.conftest import SIZES, Tab, fits
 from tests.conftest import REPOSITORY
 from tests.data.check.samples import HARD_EXAMPLES, INJECTED, SOUND_EXAMPLES, faulty, sound
 
 DOCUMENTS = {"sound": (sound(), SOUND_EXAMPLES), "faulty": (faulty(), HARD_EXAMPLES)}
-MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=DOCUMENTS)
@@ -26,37 +25,9 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.fixture(
-    params=[(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")], ids=lambda at: f"{at[0]}-{at[1]}"
-)
-def opened(
-    request: pytest.FixtureRequest, browser: Any, file: Path, screenshots: Path | None
-) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """The page at one width and theme, what it said to the console, and what it asked for."""
-    width, theme = request.param
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(dialog.message))
-    page.on("request", lambda sent: asked.append(sent.url))
-    page.goto(file.as_uri())
-    if screenshots is not None:
-        page.screenshot(path=screenshots / f"{file.stem}-{width}-{theme}.png", full_page=True)
-    yield page, said, asked
-    page.close()
-
-
-def test_it_opens_quietly_and_fits(opened: tuple[Any, list[str], list[str]], file: Path):
-    page, said, asked = opened
-    measured = page.evaluate(MEASURE)
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
-    assert measured["width"] <= measured["window"]
-    assert measured["outside"] == []
-    assert measured["covered"] == []
-    assert measured["faint"] == []
+@SIZES
+def test_it_opens_quietly_and_fits(opened: Tab, file: Path):
+    measured = fits(opened, file)
     document, _ = DOCUMENTS[file.stem]
     drawn = [part for part in document["parts"] if part["lengths"]["histogram"]]
     for heights, part in zip(measured["bars"], drawn, strict=True):

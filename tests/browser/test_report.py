@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib import image
 
 from finetune.router.study.report import read_report
 from finetune.router.study.report_page import render_report
+from tests.browser.conftest import SIZES, Tab, fits
 from tests.conftest import REPOSITORY
 from tests.router.study.runs import HARD, alarm, collapsing, write_run
 
@@ -27,7 +27,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "report-large": {"layers": 48, "experts": 128, "top_k": 8, "steps": tuple(range(10, 3010, 10))},
     "report-bare": {"steps": (2,), "evaluations": (), "base": False},
 }
-MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 OPEN_ALL = "document.querySelectorAll('details').forEach(details => { details.open = true })"
 
 
@@ -39,44 +38,18 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.fixture(
-    params=[(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")], ids=lambda at: f"{at[0]}-{at[1]}"
-)
-def opened(
-    request: pytest.FixtureRequest, browser: Any, file: Path, screenshots: Path | None
-) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """The page at one width and theme, what it said to the console, and what it asked for."""
-    width, theme = request.param
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(dialog.message))
-    page.on("request", lambda sent: asked.append(sent.url))
-    page.goto(file.as_uri())
-    if screenshots is not None:
-        page.screenshot(path=screenshots / f"{file.stem}-{width}-{theme}.png", full_page=True)
-    yield page, said, asked
-    page.close()
-
-
-def test_it_opens_quietly_and_fits(opened: tuple[Any, list[str], list[str]], file: Path):
-    page, said, asked = opened
+@SIZES
+def test_it_opens_quietly_and_fits(opened: Tab, file: Path):
+    page = opened[0]
     page.evaluate(OPEN_ALL)
-    measured = page.evaluate(MEASURE)
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
-    assert measured["width"] <= measured["window"]
-    assert measured["outside"] == []
-    assert measured["covered"] == []
-    assert measured["faint"] == []
+    fits(opened, file)
     assert page.evaluate("document.scripts.length") == 0
     broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
     assert page.evaluate(broken) == 0
 
 
-def test_the_answer_is_on_the_first_screen(opened: tuple[Any, list[str], list[str]]):
+@SIZES
+def test_the_answer_is_on_the_first_screen(opened: Tab):
     page, _, _ = opened
     for selector in ("h1", ".tile"):
         box = page.locator(selector).first.bounding_box()

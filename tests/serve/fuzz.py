@@ -57,42 +57,10 @@ BOTH: dict[str, Any] = {
     "user": "me",
 }
 ODD: list[Any] = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2,
-    2**31,
-    2**63,
-    10**400,
-    0.0,
-    -0.0,
-    1e308,
-    5e-324,
-    0.5,
-    "",
-    "x",
-    "</s>",
-    "\ud800",
-]
-ODD += [
-    "\x00",
-    "é" * 300,
-    "system",
-    [],
-    {},
-    [[]],
-    [None],
-    ["x"],
-    [1],
-    {"x": 1},
-    {"type": "text"},
-    [1, "x"],
-    float("nan"),
-    float("inf"),
-]
+    None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**400, 0.0, -0.0, 1e308, 5e-324, 0.5, float("nan"), float("inf"),
+    "", "x", "</s>", "\ud800", "\x00", "é" * 300, "system",
+    [], {}, [[]], [None], ["x"], [1], [1, "x"], {"x": 1}, {"type": "text"},
+]  # fmt: skip
 HEAD = (
     "POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
 )

@@ -3,11 +3,8 @@
     python -m tests.serve.overhead MODEL --clients 16 --tokens 256
     python -m tests.serve.overhead recipes/mixtral-8x7b/shape --random-weights
 
-    python -m tests.serve.overhead --submit
-
 Clients stream, each over a connection of its own, in a process of their own that only counts bytes. Prints the tokens
-per second of each turn and the ratio of the medians. `--submit` instead prints for how long the event loop is held up
-by the answers to a prompt of 31,000 tokens, of text and of bytes.
+per second of each turn and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -23,8 +20,6 @@ import time
 from typing import Any
 
 from finetune.infer.request import Event, FinishedEvent, Request, Sampling
-from finetune.serve.admission import Admission
-from finetune.serve.metrics import Metrics
 from tests.serve.serving import serving
 
 PROMPT_TOKENS = 32
@@ -97,50 +92,6 @@ def random_engine(shape: str, settings: Any) -> Any:
     return Engine(ServedModels(loaded, (), {"model": 0}), shape, settings)
 
 
-def measure_submit() -> None:
-    """Prints how long `Admission.submit` takes, which runs on the event loop, and `prompt_end`, which does not."""
-    import tempfile
-    from pathlib import Path
-
-    from finetune.infer.engine import Engine
-    from finetune.infer.residency import EngineSettings
-    from tests.serve.fake import MODEL
-
-    async def measure(engine: Engine) -> None:
-        admission = Admission(engine, Metrics(engine.stats), max_waiting=512)
-        admission.connect(asyncio.get_running_loop())
-        for kind, ids in (
-            ("text", (1, *(1000 + place * 97 % 20_000 for place in range(30_999)))),
-            ("bytes", (1, *(3 + byte for byte in "ཀ".encode() * 10_333))),
-        ):
-            for count in (1, 128):
-                began = time.perf_counter()
-                after = engine.prompt_end(ids)
-                read = time.perf_counter()
-                requests = [Request(ids, Sampling(seed=seed), after=after) for seed in range(count)]
-                answers = admission.submit(requests, live=False, began=began)
-                end_ms, submit_ms = 1e3 * (read - began), 1e3 * (time.perf_counter() - read)
-                answers.cancel()
-                print(f"31,000 tokens of {kind}, n {count}: prompt_end {end_ms:.2f} ms, submit {submit_ms:.2f} ms")
-        admission.disconnect()
-
-    with tempfile.TemporaryDirectory() as scratch:
-        for file in MODEL.iterdir():
-            (Path(scratch) / file.name).symlink_to(file)
-        config = Path(scratch) / "config.json"
-        config.unlink()
-        wider = {**json.loads((MODEL / "config.json").read_text()), "max_position_embeddings": 32_768}
-        config.write_text(json.dumps(wider))
-        settings, idle = EngineSettings(max_batch=1, max_length=32_768), threading.Event()
-        with Engine.load(scratch, device="cpu", settings=settings) as engine:
-            # The engine's thread waits, so that only the loop's part is measured.
-            threading.Thread(target=engine.run, args=(lambda loaded: idle.wait(60),), daemon=True).start()
-            try:
-                asyncio.run(measure(engine))
-            finally:
-                idle.set()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?")
@@ -149,7 +100,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--submit", action="store_true", help="Measure the event loop's part of long prompts alone.")
     parser.add_argument("--random-weights", action="store_true", help="MODEL is only a shape.")
     asked = parser.parse_args()
     if asked.client is not None:
@@ -158,9 +108,6 @@ def main() -> None:
     from finetune.infer.engine import Engine
     from finetune.infer.residency import EngineSettings
 
-    if asked.submit:
-        measure_submit()
-        return
     settings = EngineSettings(max_batch=asked.clients, max_length=4096 if asked.random_weights else None)
     made = (
         random_engine(asked.model, settings)
@@ -177,15 +124,8 @@ def main() -> None:
             http.append(total / ask_over_http(served.port, asked.clients, asked.tokens))
             print(f"turn {turn}: {direct[-1]:8.1f} tokens/s directly, {http[-1]:8.1f} over HTTP", flush=True)
         ratio = statistics.median(http) / statistics.median(direct)
-        shown = {
-            "bench": "server",
-            "clients": asked.clients,
-            "tokens": asked.tokens,
-            "direct": direct,
-            "http": http,
-            "ratio": ratio,
-        }
-        print(json.dumps(shown))
+        shown = {"bench": "server", "clients": asked.clients, "tokens": asked.tokens}
+        print(json.dumps({**shown, "direct": direct, "http": http, "ratio": ratio}))
 
 
 if __name__ == "__main__":

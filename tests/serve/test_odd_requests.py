@@ -11,28 +11,15 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.pages import page_bytes
 from finetune.infer.residency import EngineSettings
 from finetune.moe.arch import MoeArch
-from finetune.moe.base_spec import BaseSpec
-from finetune.moe.load import load_base, read_config
+from finetune.moe.load import read_config
 from tests.conftest import REPOSITORY
+from tests.models import save_lora
 from tests.serve.serving import serving
-
-
-def broken(model: Path, folder: Path) -> Path:
-    """An adapter of NaN."""
-    loaded = load_base(BaseSpec(str(model)), device="cpu")
-    save_adapter(add_attention_lora(loaded.model, loaded.arch, r=2), folder)
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.base.save(folder)
-    file = folder / "adapter_model.safetensors"
-    save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(file).items()}, file)
-    return folder
 
 
 def test_nobody_is_left_unanswered(talkative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +28,7 @@ def test_nobody_is_left_unanswered(talkative: Path, tmp_path: Path, monkeypatch:
 
     page = page_bytes(MoeArch.from_config(read_config(str(talkative))), torch.float32)
     settings = EngineSettings(max_batch=8, max_length=128, kv_gib=4 * page / 2**30)
-    adapters = {"broken": str(broken(talkative, tmp_path / "adapter"))}
+    adapters = {"broken": str(save_lora(talkative, tmp_path / "adapter", std=float("nan")))}
     with (
         Engine.load(str(talkative), name="tiny", adapters=adapters, device="cpu", settings=settings) as engine,
         serving(engine) as served,

@@ -15,16 +15,13 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from finetune.adapter.lora import add_attention_lora, save_adapter
 from finetune.infer.engine import Engine
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings
 from finetune.infer.text import PromptEnd, Vocabulary
-from finetune.moe.base_spec import BaseSpec
-from finetune.moe.load import load_base
+from tests.models import save_lora
 from tests.serve.serving import Serving, eventually, serving
 
 STORY = "Once upon a time, there was a little"
@@ -35,18 +32,7 @@ CLIENTS = 64
 @pytest.fixture(scope="module")
 def adapter(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter with random weights, large enough to change what is said."""
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    torch.manual_seed(0)
-    loaded = load_base(BaseSpec(str(talkative)), device="cpu")
-    model = add_attention_lora(loaded.model, loaded.arch, r=4)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.5)
-    save_adapter(model, folder)
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.base.save(folder)
-    return folder
+    return save_lora(talkative, tmp_path_factory.mktemp("run") / "adapter", std=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from finetune.errors import EngineError
 from finetune.infer.engine import RESTARTS, Engine
@@ -23,21 +21,17 @@ from finetune.infer.sampler import RowSampling
 from finetune.infer.text import AnswerText
 from finetune.moe.arch import MoeArch
 from finetune.moe.load import read_config
+from tests.models import save_lora
 from tests.running import refused
 
 IDS = tuple(range(3, 20))
 
 
 @pytest.fixture(scope="module")
-def broken_adapter(saved_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The saved adapter with NaN in its weights, as a run leaves it whose loss became NaN."""
-    folder = tmp_path_factory.mktemp("broken") / "adapter"
-    shutil.copytree(saved_adapter, folder)
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
+def broken_adapter(small_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with NaN in its weights, as a run leaves it whose loss became NaN."""
     # In every B: torch's attention on a CPU loses NaN that only some keys have.
-    save_file({name: t * float("nan") if "lora_B" in name else t for name, t in tensors.items()}, file)
-    return folder
+    return save_lora(small_mixtral, tmp_path_factory.mktemp("broken") / "adapter", std=float("nan"))
 
 
 def engine_with(path: Path, pages: int | None = None, **settings: Any) -> Engine:

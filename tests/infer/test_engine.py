@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from finetune.errors import AdapterError, DataError, DeviceError
@@ -19,6 +17,7 @@ from finetune.infer.engine import Engine
 from finetune.infer.loading import default_name
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings
+from tests.models import save_lora
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-mixtral" / "model"
 
@@ -81,13 +80,11 @@ def test_sampling_is_of_the_seed_alone(engine: Engine) -> None:
     ids = engine.encode_text("Once upon a time")
     request = Request(ids, Sampling(max_new_tokens=12, temperature=1.0, seed=11))
     alone = tokens(engine, request)
-    done = threading.Event()
     others = [engine.submit(Request(ids[:n], Sampling(max_new_tokens=20, temperature=1.0, seed=n)), lambda _: None)
               for n in (2, 3)]  # fmt: skip
     assert tokens(engine, request) == alone
     for other in others:
         other.cancel()
-    done.set()
     assert tokens(engine, Request(ids, Sampling(max_new_tokens=12, temperature=1.0, seed=12))) != alone
 
 
@@ -179,22 +176,8 @@ def test_a_function_of_the_caller_may_fail(engine: Engine) -> None:
     assert tokens(engine, Request((1, 450), Sampling(max_new_tokens=2)))
 
 
-@pytest.fixture
-def tuned_adapter(saved_adapter: Path, tmp_path: Path) -> Path:
-    """The saved adapter with B drawn at random: an untrained one changes nothing."""
-    folder = tmp_path / "tuned" / "adapter"
-    shutil.copytree(saved_adapter, folder)
-    file = folder / "adapter_model.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if "lora_B" in name:
-            tensors[name] = torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, file)
-    return folder
-
-
-def test_an_adapter_and_its_base(saved_adapter: Path, tuned_adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_and_its_base(small_mixtral: Path, saved_adapter: Path, tmp_path: Path) -> None:
+    tuned_adapter = save_lora(small_mixtral, tmp_path / "tuned" / "adapter", std=1.0)
     with Engine.load(str(tuned_adapter), adapters={"untrained": str(saved_adapter)}, device="cpu") as engine:
         assert engine.names == ("tuned", "base", "untrained")
         ids = tuple(range(3, 20))

@@ -51,25 +51,6 @@ def test_an_incomplete_character_comes_at_the_end_only() -> None:
     assert "�" in answer.end()
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["<0x0A>", "<0xF0>", "<0x9F>", "▁take"],
-        ["<0x0A>", "<0x0A>", "▁take", "<0x0A>"],
-        ["▁take", "<0xA6>", "<0x9C>"],
-        ["<0xF0>", "</s>", "<0x9F>", "<0xA6>", "<0x9C>"],
-        ["▁", "▁", "ing"],
-    ],
-    ids=" ".join,
-)
-def test_tokens_that_are_no_text_end_nothing(names: list[str]) -> None:
-    ids = TOKENIZER.convert_tokens_to_ids(names)
-    answer = AnswerText(VOCABULARY, ())
-    assert "".join([answer.add(token) for token in ids]) + answer.end() == TOKENIZER.decode(
-        ids, skip_special_tokens=True
-    )
-
-
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
 def test_any_tokens_are_the_tokenizers_own_decoding(kind: str) -> None:
     """Drawn so that bytes, parts of characters, control tokens and ids that are no token stand side by side."""
@@ -92,12 +73,10 @@ def test_a_stop_text_of_bytes_ends_at_once() -> None:
     ids = [*TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10], BYTES[10]]
     assert "".join(answer.add(token) for token in ids) == "one"
     assert answer.stop == "\n\n"
-
-
-def test_a_character_that_the_prompt_began() -> None:
-    answer = AnswerText(VOCABULARY, (), PromptEnd.of(VOCABULARY, [*TOKENIZER("a")["input_ids"], *PARROT[:2]]))
-    end = TOKENIZER.convert_tokens_to_ids("▁take")
-    assert "".join(answer.add(token) for token in [*PARROT[2:], end]) == "🦜 take"
+    apart = AnswerText(VOCABULARY, ("\n\n",))
+    for token in (BYTES[10], *TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10]):
+        apart.add(token)
+    assert apart.stop is None
 
 
 @pytest.mark.parametrize("prompt", ["The capital of France is", "", "größer 北京", "a 🦜", "a\n"])

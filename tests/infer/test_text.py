@@ -73,9 +73,10 @@ def test_a_stop_text_of_bytes_ends_at_once() -> None:
     ids = [*TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10], BYTES[10]]
     assert "".join(answer.add(token) for token in ids) == "one"
     assert answer.stop == "\n\n"
+    # Where text stands between them, the second may still become invalid, and is held back.
     apart = AnswerText(VOCABULARY, ("\n\n",))
-    for token in (BYTES[10], *TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10]):
-        apart.add(token)
+    ids = [BYTES[10], *TOKENIZER("one", add_special_tokens=False)["input_ids"], BYTES[10], BYTES[255]]
+    assert "".join([apart.add(token) for token in ids]) + apart.end() == TOKENIZER.decode(ids)
     assert apart.stop is None
 
 

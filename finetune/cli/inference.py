@@ -11,6 +11,13 @@ from finetune.cli.options import Base, Debug, Device, DeviceGib, Json, Residency
 from finetune.cli.reporting import reporting
 from finetune.errors import require_packages
 
+Model = Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="Another model, from an adapter; may be given several times."),
+]
+TopP = Annotated[float, typer.Option(help="Above 0, at most 1.")]
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
@@ -19,7 +26,7 @@ def generate(
     base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
+    top_p: TopP = 1.0,
     seed: int = 0,
     raw: Annotated[bool, typer.Option(help="Continue the text as it stands, without the chat template.")] = False,
     residency: ResidencyOption = "auto",
@@ -34,16 +41,12 @@ def generate(
         from finetune.infer import generate as answer
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed)
-        stdout = report.stdout
-        one_row = EngineSettings(
-            max_batch=1,
-            residency=residency,  # type: ignore[arg-type]  # checked there
-            device_gib=device_gib,
-        )
+        # The residency is checked there.
+        one_row = EngineSettings(max_batch=1, residency=residency, device_gib=device_gib)  # type: ignore[arg-type]
 
         def stream(text: str) -> None:
-            stdout.write(text)
-            stdout.flush()
+            report.stdout.write(text)
+            report.stdout.flush()
 
         streams = not as_json and against is None
         answers = []
@@ -68,10 +71,7 @@ def generate(
 
 def chat(
     model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Another model, from an adapter; may be given several times."),
-    ] = None,
+    adapter: Adapters = None,
     base: Base = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     ui: Annotated[bool, typer.Option("--ui", help="A page in the browser: two models side by side, experts.")] = False,
@@ -79,7 +79,7 @@ def chat(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 1.0,
+    top_p: TopP = 1.0,
     top_k: Annotated[int, typer.Option(help="0 is all.")] = 0,
     min_p: Annotated[float, typer.Option(help="0 or more, below 1.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
@@ -121,12 +121,9 @@ def chat(
 
 def serve(
     model: Annotated[str, typer.Argument(help="Folder of a model, adapter or run; or hub id.", show_default=False)],
-    host: Annotated[str, typer.Option(help="Address to listen on; give a key where others reach it.")] = ("127.0.0.1"),
+    host: Annotated[str, typer.Option(help="Address to listen on; give a key where others reach it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Another model, from an adapter; may be given several times."),
-    ] = None,
+    adapter: Adapters = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its folder's")] = None,
     base: Base = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,

@@ -3,7 +3,7 @@
 python scripts/page_figure.py data recipes/tiny-mixtral/qlora-attention.yaml docs/data_check.png
 python scripts/page_figure.py data RECIPE docs/data_examples.png --only examples
 python scripts/page_figure.py router outputs/tiny-mixtral-qlora-attention docs/router_report.png
-python scripts/page_figure.py chat outputs/tiny-mixtral-qlora-attention/adapter docs/chat_page.png --ask "Who are you?"
+python scripts/page_figure.py chat outputs/tiny-mixtral-qlora-attention/adapter docs/chat_page.png --ask "write a python function"
 
 A recipe or a run may be a page that was written before (.html); a recipe whose data is refused has a page as well.
 `scripts/test_browser.sh` installs what this needs.
@@ -74,7 +74,8 @@ def written(command: list[str], source: Path, folder: Path) -> Path:
 
 def shoot_chat(model: Path, questions: list[str], target: Path, *, theme: str) -> None:
     """The chat page once the last answer has its colours."""
-    command = [sys.executable, "-m", "finetune", "chat", str(model), "--ui", "--port", "0", "--max-new-tokens", "48"]
+    command = [sys.executable, "-m", "finetune", "chat", str(model), "--ui", "--port", "0"]
+    command += ["--max-new-tokens", "48", "--repetition-penalty", "1.15"]  # a tiny model repeats itself
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
         assert served.stdout is not None
         url = re.search(r"http://\S+", served.stdout.readline())

@@ -137,7 +137,7 @@ def unread_columns(row: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """The columns of a row that the form does not read and that are not empty."""
     if len(row) == 1:
         return {}
-    return {str(name): row[name] for name in row.keys() - form.read if row[name] not in _EMPTY}
+    return {str(name): value for name, value in row.items() if name not in form.read and value not in _EMPTY}
 
 
 def unseen_in(row: Mapping[str, Any], form: Form, turns: Sequence[Turn]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.forms import advice, danger, matters, parse, to_conversation
+from finetune.data.forms import advice, danger, matters, parse, to_conversation, unread_columns
 from finetune.data.recognition import find_form
 from finetune.data.rows import Message, RawChunk, RowFault
 from finetune.data.turns import Form
@@ -649,3 +649,9 @@ def test_parse_of_values() -> None:
         (3, "valid JSON, but not an object"),
         (4, "no assistant turn, so nothing to learn"),
     ]
+
+
+def test_columns_that_nobody_reads_are_named_in_the_order_of_the_row() -> None:
+    names = [f"column{number}" for number in range(20)]
+    row = {"messages": [], **dict.fromkeys(names, "x")}
+    assert list(unread_columns(row, MESSAGES)) == names

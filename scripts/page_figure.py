@@ -1,9 +1,10 @@
-"""A picture of one of our pages, taken by Chromium.
+r"""A picture of one of our pages, taken by Chromium.
 
 python scripts/page_figure.py data recipes/tiny-mixtral/qlora-attention.yaml docs/data_check.png
 python scripts/page_figure.py data RECIPE docs/data_examples.png --only examples
 python scripts/page_figure.py router outputs/tiny-mixtral-qlora-attention docs/router_report.png
-python scripts/page_figure.py chat outputs/tiny-mixtral-qlora-attention/adapter docs/chat_page.png --ask "write a python function"
+python scripts/page_figure.py chat outputs/tiny-mixtral-qlora-attention/adapter docs/chat_page.png \
+    --ask "write a python function"
 
 A recipe or a run may be a page that was written before (.html); a recipe whose data is refused has a page as well.
 `scripts/test_browser.sh` installs what this needs.

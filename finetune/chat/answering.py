@@ -7,36 +7,85 @@ so no token gets lost on the way. An engine that fails ends each answer the same
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from finetune.chat.conversation import Messages
 from finetune.errors import DataError, FinetuneError
-from finetune.infer import Event, FinishedEvent, Request, Sampling
+from finetune.infer import Event, FinishedEvent, Request, Sampling, TokenEvent
 
 if TYPE_CHECKING:
     from finetune.infer import Engine, RequestHandle
 
 
+@dataclass
+class Answer:
+    """What has come of one answer.
+
+    Attributes:
+        text: without white space before it.
+        tokens: ids.
+        times: monotonic seconds of each token.
+        end: the last event, once it has come.
+    """
+
+    request: Request
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    end: FinishedEvent | None = None
+
+    def take(self, event: Event) -> None:
+        self.text += event.text if self.text else event.text.lstrip()
+        if isinstance(event, TokenEvent):
+            self.tokens.append(event.token)
+            self.times.append(time.monotonic())
+        else:
+            self.end = event
+
+    def course(self, longest: int, *, starts_over: str) -> list[str]:
+        """Tokens per second after the first, and why the answer ended if it did not end by itself.
+
+        Args:
+            longest: the engine's `max_length`.
+            starts_over: what the user can do where that is reached.
+        """
+        said, end = [], self.end
+        if len(self.times) > 1 and self.times[-1] > self.times[0]:
+            said.append(f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f} tokens/s")
+        if end is not None and end.error is not None:
+            said.append(end.error.what)
+        elif end is not None and end.reason == "cancelled":
+            said.append("stopped")
+        elif end is not None and end.reason == "length":
+            if end.prompt_tokens + end.completion_tokens >= longest:
+                said.append(f"the model's maximum of {longest:,} tokens is reached: {starts_over} starts over")
+            else:
+                said.append(f"cut at max_new_tokens={self.request.sampling.max_new_tokens}")
+        return said
+
+
 class Answering:
     """Several requests that are answered at the same time.
 
-    Iterating yields the number of a request and its next event, until all have ended. Leaving the iteration early
-    cancels what still runs.
+    Attributes:
+        answers: of each request, as far as `states` has brought them.
 
     Raises:
         FinetuneError: the engine refuses one of the requests, or has failed for good; none runs then.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request]):
-        self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
-        self._open = len(requests)
+        self.answers = [Answer(request) for request in requests]
+        self._events: SimpleQueue[tuple[Answer, Event]] = SimpleQueue()
         self._handles: list[RequestHandle] = []
         try:
-            for number, request in enumerate(requests):
-                self._handles.append(engine.submit(request, partial(self._take, number)))
+            for answer in self.answers:
+                self._handles.append(engine.submit(answer.request, partial(self._hear, answer)))
         except FinetuneError:
             self.cancel()
             raise
@@ -46,18 +95,27 @@ class Answering:
         for handle in self._handles:
             handle.cancel()
 
-    def __iter__(self) -> Generator[tuple[int, Event], None, None]:
+    def states(self, *, apart: float = 0.0) -> Generator[list[Answer], None, None]:
+        """Yields the answers as they grow, at most every `apart` seconds; at the last, all have ended.
+
+        Leaving the iteration early cancels what still runs.
+        """
+        shown, unfinished = 0.0, len(self.answers)
         try:
-            while self._open:
-                number, event = self._events.get()
-                self._open -= isinstance(event, FinishedEvent)
-                yield number, event
+            while unfinished:
+                answer, event = self._events.get()
+                answer.take(event)
+                unfinished -= answer.end is not None
+                now = time.monotonic()
+                if now - shown >= apart or not unfinished:
+                    yield self.answers
+                    shown = now
         finally:
-            if self._open:
+            if unfinished:
                 self.cancel()
 
-    def _take(self, number: int, event: Event) -> None:
-        self._events.put((number, event))
+    def _hear(self, answer: Answer, event: Event) -> None:
+        self._events.put((answer, event))
 
 
 def request_for(engine: Engine, messages: Messages, sampling: Sampling, model: str | None) -> Request:
@@ -75,8 +133,3 @@ def request_for(engine: Engine, messages: Messages, sampling: Sampling, model: s
             fix="start a new conversation (/reset), or ask something shorter",
         )
     return Request(ids, sampling, model)
-
-
-def is_full(engine: Engine, end: FinishedEvent) -> bool:
-    """Whether an answer ended because it reached the model's maximum length."""
-    return end.reason == "length" and end.prompt_tokens + end.completion_tokens >= engine.max_length

@@ -13,11 +13,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune.chat.answering import Answering
+from finetune.chat.answering import Answer, Answering
 from finetune.chat.parts import chat_text, coloured_text, head, legend, refusal
 from finetune.chat.routes import Routed, routed
 from finetune.chat.session import NAMES
-from finetune.chat.sides import Side, Turn, answered, history, requests_for, summary
+from finetune.chat.sides import Turn, history, requests_for, summary
 from finetune.errors import DataError, FinetuneError
 from finetune.infer import Sampling
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from finetune.infer import Engine
 
 NOBODY = ""  # no model has this name
+_REDRAW = 0.06  # seconds between two states: a browser draws no faster, and each is sent whole
 _SIDE = 320  # pixels; two such beside each other where the window has them, else below each other
 _CHAT: dict[str, Any] = {"container": True, "padding": True, "max_height": 460, "autoscroll": True}
 _EMPTY = chat_text([], "Nothing has been said yet.", label="no conversation")
@@ -166,7 +167,7 @@ class Page:
         self._running[session] = answering
         busy = (gr.update(interactive=False), gr.update(interactive=True), gr.update(interactive=False))
         try:
-            for sides in answered(answering, asked):
+            for sides in answering.states(apart=_REDRAW):
                 yield ("", gr.skip(), *self._chats(turns, question, sides), hidden, gr.skip(), *busy)
         finally:
             answering.cancel()
@@ -174,7 +175,7 @@ class Page:
         kept, left_over, note = turns, question, "the model said nothing, so the question is not kept"
         if any(side.text for side in sides):
             kept, left_over, note = [*turns, Turn(question, tuple(side.text.strip() for side in sides))], "", ""
-        looked = [(side.model, side.seen) for side in sides]
+        looked = [(str(side.request.model), [*side.request.ids, *side.tokens]) for side in sides]
         errors = [str(side.end.error) for side in sides if side.end is not None and side.end.error is not None]
         note = "\n".join([*dict.fromkeys(errors), *([note] if note else [])])
         said = gr.update(value=refusal(note), visible=bool(note))
@@ -195,14 +196,14 @@ class Page:
             return texts
         return [(model, routed(self._engine, ids, model)) for model, ids in seen]
 
-    def _chats(self, turns: Sequence[Turn], question: str | None, sides: Sequence[Side]) -> tuple[Any, Any]:
+    def _chats(self, turns: Sequence[Turn], question: str | None, sides: Sequence[Answer]) -> tuple[Any, Any]:
         """The two chats; the second is left unchanged when only one model answers."""
         made: list[Any] = []
         for number, side in enumerate(sides):
             messages = history(turns, number, None).messages(question)
             if question is not None and side.text:
                 messages.append({"role": "assistant", "content": side.text})
-            made.append(chat_text(messages, summary(self._engine, side), label=side.model))
+            made.append(chat_text(messages, summary(self._engine, side), label=str(side.request.model)))
         return made[0], made[1] if len(made) > 1 else gr.skip()
 
 

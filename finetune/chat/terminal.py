@@ -10,14 +10,12 @@ status.
 
 from __future__ import annotations
 
-import time
-
-from finetune.chat.answering import Answering, is_full
+from finetune.chat.answering import Answering
 from finetune.chat.commands import Commands
 from finetune.chat.screen import Screen, stopped_by_interrupt
 from finetune.chat.session import Session
 from finetune.errors import FinetuneError
-from finetune.infer import FinishedEvent, Request
+from finetune.infer import Request
 
 
 def chat_in_terminal(session: Session, screen: Screen) -> None:
@@ -87,36 +85,20 @@ def _answer(session: Session, screen: Screen, request: Request) -> None:
         EngineError: the answer could not be finished; what was said of it is not kept.
     """
     answering = Answering(session.engine, [request])
-    text, times = "", []
+    [answer] = answering.answers
+    shown = 0
     with stopped_by_interrupt(answering.cancel):
-        for _, event in answering:
-            times.append(time.monotonic())
-            piece = event.text if text else event.text.lstrip()
-            text += piece
-            screen.write(piece)
-    assert isinstance(event, FinishedEvent), "the last event of a request"
-    if event.error is not None:
-        screen.write("\n" if text else "")
-        raise event.error
-    if text:
-        screen.write("\n")
-        session.keep(text.strip())
-    screen.say(_summary(session, event, times, is_kept=bool(text)))
-
-
-def _summary(session: Session, end: FinishedEvent, times: list[float], *, is_kept: bool) -> str:
-    """Tokens, tokens per second after the first, and why the answer ended if it did not end by itself."""
-    made = end.completion_tokens
-    said = [f"{made:,} token{'s' * (made != 1)}"]
-    tokens = times[:-1]  # the last event is the end
-    if len(tokens) > 1 and tokens[-1] > tokens[0]:
-        said.append(f"{(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s")
-    if end.reason == "cancelled":
-        said.append("stopped")
-    elif is_full(session.engine, end):
-        said.append(f"the model's maximum of {session.engine.max_length:,} tokens is reached: /reset starts over")
-    elif end.reason == "length":
-        said.append(f"cut at max_new_tokens={session.sampling.max_new_tokens}")
-    if not is_kept:
+        for _ in answering.states():
+            screen.write(answer.text[shown:])
+            shown = len(answer.text)
+    assert answer.end is not None, "the last event of a request"
+    screen.write("\n" if answer.text else "")
+    if answer.end.error is not None:
+        raise answer.end.error
+    made = len(answer.tokens)
+    said = [f"{made:,} token{'s' * (made != 1)}", *answer.course(session.engine.max_length, starts_over="/reset")]
+    if answer.text:
+        session.keep(answer.text.strip())
+    else:
         said.append("the model said nothing, so the question is not kept")
-    return ", ".join(said)
+    screen.say(", ".join(said))

@@ -191,7 +191,7 @@ def test_both_models_stream_their_own_answers_to_one_conversation(opened: Opened
     assert opened.last_answers() == [answers[1] for answers in expected]
     assert opened.page.locator("#left .user").all_inner_texts() == [QUESTION, "And now?"]
     note = opened.page.locator("#right .note").inner_text()
-    assert re.match(rf"{names[1]}, \d+ \+ 24 tokens, [\d.]+ tokens/s, cut at max new tokens$", note)
+    assert re.match(rf"{names[1]}, \d+ \+ 24 tokens, [\d.]+ tokens/s, cut at max_new_tokens=24$", note)
 
 
 def test_every_token_that_a_model_saw_has_its_experts_colour(opened: Opened, site: Site) -> None:

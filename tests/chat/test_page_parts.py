@@ -11,7 +11,7 @@ import pytest
 from finetune.chat.answering import Answering
 from finetune.chat.parts import chat_text, coloured_text, head, legend, refusal, style_sheet
 from finetune.chat.routes import Routed
-from finetune.chat.sides import Turn, answered, history, requests_for, summary
+from finetune.chat.sides import Turn, history, requests_for, summary
 from finetune.errors import DataError, EngineError
 from finetune.infer.request import Sampling
 from finetune.report import expert_looks
@@ -40,7 +40,7 @@ class Seen(HTMLParser):
 def test_both_sides_answer_at_once_and_go_on_from_their_own_answers() -> None:
     engine: Any = FakeEngine(delay=0.01)
     asked = requests_for(engine, [], "one two", ["tuned", "base"], Sampling(seed=4), None)
-    states = [[side.text for side in sides] for sides in answered(Answering(engine, asked), asked)]
+    states = [[side.text for side in sides] for sides in Answering(engine, asked).states()]
     assert states[-1] == ["tuned: one two", "base: one two"]
     turns = [Turn("one two", tuple(states[-1]))]
     [left, right] = requests_for(engine, turns, "three", ["tuned", "base"], Sampling(), "Be brief.")
@@ -58,28 +58,28 @@ def test_a_side_that_joins_later_goes_on_from_the_first_ones_answers() -> None:
 def test_a_side_has_seen_the_prompt_and_each_token_of_its_answer() -> None:
     engine: Any = FakeEngine()
     asked = requests_for(engine, [], "one two", ["tuned"], Sampling(max_new_tokens=2), None)
-    *_, [side] = answered(Answering(engine, asked), asked)
-    assert side.seen == [*asked[0].ids, 1, 2]
+    *_, [side] = Answering(engine, asked).states()
+    assert (side.request, side.tokens) == (asked[0], [1, 2])
     assert summary(engine, side).startswith("tuned, 3 + 2 tokens")
-    assert summary(engine, side).endswith("cut at max new tokens")
+    assert summary(engine, side).endswith("cut at max_new_tokens=2")
 
 
 def test_stopping_ends_both_and_keeps_what_came() -> None:
     engine: Any = FakeEngine(delay=0.05)
     asked = requests_for(engine, [], "one two three four five six", ["tuned", "base"], Sampling(), None)
     answering = Answering(engine, asked)
-    for sides in answered(answering, asked):
+    for sides in answering.states():
         if all(side.text for side in sides):
             answering.cancel()
     assert [side.end.reason for side in sides if side.end] == ["cancelled", "cancelled"]
-    assert all(side.text.startswith(f"{side.model}:") and "six" not in side.text for side in sides)
+    assert all(side.text.startswith(f"{side.request.model}:") and "six" not in side.text for side in sides)
     assert summary(engine, sides[0]).endswith("stopped")
 
 
 def test_whoever_turns_away_ends_the_answers() -> None:
     engine: Any = FakeEngine(delay=0.2)
     asked = requests_for(engine, [], "one two three", ["tuned", "base"], Sampling(), None)
-    states = answered(Answering(engine, asked), asked)
+    states = Answering(engine, asked).states()
     next(states)
     states.close()
     assert all(handle.cancelled.is_set() for handle in engine.handles)
@@ -106,7 +106,7 @@ def test_an_engine_that_died_is_no_silent_end() -> None:
     asked = requests_for(engine, [], "one two", ["tuned", "base"], Sampling(), None)
     answering = Answering(engine, asked)
     engine.failure = EngineError("the engine failed while it answered: out of memory")
-    *_, sides = answered(answering, asked)
+    *_, sides = answering.states()
     assert [side.end.error for side in sides if side.end] == [engine.failure] * 2
     assert summary(engine, sides[1]).endswith("the engine failed while it answered: out of memory")
     with pytest.raises(EngineError, match="out of memory"):
@@ -118,7 +118,7 @@ def test_cancelling_from_another_thread_ends_the_wait() -> None:
     asked = requests_for(engine, [], "one", ["tuned"], Sampling(), None)
     answering = Answering(engine, asked)
     threading.Timer(0.05, answering.cancel).start()
-    *_, [side] = answered(answering, asked)
+    *_, [side] = answering.states()
     assert side.end is not None
     assert side.end.reason == "cancelled"
 

@@ -196,9 +196,8 @@ class Batch:
     def _fail(self, row: Row, error: Exception) -> None:
         log.error("an error ended an answer of %s", row.model, exc_info=error)
         if not row.finished:
-            shown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             explained = EngineError(
-                f"an error in the engine ended the answer: {shown}",
+                f"an error in the engine ended the answer: {in_a_line(error)}",
                 where=f"model {row.model}",
                 fix="the traceback is in the log; other answers go on",
             )
@@ -213,6 +212,10 @@ class Batch:
         if row.text.stop is not None and reason == "length":
             reason = "stop"
         row.listen(FinishedEvent(reason, len(row.request.ids), len(row.tokens), text, row.text.stop, error))
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _not_finite(row: Row) -> EngineError:

@@ -30,7 +30,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError, EngineError
-from finetune.infer.batch import Batch, Counters
+from finetune.infer.batch import Batch, Counters, in_a_line
 from finetune.infer.loading import ServedModels, chooses_offload, load_models
 from finetune.infer.pages import PAGE
 from finetune.infer.request import Event, FinishedEvent, Request
@@ -344,8 +344,7 @@ class Engine:
 
 
 def _failed(error: Exception, where: str, fix: str) -> EngineError:
-    shown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return EngineError(f"the engine failed while it answered: {shown}", where=where, fix=fix)
+    return EngineError(f"the engine failed while it answered: {in_a_line(error)}", where=where, fix=fix)
 
 
 def _end_ids(loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -57,9 +57,7 @@ def generate(
         pieces.append(event.text)
         if write is not None and event.text:
             write(event.text)
-        if isinstance(event, FinishedEvent):
-            break
-    assert isinstance(event, FinishedEvent)
+    assert isinstance(event, FinishedEvent), "the last event of a request"
     if event.error is not None:
         raise event.error
     return Answer("".join(pieces).strip(), event.prompt_tokens, event.completion_tokens)

@@ -76,14 +76,6 @@ class EngineSettings:
         return min(self.max_length or DEFAULT_MAX_LENGTH, positions)
 
 
-@dataclass(frozen=True)
-class MemorySplit:
-    """Bytes of the device for keys and values, and for experts' slots (0: all experts are resident)."""
-
-    kv: int
-    slots: int
-
-
 def free_bytes(device: torch.device, device_gib: float | None) -> int:
     """Bytes that may still be allocated on the device, within the budget where one is given."""
     if device.type != "cuda":
@@ -124,11 +116,14 @@ def needs_offload(
 
 def split_memory(
     arch: MoeArch, dtype: torch.dtype, device: torch.device, settings: EngineSettings, longest: int, *, offload: bool
-) -> MemorySplit:
+) -> tuple[int, int]:
     """Divides what is free once the model is loaded, without its experts under `offload`.
 
     Args:
         longest: tokens of the longest request.
+
+    Returns:
+        Bytes of the device for keys and values, and for experts' slots (0: all experts are resident).
     """
     free = free_bytes(device, settings.device_gib)
     wanted_kv = (settings.max_batch * pages_for(longest) + 1) * page_bytes(arch, dtype)
@@ -140,7 +135,7 @@ def split_memory(
     else:
         kv = free - workspace if device.type == "cuda" else _CPU_KV_BYTES
     kv = min(wanted_kv, kv)
-    return MemorySplit(kv, free - kv - workspace if offload else 0)
+    return kv, free - kv - workspace if offload else 0
 
 
 def _workspace(

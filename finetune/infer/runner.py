@@ -91,9 +91,9 @@ class Runner:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.device)
         offload = served.experts_on == "host"
-        split = split_memory(self.arch, dtype, self.device, settings, longest, offload=offload)
+        for_kv, for_slots = split_memory(self.arch, dtype, self.device, settings, longest, offload=offload)
         size = page_bytes(self.arch, dtype)
-        count = split.kv // size  # with the page for padding
+        count = for_kv // size  # with the page for padding
         if count < 2:
             raise DeviceError(
                 f"there is no memory for keys and values: a page of {PAGE} tokens takes {size / 2**20:.1f} MiB",
@@ -106,7 +106,7 @@ class Runner:
         self._cache_counts_read: Tensor | None = None
         if offload:
             self._expert_bytes = expert_bytes(causal.get_submodule(experts_path(0)))
-            self._cache_counts = self._offload(settings, max(0, split.slots) // self._expert_bytes)
+            self._cache_counts = self._offload(settings, max(0, for_slots) // self._expert_bytes)
             self._cache_counts_read = torch.zeros(
                 self._cache_counts.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda"
             )

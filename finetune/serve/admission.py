@@ -64,16 +64,6 @@ class Admission:
         if self.engine.failure is not None:
             raise APIError(503, "the engine has failed; the server is about to stop", code="engine_failed")
 
-    def health(self) -> dict[str, object]:
-        """The body of /health: the engine works, and how often an error of its own ended all running answers.
-
-        Raises:
-            APIError: as `require_service`.
-        """
-        self.require_service()
-        restarts = self.engine.restarts
-        return {"status": "ok", **({"engine_restarts": restarts} if restarts else {})}
-
     def require_model(self, name: str | None) -> str:
         """The name of a model, the first one's for None; raises APIError if there is none of that name."""
         names = self.engine.names

@@ -62,7 +62,10 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse(admission.health())
+        admission.require_service()
+        # How often an error of the engine itself ended all running answers.
+        restarts = {"engine_restarts": engine.restarts} if engine.restarts else {}
+        return JSONResponse({"status": "ok", **restarts})
 
     @app.get("/metrics")
     async def metrics() -> Response:

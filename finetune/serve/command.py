@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.console import Report
 from finetune.errors import FinetuneError
@@ -18,9 +17,6 @@ from finetune.serve.auth import read_hosts, read_origins
 from finetune.serve.metrics import Metrics
 from finetune.serve.server import Server
 from finetune.web import allow_connections, bind, is_local, url_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 KEY_VARIABLE = "FINETUNE_API_KEY"
 
@@ -59,7 +55,7 @@ def serve(
         EngineError: the engine failed for good.
     """
     named = parse_adapters(adapters)
-    key = read_key(key_file, os.environ)
+    key = read_key(key_file)
     origins = read_origins(cors_origins)
     with closing(bind(host, port)) as bound:
         hosts = read_hosts(allowed_hosts, bound, key)
@@ -85,17 +81,17 @@ def serve(
             raise engine.failure
 
 
-def read_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:
+def read_key(file: Path | None) -> bytes | None:
     """The API key: the file's, else the environment's FINETUNE_API_KEY, else None.
 
     Raises:
         FinetuneError: a file that cannot be read, a key that is empty or cannot stand in a header.
     """
-    if file is None and KEY_VARIABLE not in environment:
+    if file is None and KEY_VARIABLE not in os.environ:
         return None
     where = KEY_VARIABLE if file is None else f"--api-key-file {file}"
     try:
-        key = environment[KEY_VARIABLE].encode() if file is None else file.read_bytes()
+        key = os.environ[KEY_VARIABLE].encode() if file is None else file.read_bytes()
     except OSError as error:
         raise FinetuneError(
             f"the key file cannot be read: {error.strerror}", where=where, fix="give a file with the key in it"

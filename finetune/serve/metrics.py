@@ -22,12 +22,13 @@ _FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 
 
-class Metrics:
-    """Counters and histograms of one server, in a registry of their own."""
+class Metrics(Collector):
+    """Counters and histograms of one server, in a registry of their own; itself it collects the engine's."""
 
     def __init__(self, stats: Callable[[], EngineStats]):
+        self._stats = stats
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
+        self._registry.register(self)
         self._requests = Counter(
             "finetune_requests", "HTTP requests answered.", ("endpoint", "status"), registry=self._registry
         )
@@ -58,11 +59,6 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]):
-        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()

@@ -224,16 +224,12 @@ def _read_json(body: bytes) -> dict[str, Any]:
     try:
         document = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        said = "not UTF-8" if not _is_utf8(body) else str(error)
+        said = str(error)
+        try:
+            body.decode()
+        except UnicodeDecodeError:
+            said = "not UTF-8"
         raise APIError(400, f"the body: invalid JSON: {said}") from None
     if not isinstance(document, dict):
         raise APIError(400, "the body is not an object with fields")
     return document
-
-
-def _is_utf8(body: bytes) -> bool:
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

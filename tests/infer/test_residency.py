@@ -47,8 +47,8 @@ def settings_with(
     size = expert_bytes(QuantizedExperts(ARCH.experts, ARCH.hidden, ARCH.intermediate))
     settings = EngineSettings(residency="offload", **more)
     settings = replace(settings, kv_gib=KV_GIB, device_gib=2.0)
-    split = split_memory(ARCH, dtype, device, settings, settings.longest(10**9), offload=True)
-    return replace(settings, device_gib=2.0 - (split.slots - (slots + 0.5) * size) / 2**30)
+    _, for_slots = split_memory(ARCH, dtype, device, settings, settings.longest(10**9), offload=True)
+    return replace(settings, device_gib=2.0 - (for_slots - (slots + 0.5) * size) / 2**30)
 
 
 def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:

@@ -122,7 +122,7 @@ def test_an_empty_answer_is_not_kept(talk: Talk) -> None:
     assert talk.session.conversation.turns == [("one", "tuned: one")]
 
 
-def test_what_is_saved_is_training_data_and_can_be_gone_on_with(talk: Talk, tmp_path: Path) -> None:
+def test_what_is_saved_is_training_data_and_can_be_continued(talk: Talk, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "said.jsonl"
     hard = 'Größe "x" \u2028 \U0001f600 </s>'
     talk.say("/system Be brief.", hard, "two", f"/save {path}")
@@ -172,7 +172,7 @@ def test_save_never_replaces_a_file_unasked(talk: Talk, tmp_path: Path) -> None:
         ('{"other": 1}', ("no column holds conversations",)),
     ],
 )
-def test_a_file_that_cannot_be_gone_on_with(talk: Talk, tmp_path: Path, row: str, says: tuple[str, ...]) -> None:
+def test_a_file_that_cannot_be_continued(talk: Talk, tmp_path: Path, row: str, says: tuple[str, ...]) -> None:
     path = tmp_path / "said.jsonl"
     path.write_text(row + "\n")
     out, err = talk.say("one", f"/load {path}", "two")

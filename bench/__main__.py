@@ -12,9 +12,22 @@ from typing import Annotated
 import typer
 
 from finetune.cli.bench import bench_app, measuring
-from finetune.cli.options import Batch, Debug, Device, Json, Length, Out, Overrides, RecipePath, Shape, Steps
+from finetune.cli.options import (
+    Batch,
+    CommandGroup,
+    Debug,
+    Device,
+    Json,
+    Length,
+    Out,
+    Overrides,
+    RandomWeights,
+    RecipePath,
+    Shape,
+    Steps,
+)
 
-app = typer.Typer(name="bench", no_args_is_help=True, add_completion=False, help="Measure this repository.")
+app = CommandGroup("bench", help="Measure this repository.")
 app.registered_commands += bench_app.registered_commands
 
 
@@ -26,7 +39,7 @@ def bench_router(
     length: Length = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of a turn.")] = 3,
     rounds: Annotated[int, typer.Option(min=2, help="Turns with the capture on, and as many off.")] = 8,
-    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model, without a checkpoint.")] = False,
+    random_weights: RandomWeights = False,
     out: Out = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ import pytest
 import torch
 import typer
 
+from finetune.cli import app
 from finetune.cli.options import sane_size
 from finetune.cli.reporting import quiet_libraries
 from finetune.console import Report
@@ -61,6 +63,41 @@ def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "finetune", "recipe", "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "Print the JSON Schema of recipes" in done.stdout
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    """As bash asks for it, by typer's protocol."""
+    for words, completed in (
+        ("finetune tr", "train"),
+        ("finetune router an", "analyze"),
+        ("finetune train --ov", "--overwrite"),
+    ):
+        shell = {
+            "_FINETUNE_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        command = [Path(sys.executable).with_name("finetune")]
+        done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | shell, capture_output=True, text=True)
+        assert completed in done.stdout.split(), done.stderr
+
+
+def test_versions_and_help_of_every_command() -> None:
+    ran = run_finetune("--version")
+    assert ran.status == 0
+    assert ran.stdout.startswith(f"moe-qlora {importlib.metadata.version('moe-qlora')}, torch {torch.__version__}, ")
+    commands = [(command.callback.__name__,) for command in app.registered_commands if command.callback]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        name = group.typer_instance.info.name
+        commands += [(name, str(command.name)) for command in group.typer_instance.registered_commands]
+    assert ("recipe", "show") in commands
+    for command in [(), *commands]:
+        short, long = run_finetune(*command, "-h"), run_finetune(*command, "--help")
+        assert short == long
+        assert short.status == 0
+        assert "<bool>" not in short.stdout, command
+        assert "--no-" not in short.stdout, command
 
 
 # ---- recipe ---------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Json, Overrides, RecipePath
+from finetune.cli.options import CommandGroup, Debug, Json, Overrides, RecipePath
 from finetune.cli.reporting import reporting
 from finetune.recipe import load_recipe
 
-data_app = typer.Typer(name="data", no_args_is_help=True, help="Look at data.")
+data_app = CommandGroup("data", help="Look at data.")
 
 
 @data_app.command("check")

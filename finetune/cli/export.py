@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Base, Debug, Device, Json, Output
+from finetune.cli.options import Base, CommandGroup, Debug, Device, Json, Output
 from finetune.cli.reporting import reporting
 
 
@@ -108,7 +108,7 @@ def pull(
         report.finish({"output": str(output), **pulled.to_dict()})
 
 
-adapter_app = typer.Typer(name="adapter", no_args_is_help=True, help="Look at adapters.")
+adapter_app = CommandGroup("adapter", help="Look at adapters.")
 
 
 @adapter_app.command("inspect")

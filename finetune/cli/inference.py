@@ -28,7 +28,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: TopP = 1.0,
     seed: int = 0,
-    raw: Annotated[bool, typer.Option(help="Continue the text as it stands, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
+    ] = False,
     residency: ResidencyOption = "auto",
     device_gib: DeviceGib = None,
     device: Device = "auto",

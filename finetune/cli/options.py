@@ -1,11 +1,51 @@
-"""Options and arguments that several commands take, named once so that they read alike everywhere."""
+"""Groups of commands, and the options and arguments that several commands take: they read alike everywhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+# ---- groups: click's own classes, which typer holds a copy of, have no public name ----------------------------
+
+
+def _untyped(params: list[Any]) -> list[Any]:
+    """The parameters with flags that show no `<bool>`: there is no value to give."""
+    for param in params:
+        if isinstance(param, TyperOption) and param.is_flag:
+            param.metavar = ""
+    return params
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _untyped(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _untyped(super().get_params(ctx))
+
+
+class CommandGroup(typer.Typer):
+    """A command line or a group of its commands: `-h` is help, errors are not drawn as frames of code."""
+
+    def __init__(self, name: str, *, help: str, add_completion: bool = False):
+        super().__init__(
+            name=name,
+            cls=_Group,
+            help=help,
+            no_args_is_help=True,
+            add_completion=add_completion,
+            pretty_exceptions_enable=False,
+            context_settings={"help_option_names": ["-h", "--help"]},
+        )
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, **{"cls": _Command, **settings})
+
 
 RecipePath = Annotated[Path, typer.Argument(help="Recipe file (YAML), or the folder of a run.", show_default=False)]
 Overrides = Annotated[
@@ -13,6 +53,9 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, logs elsewhere.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Only the shape of the model, without a checkpoint: to measure speed.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ResidencyOption = Annotated[
     str, typer.Option("--residency", help="Where the experts live: resident, offload (host memory), or auto.")

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Json, Overrides, RecipePath
+from finetune.cli.options import CommandGroup, Debug, Json, Overrides, RecipePath
 from finetune.cli.reporting import reporting
 from finetune.recipe import bundled_recipes, copy_recipe, load_recipe, provenance, recipe_schema, resolved_yaml
 
-recipe_app = typer.Typer(name="recipe", no_args_is_help=True, help="Look at recipes.")
+recipe_app = CommandGroup("recipe", help="Look at recipes.")
 
 
 @recipe_app.command("list")

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Base, Debug, Device, DocumentOut, Json, ProbeData, ProbeTokens, named
+from finetune.cli.options import Base, CommandGroup, Debug, Device, DocumentOut, Json, ProbeData, ProbeTokens, named
 from finetune.cli.reporting import reporting
 
-router_app = typer.Typer(name="router", no_args_is_help=True, help="Look at routers.")
+router_app = CommandGroup("router", help="Look at routers.")
 
 
 @router_app.command("drift")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.options import Debug, Device, Json, Output, Overrides, RecipePath, sane_size
+from finetune.cli.options import Debug, Device, Json, Output, Overrides, RandomWeights, RecipePath, sane_size
 from finetune.cli.reporting import reporting
 from finetune.console import gib
 from finetune.recipe import load_recipe
@@ -21,9 +21,9 @@ from finetune.recipe import load_recipe
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run in output.dir.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace the run in output.dir.")] = False,
-    random_weights: Annotated[bool, typer.Option(help="Only the shape of the model: to measure speed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output.dir.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output.dir.")] = False,
+    random_weights: RandomWeights = False,
     force: Annotated[bool, typer.Option("--force", help="Train although the memory estimate says no.")] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -34,6 +34,8 @@ def training_arguments(recipe: Recipe, device: torch.device) -> SFTConfig:
     if "bf16" not in given and "fp16" not in given:
         given |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     given["gradient_checkpointing"] = False  # the activation plan does it, layer by layer
+    # Every parameter that trains is used in every step; looking for others walks the graph once more, and warns.
+    given.setdefault("ddp_find_unused_parameters", False)
     # Otherwise every batch waits for the step before it to end, and the device then for the host.
     given["accelerator_config"] = {"non_blocking": True, **(given.get("accelerator_config") or {})}
     with refusals_explained():

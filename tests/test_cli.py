@@ -73,6 +73,7 @@ def test_the_shell_completes_commands_and_options() -> None:
         ("finetune train --ov", "--overwrite"),
     ):
         shell = {
+            "PYTHONPATH": str(REPOSITORY),
             "_FINETUNE_COMPLETE": "complete_bash",
             "COMP_WORDS": words,
             "COMP_CWORD": str(len(words.split()) - 1),

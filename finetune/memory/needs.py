@@ -65,14 +65,14 @@ def preflight(recipe: Recipe, device: torch.device, *, device_bytes: int | None 
     # A folder that is quantized already knows how.
     experts = saved_quantization(config).get("experts", recipe.quantization.experts)
     run = replace(_run(recipe, arch, device), experts_storage=experts)
-    if recipe.model.experts_backend == "auto" and usable is not None and total(run) > usable:
-        run = replace(run, backend="loop")  # needs less
     checkpointing = recipe.training["gradient_checkpointing"]
     if checkpointing == "auto" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         checkpointing = "full"  # what a shard needs is not estimated
     none = replace(run, keep_attention=arch.layers, keep_gate_up=arch.layers)
     least = none if checkpointing == "none" else run
-    planned = least if checkpointing != "auto" else none if usable is None else _planned(run, usable)
+    if recipe.model.experts_backend == "auto" and usable is not None and total(least) > usable:
+        least = replace(least, backend="loop")  # needs less
+    planned = least if checkpointing != "auto" else none if usable is None else _planned(least, usable)
     memory = estimate(planned, device_bytes=usable, least=least)
     if not memory.fits and budget is not None and (device_bytes is None or memory.total_bytes <= device_bytes):
         enough = math.ceil(10 * memory.total_bytes / GIB) / 10
@@ -126,6 +126,7 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
         arch,
         method=recipe.trainable.method,
         lora_r=lora.r,
+        lora_alpha=lora.alpha,
         lora_targets=lora.target_modules,
         lora_dropout=lora.dropout > 0,
         use_dora=lora.use_dora,
@@ -136,7 +137,7 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
         micro_batch=micro_batch,
         seq_len=seq_len,
         supervised=_supervised_share(recipe, tokens=micro_batch * seq_len, max_length=training.get("max_length")),
-        accumulates=training.get("gradient_accumulation_steps", 1) > 1,
+        accumulation=training.get("gradient_accumulation_steps", 1),
         dtype=_DTYPES[dtype],
         backend=choose_backend(
             recipe.model.experts_backend, device, dtype, rows=micro_batch * seq_len * arch.top_k, experts=arch.experts
@@ -200,8 +201,12 @@ def require_fits(memory: MemoryEstimate, *, where: str) -> None:
         f"the run does not fit: it needs {gib(memory.total_bytes)} and may use {gib(memory.device_bytes)}",
         where=where,
         allowed=f"micro-batches of at most {memory.largest_micro_batch}" if memory.largest_micro_batch else None,
-        fix="; or ".join((*memory.advice, "try it all the same with --force")),
+        fix="; or ".join((_what_fits(memory), *memory.advice, "try it all the same with --force")),
     )
+
+
+def _what_fits(memory: MemoryEstimate) -> str:
+    return f"what fits here: {memory.what_fits}" if memory.overrides else memory.what_fits
 
 
 def show_memory(memory: MemoryEstimate, report: Report) -> None:
@@ -219,6 +224,8 @@ def show_memory(memory: MemoryEstimate, report: Report) -> None:
         report.line(f"does not fit: {gib(memory.total_bytes)} of {gib(memory.device_bytes)} that it may use")
     for line in memory.advice:
         report.line(f"to make it fit: {line}")
+    if memory.what_fits:
+        report.line(_what_fits(memory))
 
 
 def disk_bytes(memory: MemoryEstimate, args: SFTConfig, rows: int) -> int:

@@ -37,8 +37,9 @@ class Run:
     Args:
         micro_batch: sequences of one forward and backward pass (`training.per_device_train_batch_size`).
         seq_len: tokens of a sequence (`training.max_length`).
+        lora_alpha: takes no memory; advice of a smaller rank keeps alpha / r.
         supervised: share of a micro-batch's tokens whose logits the LM head computes.
-        accumulates: gradients of earlier micro-batches are there while one runs.
+        accumulation: micro-batches of a step; of more than one, the earlier ones' gradients are there while one runs.
         router: the routers train too.
         auxiliary: the loss holds the routers' auxiliary losses (`router/auxiliary.py`).
         keep_attention: so many of the last layers keep what their attention and norms need for the backward pass.
@@ -53,6 +54,7 @@ class Run:
     arch: MoeArch
     method: Method = "attention_lora"
     lora_r: int = 16
+    lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ATTENTION_PROJECTIONS
     lora_dropout: bool = False
     use_dora: bool = False
@@ -64,7 +66,7 @@ class Run:
     micro_batch: int = 1
     seq_len: int = 1024
     supervised: float = 1.0
-    accumulates: bool = False
+    accumulation: int = 1
     keep_attention: int = 0
     keep_gate_up: int = 0
     resident_attention: bool = False
@@ -87,6 +89,10 @@ class Run:
         """Whether the fused LoRA layers, which read dequantized weights, serve the attention's 4-bit layers."""
         usual = self.method == "attention_lora" and not (self.lora_dropout or self.use_dora)
         return usual and self.attention_storage == "nf4" and self.device == "cuda"
+
+    @property
+    def accumulates(self) -> bool:
+        return self.accumulation > 1
 
     @property
     def tokens(self) -> int:

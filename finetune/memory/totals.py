@@ -1,12 +1,13 @@
-"""The table: everything that a run needs of its device, the largest micro-batch that fits, and what to change."""
+"""The table: everything that a run needs of its device, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from finetune.memory.advice import Advice, advise
 from finetune.memory.run import GIB, Backend, MemoryItem, Run
-from finetune.memory.static import optimizer_states, training, weights
+from finetune.memory.static import training, weights
 from finetune.memory.step import largest_moment, moment_items
 
 # What the driver and the kernels take of a device before the first tensor: 0.5 GiB is assumed.
@@ -26,6 +27,7 @@ class MemoryEstimate:
 
     `device_bytes` is what the process may use, None where that is not known; then nothing is said about fitting.
     `largest_micro_batch` is of the plan that needs least, as far as the recipe leaves the choice.
+    `advice`, `overrides` and `what_fits` are empty where it fits (finetune/memory/advice.py).
     `bundled_shape` says that the model's config came with the toolkit, because the hub did not give it.
     """
 
@@ -42,6 +44,8 @@ class MemoryEstimate:
     optimizer_bytes: int
     largest_micro_batch: int | None
     advice: tuple[str, ...]
+    overrides: tuple[str, ...]
+    what_fits: str
     bundled_shape: bool = False
 
     @property
@@ -93,7 +97,9 @@ def estimate(run: Run, *, device_bytes: int | None = None, least: Run | None = N
     least = least or run
     items = _items(run)
     (optimizer,) = (item.bytes for item in items if item.name == "optimizer")
-    fits_not = device_bytes is not None and sum(item.bytes for item in items) > device_bytes
+    advice = Advice()
+    if device_bytes is not None and sum(item.bytes for item in items) > device_bytes:
+        advice = advise(least, device_bytes, total)
     return MemoryEstimate(
         items=items,
         device_bytes=device_bytes,
@@ -107,7 +113,9 @@ def estimate(run: Run, *, device_bytes: int | None = None, least: Run | None = N
         trained_bytes=4 * run.trained,
         optimizer_bytes=optimizer,
         largest_micro_batch=None if device_bytes is None else _largest_micro_batch(least, device_bytes),
-        advice=_advice(least, device_bytes) if fits_not and device_bytes is not None else (),
+        advice=advice.lines,
+        overrides=advice.overrides,
+        what_fits=advice.what_fits,
     )
 
 
@@ -143,47 +151,3 @@ def _largest_micro_batch(run: Run, device_bytes: int) -> int:
         else:
             high = middle
     return low
-
-
-def _advice(run: Run, device_bytes: int) -> tuple[str, ...]:
-    """What to change, each line with what that alone would come to; then what all of it comes to, if too much."""
-    lines: list[str] = []
-
-    def propose(text: str, changed: Run) -> None:
-        outcome = "fits" if total(changed) <= device_bytes else "not enough alone"
-        lines.append(f"{text}: {total(changed) / GIB:.2f} GiB, {outcome}")
-
-    best = replace(run, micro_batch=1)
-    if run.keep_attention or run.keep_gate_up:
-        full: dict[str, Any] = {"keep_attention": 0, "keep_gate_up": 0}
-        best = replace(best, **full)
-        propose("set training.gradient_checkpointing: auto", replace(run, **full))
-    largest = _largest_micro_batch(run, device_bytes)
-    if run.micro_batch > 1:
-        fewer = max(1, largest)
-        propose(
-            f"set training.per_device_train_batch_size: {fewer}, and more training.gradient_accumulation_steps",
-            replace(run, micro_batch=fewer),
-        )
-    if run.backend == "grouped":
-        best = replace(best, backend="loop")
-        propose("set model.experts_backend: loop", replace(run, backend="loop"))
-    if run.method == "attention_lora" and run.attention_storage == "16bit":
-        best = replace(best, attention_storage="nf4")
-        propose("set quantization.attention: nf4", replace(run, attention_storage="nf4"))
-    if run.method == "non_moe":
-        if optimizer_states(run.optimizer)[1] == 32:
-            propose("set training.optim: adamw_8bit", replace(run, optimizer="adamw_8bit"))
-        lora: dict[str, Any] = {"method": "attention_lora", "attention_storage": "nf4"}
-        best = replace(best, **lora)
-        propose("set trainable.method: attention_lora with quantization.attention: nf4", replace(run, **lora))
-    shorter = [run.seq_len // 2**halvings for halvings in (1, 2, 3) if run.seq_len // 2**halvings >= 128]
-    for seq_len in shorter:
-        if total(replace(run, seq_len=seq_len)) <= device_bytes:
-            propose(f"set training.max_length: {seq_len}", replace(run, seq_len=seq_len))
-            break
-    if total(best) > device_bytes:
-        lines.append(
-            f"with one sequence and all of this it still needs {total(best) / GIB:.2f} GiB: use a larger device"
-        )
-    return tuple(lines)

@@ -126,6 +126,7 @@ def test_a_run_that_cannot_fit_is_refused_unless_it_is_forced(
     says = [
         f"the run does not fit: it needs {in_gib(document['total_bytes'])} and may use 3.0 MiB",
         *document["advice"],
+        document["what_fits"],
     ]
 
     def reached(*args: object, **kwargs: object) -> None:
@@ -163,6 +164,55 @@ def test_a_budget_that_is_too_small_says_how_much_would_do(capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "activations: 0 of 32 layers keep the gate_up output, 0 keep attention" in shown
     assert f"to make it fit: {first}" in shown
+    assert f"\n{found.what_fits}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("qlora-attention", ["training.per_device_train_batch_size=16"]),
+        (
+            "qlora-attention",
+            ["training.max_length=8192", "quantization.attention=16bit", "trainable.lora.use_dora=true"],
+        ),
+        ("qlora-attention", ["model.experts_backend=grouped", "trainable.lora.r=512", "trainable.lora.dropout=0.1"]),
+        ("qlora-attention", ["training.gradient_checkpointing=none", "training.per_device_train_batch_size=12"]),
+        ("freeze-experts", []),
+        ("freeze-experts", ["training.max_length=4096", "trainable.router=true"]),
+    ],
+)
+def test_what_fits_does(name: str, overrides: list[str]) -> None:
+    """The overrides, given to preflight as they are printed, fit; without any one of them the run does not."""
+    fitted = 0
+    for gib in (24, 25, 28, 31.3, 36, 39.4, 44.4, 60, 79.1):
+        found = classic(*overrides, name=name, gib=gib)
+        if found.fits:
+            assert (found.advice, found.overrides, found.what_fits) == ((), (), "")
+            continue
+        if not found.overrides:
+            assert found.what_fits.startswith(f"nothing of this model fits into {gib:.2f} GiB; the least is ")
+            assert fitted == 0, "more fits into more"
+            continue
+        fitted += 1
+        assert all(f"--set {override} " in found.what_fits for override in found.overrides)
+        changed = classic(*overrides, *found.overrides, name=name, gib=gib)
+        assert changed.fits
+        recipes = [
+            load_recipe(MIXTRAL / f"{name}-80gb.yaml", [*overrides, *more]).training for more in ((), found.overrides)
+        ]
+        effective = [
+            recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1) for recipe in recipes
+        ]
+        assert effective[0] == effective[1]
+        assert found.overrides[0] in found.what_fits
+    assert fitted
+
+
+def test_the_least_of_a_model_is_what_nothing_undercuts() -> None:
+    """Of a card that is a little smaller it says the same; on one that is as large, something fits."""
+    least = float(classic(gib=20).what_fits.split("the least is ")[1].split(" GiB")[0])
+    assert classic(gib=least - 0.02).overrides == ()
+    assert classic(gib=least + 0.02).fits or classic(gib=least + 0.02).overrides
 
 
 def test_the_budget_is_not_more_than_the_device() -> None:

@@ -202,5 +202,5 @@ def test_gradients_accumulate_towards_the_end() -> None:
     assert last == head == by_name["backward of the LM head"]
     assert first == pytest.approx(4 * run.trained - head - 4 * run.trained / 40, rel=0.02)
     assert by_name["the optimizer's step"] == 4 * run.trained
-    accumulating = moments(replace(run, accumulates=True))
+    accumulating = moments(replace(run, accumulation=2))
     assert {moment.gradients for moment in accumulating} == {4 * run.trained}

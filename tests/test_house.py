@@ -55,6 +55,7 @@ LIGHT |= {
     "cli",
     "private_api",
     "moe/arch.py",
+    "memory/advice.py",
     "memory/run.py",
     "memory/static.py",
     "memory/step.py",

@@ -25,7 +25,7 @@ from finetune.infer.offloaded import (
     plan_slots,
     undo_offload,
 )
-from finetune.infer.pages import page_bytes
+from finetune.infer.pages import PAGE, page_bytes
 from finetune.infer.request import FinishedEvent, Request, Sampling, TokenEvent
 from finetune.infer.residency import EngineSettings, needs_offload, read_load, split_memory
 from finetune.kernels.expert_cache import PINNED
@@ -92,12 +92,13 @@ def test_tokens_are_those_of_resident_experts(resident: Engine, routing: Path, s
     expected = answers(resident, requests)
     settings = settings_with(slots, max_batch=4, max_length=512, routing=routing)
     with Engine.load(str(MODEL), device="cpu", settings=settings) as engine:
+        widths, decode = set(), engine._runner.decode
+        engine._runner.decode = lambda tokens_T, *rest: (widths.add(len(tokens_T)), decode(tokens_T, *rest))[1]  # type: ignore[assignment, func-returns-value]
         assert answers(engine, requests) == expected
+        assert 3 in widths  # a row that pads a batch would have experts fetched
         stats = engine.stats()
-        assert stats.expert_hits is not None
-        assert stats.expert_misses is not None
-        assert stats.expert_misses > 0
-        assert stats.expert_hits > 0
+        assert stats.expert_hits
+        assert stats.expert_misses
 
         def generated(loaded: Any) -> list[int]:
             assert isinstance(loaded.model.get_submodule(experts_path(0)), OffloadedExperts)
@@ -190,6 +191,18 @@ def test_too_little_room_is_refused_with_what_is_needed() -> None:
     assert "where: --device-gib" in message
     assert f"{least} or more" in message
     assert "shorter --max-length" in message
+
+
+def test_what_keys_and_values_take_no_expert_gets() -> None:
+    def split(kv_gib: float) -> tuple[int, int]:
+        settings = EngineSettings(max_batch=64, kv_gib=kv_gib, device_gib=8.0)
+        return split_memory(ARCH, torch.float32, CPU, settings, 2048, offload=True)
+
+    (kv, slots), (more_kv, fewer) = split(0.01), split(0.05)
+    assert (kv, more_kv) == (int(0.01 * 2**30), int(0.05 * 2**30))
+    assert slots - fewer == more_kv - kv
+    all_rows = (64 * 2048 // PAGE + 1) * page_bytes(ARCH, torch.float32)
+    assert split(100.0)[0] == all_rows
 
 
 def test_memory_that_cannot_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

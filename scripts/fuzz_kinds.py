@@ -344,7 +344,7 @@ def as_file(rng: Random, rows: list[Any], row: dict[str, Any], ending: str) -> b
 
 
 class ServerError(Exception):
-    """A 5xx answer, or none at all: what no body may cause."""
+    """A 5xx answer, one that is not in OpenAI's form, or none at all: what no body may cause."""
 
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -355,6 +355,20 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"messages": PARTS, "stream": True, "top_logprobs": 2, "logprobs": True}),
     (COMPLETIONS, {"prompt": "a", "top_k": 3, "repetition_penalty": 1.1, "min_p": 0.1, "logprobs": 1}),
     (COMPLETIONS, {"prompt": [[1, 2], [3]], "stream": True, "stream_options": {"include_usage": True}}),
+    (
+        CHAT,
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief.", "name": "x"},
+                *PARTS,
+                {"role": "assistant", "content": "</s>", "refusal": None, "tool_calls": []},
+                {"role": "user", "content": "And?"},
+            ],
+            **{"max_completion_tokens": 2, "add_generation_prompt": True, "response_format": {"type": "text"}},
+            **{"tools": [], "tool_choice": "none", "logit_bias": {}, "user": "me", "ignore_eos": True},
+        },
+    ),
+    (COMPLETIONS, {"prompt": ["a", "b"], "n": 2, "echo": False, "best_of": 1, "stream_options": None}),
 ]
 
 
@@ -387,11 +401,16 @@ class Http(Kind):
                     text = response.read()
                 except (OSError, http.client.HTTPException) as error:
                     raise ServerError(f"no answer: {error!r}") from None
-            if response.status >= 500 or b"Traceback" in text:
+            if response.status not in (200, 400, 404, 413, 415, 429) or b"Traceback" in text:
                 raise ServerError(f"{response.status}: {text[:300]!r}")
-            if response.status >= 400:
-                said = json.loads(text)["error"]["message"]
-                raise FinetuneError(str(said))
+            if response.status != 200:
+                error = json.loads(text)["error"]
+                if error.keys() != {"message", "type", "param", "code"}:
+                    raise ServerError(f"{response.status}: {text[:300]!r}")
+                raise FinetuneError(str(error["message"]))
+            streamed = response.headers["content-type"] != "application/json"
+            if not (text.endswith(b"data: [DONE]\n\n") if streamed else json.loads(text)["choices"]):
+                raise ServerError(f"not an answer: {text[:300]!r}")
 
         return Case(path, content, act)
 

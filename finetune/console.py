@@ -9,10 +9,12 @@ import contextlib
 import json
 import math
 import numbers
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -29,26 +31,41 @@ class Report:
         self.stdout = sys.stdout
         # No markup: an answer may hold "[/INST]", a path brackets.
         self._console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False, markup=False, emoji=False)
+        if not self._console.is_terminal and "COLUMNS" not in os.environ:
+            self._console.width = 120  # a file or a pipe
 
     def line(self, text: str = "") -> None:
         # A terminal breaks long lines by itself, and a file wants them whole.
         self._console.print(text, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column is left-aligned and whose others are right-aligned."""
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        self._console.print(table)
+        """A table whose first column is left-aligned and whose others are right-aligned.
+
+        Lines break between words, never within one: a path stays whole, even where the table is then wider than the
+        terminal.
+        """
+        table = Table()
+        for index, (name, *cells) in enumerate(zip(columns, *rows, strict=True)):
+            longest = max(cell_len(word) for text in (name, *cells) for word in text.split() or [""])
+            table.add_column(name, justify="left" if index == 0 else "right", min_width=longest)
+        self._print(title, table, rows)
 
     def prose_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of texts, all left-aligned, with a line between the rows."""
-        table = Table(*columns, title=title, title_justify="left", title_style="bold", show_lines=True)
+        """A table of texts, all left-aligned, with a line between the rows; only the columns' names stay whole."""
+        table = Table(show_lines=True)
+        for name in columns:
+            table.add_column(name, overflow="fold", min_width=cell_len(name))
+        self._print(title, table, rows)
+
+    def _print(self, title: str, table: Table, rows: Sequence[Sequence[str]]) -> None:
         for row in rows:
             table.add_row(*row)
-        self._console.print(table)
+        self._console.print(title, style="bold", soft_wrap=True)
+        width = self._console.width
+        # A line and two spaces for each column.
+        self._console.width = max(width, 1 + sum(3 + (column.min_width or 0) for column in table.columns))
+        self._console.print(table, crop=False)
+        self._console.width = width
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:

@@ -231,6 +231,29 @@ def test_text_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert text in out.getvalue()
 
 
+PATH = "/data/a folder/of/some/very-long-name/runs/qlora-attention-80gb/adapter/adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("columns", [60, None])
+def test_a_path_is_never_broken(monkeypatch: pytest.MonkeyPatch, columns: int | None) -> None:
+    """In lines, titles, cells and the heads of columns; what has spaces breaks only there."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    report = Report()
+    path = PATH.replace(" ", "_")
+    report.line(f"saved in {PATH}")
+    report.table(f"Merged model in {PATH}", ("file", "size"), [(path, "1.0 GiB")] * 2)
+    report.prose_table("Side by side", ("prompt", path), [("Hello", "An answer of several words. " * 8 + "x" * 300)])
+    assert out.getvalue().count(PATH) == 2
+    assert out.getvalue().count(path) == 3
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) < 160, "a long word of an answer is broken"
+    assert "…" not in out.getvalue()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e308, 0.0, -1.0])
 def test_a_size_that_is_none(value: float) -> None:
     with pytest.raises(typer.BadParameter, match="is no size; give a number above 0 and of at most 1,000,000"):

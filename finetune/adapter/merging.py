@@ -297,7 +297,9 @@ def require_adapter(folder: Path) -> None:
             "there is no adapter to merge",
             where=str(folder),
             allowed="the folder of a run, or of an adapter",
-            fix="check the path",
+            fix="this is a model: there is nothing to merge into it"
+            if (folder / "config.json").is_file()
+            else "check the path",
         )
 
 

@@ -40,7 +40,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             f"the model folder {str(folder)!r} " + ("is a file" if folder.exists() else "does not exist"),
             where="model.path, or the command's argument",
             allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
-            fix="check the path" + _nearby(folder),
+            fix=_what_a_file_needs(folder) if folder.is_file() else "check the path" + _nearby(folder),
         )
     config = read_json(folder / "config.json")
     for shard in shard_files(folder):
@@ -81,7 +81,7 @@ def shard_files(folder: Path) -> list[Path]:
         "the folder holds no safetensors weights",
         where=str(folder),
         allowed=f"{_SINGLE} or {_INDEX} with its shards",
-        fix="convert the checkpoint to safetensors, or name the folder that holds it",
+        fix=_instead_of_safetensors(folder),
     )
 
 
@@ -116,6 +116,24 @@ def incomplete(missing: list[str]) -> ModelError:
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _what_a_file_needs(file: Path) -> str:
+    if file.suffix == ".gguf":
+        return "GGUF is not read here: name the folder of the original checkpoint, or answer with llama.cpp or Ollama"
+    return f"name the folder that holds the model, as in {str(file.parent)!r}"
+
+
+def _instead_of_safetensors(folder: Path) -> str:
+    kinds = {file.suffix for file in folder.iterdir()}
+    if ".gguf" in kinds:
+        return "GGUF is not read here: use the original checkpoint in safetensors"
+    if kinds & {".bin", ".pt", ".pth"}:
+        return (
+            "these are pickle files: download the model's safetensors, or load them with transformers where you trust "
+            "them and call save_pretrained"
+        )
+    return "download the weights as well, or name the folder that holds them"
 
 
 def _nearby(folder: Path) -> str:

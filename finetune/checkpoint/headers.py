@@ -18,6 +18,7 @@ from finetune.errors import FinetuneError, ModelError
 from finetune.values import shown
 
 _LARGEST = 100_000_000  # bytes; safetensors reads no larger header
+_LFS_POINTER = int.from_bytes(b"version ", "little")  # what its first bytes are as the length of a header
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def read_header(file: Path, *, kind: type[FinetuneError] = ModelError) -> Header
         raise kind(f"{file.name} cannot be read: {error.strerror}", where=str(file), fix=fix) from None
     if length is None:
         raise broken(f"truncated: {size} bytes are too few for a safetensors header")
+    if length == _LFS_POINTER:
+        fix = "fetch the weights with `git lfs pull`, or download the file again"
+        raise kind(f"{file.name} is only a pointer of Git LFS, {size} bytes of text", where=str(file), fix=fix)
     if 8 + length > size:
         raise broken(f"truncated or corrupt: its header claims {length} bytes, the file has {size}")
     if length > _LARGEST:

@@ -36,6 +36,7 @@ from finetune.moe.random_weights import build_random_model
 from finetune.moe.skeleton import build_skeleton, check_generation_config, require_fitting_weights
 from finetune.private_api import move_own_tensors
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 ExpertsOn = Literal["device", "host"]
 
 
@@ -108,6 +109,13 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         ModelError: no tokenizer there.
     """
     check_tokenizer_files(Path(path))
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(
+            "the model folder holds no tokenizer",
+            where=path,
+            allowed=" or ".join(_TOKENIZERS),
+            fix="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        )
     try:
         with blamed_on("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)

@@ -7,14 +7,19 @@ files and commands.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
+from typer.testing import CliRunner
 
+from finetune.cli import app
 from tests.conftest import REPOSITORY
 from tests.running import contents, run_finetune
 
@@ -133,7 +138,217 @@ DATA = [
     ),
 ]
 
-MISTAKES = [*DATA]
+RECIPE = recipe("{train: ./rows.jsonl}")
+
+
+def of_recipe(name: str, text: str, says: str, *, options: str = "") -> Mistake:
+    """`finetune train` of this recipe, beside which its data lies."""
+    return Mistake(name, {"recipe.yaml": text, "rows.jsonl": ROW}, f"finetune train recipe.yaml {options}", says)
+
+
+RECIPES = [
+    Mistake(
+        "a recipe that is not there", {}, "finetune train none.yaml", "cannot read the recipe.*fix: check the path"
+    ),
+    Mistake(
+        "a folder instead of a recipe",
+        {"recipes/mine.yaml": RECIPE},
+        "finetune train recipes",
+        "cannot read the recipe: Is a directory.*fix: name the .yaml file in it",
+    ),
+    of_recipe(
+        "tabs", "model:\n\tpath: MODEL\n", "'\\\\t' that cannot start any token.*recipe.yaml:2:1.*fix: correct the line"
+    ),
+    of_recipe(
+        "a section twice",
+        f"{RECIPE}model: {{path: x}}\n",
+        "`model` is written twice, first at.*fix: keep one of the two",
+    ),
+    of_recipe(
+        "a bracket that is not closed",
+        RECIPE.replace("cpu}", "cpu"),
+        "not valid YAML: expected ',' or '}'.*recipe.yaml:2:.*fix: correct the line",
+    ),
+    of_recipe("an empty recipe", "", "the recipe is empty.*fix: start from a file in recipes/"),
+    of_recipe(
+        "keys of another trainer",
+        f"{RECIPE}training: {{epochs: 3, lr: 1e-4, batch_size: 4}}\n",
+        "fix: write `num_train_epochs`.*fix: write `learning_rate`.*fix: write `per_device_train_batch_size`",
+    ),
+    of_recipe(
+        "a section in the wrong place",
+        f"{RECIPE}lora: {{r: 8}}\n",
+        "unknown section `lora`.*fix: move it to `trainable.lora`",
+    ),
+    of_recipe(
+        "values of a wrong type",
+        f"{RECIPE}training: {{max_steps: ten}}\ntrainable: {{lora: {{r: 0}}}}\n",
+        "`trainable.lora.r` cannot be 0.*allowed: greater than 0.*`training.max_steps` cannot be 'ten'.*a whole number",
+    ),
+    of_recipe(
+        "--set without a value",
+        RECIPE,
+        "`training.max_steps` sets nothing.*allowed: section.key=value.*fix: name a key and a value",
+        options="--set training.max_steps",
+    ),
+    of_recipe(
+        "--set without the section",
+        RECIPE,
+        "unknown section `max_steps`.*fix: move it to `training.max_steps`",
+        options="--set max_steps=3",
+    ),
+    of_recipe(
+        "--set with a typo",
+        RECIPE,
+        "unknown key `max_stpes` in `training`.*fix: write `max_steps`",
+        options="--set training.max_stpes=3",
+    ),
+    of_recipe(
+        "resuming what never ran",
+        RECIPE,
+        "there is no run to resume.*fix: start it without --resume",
+        options="--resume",
+    ),
+    Mistake(
+        "a bundled recipe by half its name",
+        {},
+        "finetune recipe copy mixtral",
+        "there is no bundled recipe.*`finetune recipe list` shows all",
+    ),
+]
+
+
+def of_model(name: str, says: str, *, config: Mapping[str, object] | None = None, **files: str | bytes) -> Mistake:
+    """`finetune generate` with a folder that holds the bundled model's config with these changes, and such files."""
+    changed = json.dumps({**json.loads(Path(MODEL, "config.json").read_text()), **(config or {})})
+    held = {f"model/{file.replace('__', '.')}": content for file, content in files.items()}
+    command = "finetune generate model --prompt Hello --device cpu"
+    return Mistake(name, {"model/config.json": changed, **held}, command, says)
+
+
+WEIGHTS = save({"weight": np.zeros(1, np.float32)})
+INDEX = json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}})
+
+MODELS = [
+    Mistake(
+        "a model folder that is not there",
+        {"models/mixtral/config.json": "{}"},
+        "finetune generate ./models/mixtrall --prompt Hello",
+        "'models/mixtrall' does not exist.*fix: check the path; 'models' holds mixtral",
+    ),
+    Mistake(
+        "the weights' file instead of its folder",
+        {"model/model.safetensors": WEIGHTS},
+        "finetune generate model/model.safetensors --prompt Hello",
+        "is a file.*fix: name the folder that holds the model, as in 'model'",
+    ),
+    Mistake(
+        "a GGUF file",
+        {"model.gguf": b"GGUF"},
+        "finetune generate ./model.gguf --prompt Hello",
+        "is a file.*fix: GGUF is not read here: name the folder of the original checkpoint",
+    ),
+    Mistake(
+        "a folder without config.json",
+        {"model/model.safetensors": WEIGHTS},
+        "finetune generate model --prompt Hello",
+        "there is no config.json.*fix: name a folder that transformers or peft saved",
+    ),
+    of_model("weights that are not there", "no safetensors weights.*fix: download the weights as well"),
+    of_model(
+        "pickle files",
+        "no safetensors weights.*fix: convert the checkpoint to safetensors: load it with transformers",
+        pytorch_model__bin=b"\x80",
+    ),
+    of_model("a folder of GGUF", "no safetensors weights.*fix: GGUF is not read here", model__gguf=b"GGUF"),
+    of_model(
+        "a shard that is missing",
+        "1 of 1 shards are missing: model-00001-of-00002.safetensors.*fix: download or copy",
+        model__safetensors__index__json=INDEX,
+    ),
+    of_model(
+        "a clone without Git LFS",
+        "only a pointer of Git LFS.*fix: fetch the weights with `git lfs pull`",
+        model__safetensors="version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    ),
+    of_model(
+        "a download that broke off",
+        "model.safetensors is truncated.*fix: download or copy the file again",
+        model__safetensors=WEIGHTS[:-1],
+    ),
+    of_model(
+        "a model that is no mixture of experts",
+        "'llama' is not a mixture of experts.*fix: use a Mixtral, Qwen3-MoE or OLMoE checkpoint",
+        config={"model_type": "llama"},
+        model__safetensors=WEIGHTS,
+    ),
+    *(
+        of_model(
+            f"a checkpoint in {method.upper()}",
+            f"already quantized with {method}.*fix: start from the original 16-bit checkpoint",
+            config={"quantization_config": {"quant_method": method, "bits": 4}},
+            model__safetensors=WEIGHTS,
+        )
+        for method in ("gptq", "awq")
+    ),
+    Mistake(
+        "one GPU by its number",
+        {},
+        "finetune generate MODEL --prompt Hello --device cuda:0",
+        "there is no device 'cuda:0'.*fix: choose one of them; CUDA_VISIBLE_DEVICES selects the GPU",
+    ),
+    Mistake(
+        "an impossible top_p",
+        {},
+        "finetune generate MODEL --prompt Hello --top-p 2",
+        "top_p is 2.0.*allowed: above 0, at most 1",
+    ),
+]
+
+ADAPTERS = [
+    Mistake(
+        "merging a model",
+        {},
+        "finetune merge MODEL --output merged",
+        "there is no adapter to merge.*fix: this is a model: there is nothing to merge",
+    ),
+    Mistake("merging what is not there", {}, "finetune merge none --output merged", "no adapter.*fix: check the path"),
+    Mistake(
+        "a format that does not exist",
+        {},
+        "finetune merge MODEL --output merged --format int4",
+        "--format 'int4' does not exist.*allowed: nf4, bf16, fp16, gguf.*fix: choose one of them",
+    ),
+    Mistake(
+        "looking for an adapter in a model",
+        {},
+        "finetune adapter inspect MODEL",
+        "adapter_config.json is missing.*fix: give the folder that a training run saved",
+    ),
+    Mistake(
+        "an adapter without a name",
+        {},
+        "finetune chat MODEL --adapter runs/adapter",
+        "does not name an adapter.*allowed: NAME=PATH.*fix: put a name of your choice before the folder",
+    ),
+    Mistake(
+        "pushing what is no run", {}, "finetune push . --repo-id me/mine", "not the folder of a run.*fix: name the"
+    ),
+    Mistake(
+        "a repository with spaces",
+        {},
+        "finetune push . --repo-id 'my model/x/y'",
+        "cannot be the name of a repository.*fix: choose another name",
+    ),
+    Mistake(
+        "a report on what is no run",
+        {},
+        "finetune router report .",
+        "there is no run in this folder.*fix: name the `output.dir` of a run",
+    ),
+]
+
+MISTAKES = [*DATA, *RECIPES, *MODELS, *ADAPTERS]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.name for mistake in MISTAKES])
@@ -154,3 +369,29 @@ def test_one_message_names_the_way_out(mistake: Mistake, tmp_path: Path, monkeyp
     assert re.search(mistake.says, message, re.DOTALL), message
     assert "Traceback" not in said
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("trian recipe.yaml", "No such command 'trian'. Did you mean 'train'?"),
+        ("router analyse model", "No such command 'analyse'. Did you mean 'analyze'?"),
+        ("train recipe.yaml --overwritte", "No such option: --overwritte.*--overwrite"),
+        (
+            "train",
+            "Usage: finetune train .OPTIONS. .recipe.*Try 'finetune train (-h|--help)'.*Missing argument 'recipe'",
+        ),
+        ("merge adapter", "Usage: finetune merge.*Missing option '--output'"),
+        ("generate model Hello", "Usage: finetune generate.*Missing option '--prompt'"),
+        ("train recipe.yaml --set training.max_steps 3", "Got unexpected extra argument.*3"),
+        ("preflight recipe.yaml --gpu-gib 0", "'--gpu-gib': 0.0 is no size; give a number above 0"),
+        ("preflight recipe.yaml --gpu-gib 80GB", "'--gpu-gib': Input should be a valid number"),
+        ("serve model --port 99999", "'--port': Input should be less than or equal to 65535"),
+    ],
+)
+def test_a_command_that_is_typed_wrong(command: str, says: str) -> None:
+    """The parser's own messages: with the usage, and the nearest word."""
+    ran = CliRunner(env={"COLUMNS": "200"}).invoke(app, shlex.split(command), prog_name="finetune")
+    assert ran.exit_code == 2
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", ran.output).split())
+    assert re.search(says, said), said

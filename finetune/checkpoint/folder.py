@@ -130,8 +130,8 @@ def _instead_of_safetensors(folder: Path) -> str:
         return "GGUF is not read here: use the original checkpoint in safetensors"
     if kinds & {".bin", ".pt", ".pth"}:
         return (
-            "these are pickle files: download the model's safetensors, or load them with transformers where you trust "
-            "them and call save_pretrained"
+            "convert the checkpoint to safetensors: load it with transformers, where you trust who made it, and call "
+            "save_pretrained"
         )
     return "download the weights as well, or name the folder that holds them"
 

@@ -110,24 +110,20 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """
     check_tokenizer_files(Path(path))
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
-        raise ModelError(
-            "the model folder holds no tokenizer",
-            where=path,
-            allowed=" or ".join(_TOKENIZERS),
-            fix="copy tokenizer.json and tokenizer_config.json of the model into the folder",
-        )
+        raise _no_tokenizer(path, f"the folder holds no {' and no '.join(_TOKENIZERS)}")
     try:
         with blamed_on("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except ModelError as error:
-        raise ModelError(
-            f"no tokenizer could be read: {_first_line(error)}",
-            where=path,
-            fix="put tokenizer.json and tokenizer_config.json into the model folder",
-        ) from None
+        raise _no_tokenizer(path, _first_line(error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _no_tokenizer(path: str, why: str) -> ModelError:
+    fix = "put tokenizer.json and tokenizer_config.json into the model folder"
+    return ModelError(f"no tokenizer could be read: {why}", where=path, fix=fix)
 
 
 def load_tokenizer_of(base: BaseSpec, arch: MoeArch) -> PreTrainedTokenizerBase:

@@ -103,7 +103,7 @@ def _remove_tokenizer(folder: Path) -> None:
         (_spoil_dtype, ("model.safetensors is corrupt: ", "XX16", "download or copy the file again")),
         (
             _remove("model.safetensors"),
-            ("holds no safetensors weights", "model.safetensors.index.json", "convert the checkpoint"),
+            ("holds no safetensors weights", "model.safetensors.index.json", "download the weights as well"),
         ),
         (_remove_shard, ("1 of 2 shards are missing: model-00002-of-00002", "index.json", "copy the missing files")),
         (_cut_shard, ("model-00002-of-00002.safetensors is truncated: 5 bytes", "download or copy the file again")),
@@ -186,7 +186,10 @@ def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
             _edit("base.json", colour="red"),
             ("base.json does not fit: `colour` cannot be a key", "no key of this release", "newer"),
         ),
-        (_remove("adapter_model.safetensors"), ("adapter_model.safetensors is missing", "holds: README.md, ", "give")),
+        (
+            _remove("adapter_model.safetensors"),
+            ("adapter_model.safetensors is missing", "holds: adapter_config", "give"),
+        ),
         (_spoil("adapter_model.safetensors"), ("adapter_model.safetensors is truncated", "copy the file again")),
         (
             _edit("adapter_config.json", r=8),
@@ -233,7 +236,12 @@ def test_an_adapter_on_a_base_of_equal_shape(adapter: Path, small_mixtral: Path,
 
 
 def test_nothing_to_merge(small_mixtral: Path, tmp_path: Path) -> None:
-    says = ("there is no adapter to merge", str(small_mixtral), "<output.dir>/adapter")
+    says = (
+        "there is no adapter to merge",
+        str(small_mixtral),
+        "the folder of a run, or of an adapter",
+        "nothing to merge",
+    )
     refused(tmp_path, "merge", small_mixtral, "--output", tmp_path / "merged", says=says)
 
 

@@ -145,6 +145,15 @@ def test_what_is_saved_is_training_data_and_can_be_continued(talk: Talk, tmp_pat
     assert "> two" in err
 
 
+def test_what_was_said_after_saving_is_unsaved(talk: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "said.jsonl"
+    unsaved = []
+    for line in ("/system Be brief.", "one", f"/save {path}", "two", f"/load {path}", "/system", "/reset"):
+        talk.say(line)
+        unsaved.append(talk.session.is_unsaved)
+    assert unsaved == [False, True, False, True, False, True, False]
+
+
 def test_save_never_replaces_a_file_unasked(talk: Talk, tmp_path: Path) -> None:
     path = tmp_path / "said.jsonl"
     path.write_text("mine\n")

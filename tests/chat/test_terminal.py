@@ -212,3 +212,23 @@ def test_a_conversation_that_need_not_be_kept_is_left_by_enter() -> None:
     terminal.press("\x04", "Save the conversation?")
     terminal.type("\n")
     assert terminal.status() == 0
+
+
+def test_ctrl_c_ends_a_script_without_a_question() -> None:
+    pipe: Any = subprocess.PIPE
+    with subprocess.Popen(
+        TALKING,
+        cwd=REPOSITORY,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # see Terminal
+    ) as process:
+        assert process.stderr is not None
+        assert "/help lists the commands" in process.stderr.readline()
+        time.sleep(0.3)  # until it reads
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == ""

@@ -4,7 +4,7 @@ Why: a run that dies of memory after minutes of loading tells nobody what to cha
 backward pass (finetune/memory/activations.py) can only be planned when bytes are known before the first step.
 
 How: run.py says what the estimate depends on. static.py counts what is there all the time: weights, trained
-parameters, optimizer. step.py walks through a training step and finds its largest moment. totals.py adds both up to
+parameters, optimizer. step.py walks through a training step and finds its peak. totals.py adds both up to
 a table, finds the largest micro-batch and says what to change. Arithmetic only: no torch.
 
 Leaves out: memory of other processes, evaluation batches larger than training's, sharding (each process is counted as

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -96,16 +97,11 @@ def plan_activations(
     """
     best, most = ActivationPlan.full(layers), -1.0
     for gate_up in range(layers + 1):
-        low, high = -1, layers + 1
-        while high - low > 1:
-            attention = (low + high) // 2
-            if fits(ActivationPlan.last(layers, attention=attention, gate_up=gate_up)):
-                low = attention
-            else:
-                high = attention
-        saved = low * attention_cost + gate_up * gate_up_cost
-        if low >= 0 and saved > most:
-            best, most = ActivationPlan.last(layers, attention=low, gate_up=gate_up), saved
+        plans = [ActivationPlan.last(layers, attention=attention, gate_up=gate_up) for attention in range(layers + 1)]
+        attention = bisect_left(plans, True, key=lambda plan: not fits(plan)) - 1
+        saved = attention * attention_cost + gate_up * gate_up_cost
+        if attention >= 0 and saved > most:
+            best, most = plans[attention], saved
     return best
 
 

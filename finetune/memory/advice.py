@@ -9,6 +9,7 @@ accumulation gets. Leaves out: sharding, other models.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,13 +141,13 @@ def _changed(run: Run, *changes: Change) -> Run:
 
 def _largest_batch(run: Run, device_bytes: int, total: Total) -> int:
     """The largest micro-batch, at most the run's own, that fits with the accumulation that it then needs; 0: none."""
-    low, high = 0, run.micro_batch + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        accumulation = math.ceil(run.micro_batch * run.accumulation / middle)
-        changed = replace(run, micro_batch=middle, accumulation=accumulation, supervised=1.0)
-        low, high = (middle, high) if total(changed) <= device_bytes else (low, middle)
-    return low
+
+    def too_large(size: int) -> bool:
+        accumulation = math.ceil(run.micro_batch * run.accumulation / size)
+        changed = replace(run, micro_batch=size, accumulation=accumulation, supervised=1.0)
+        return total(changed) > device_bytes
+
+    return bisect_left(range(1, run.micro_batch + 1), True, key=too_large)
 
 
 def _what_fits(run: Run, device_bytes: int, total: Total) -> list[Change] | None:

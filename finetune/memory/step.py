@@ -1,4 +1,4 @@
-"""The largest moment of a training step: what the layers have kept by then, and what lives only then.
+"""The peak of a training step: what the layers have kept by then, and what lives only then.
 
 Why: the peak of a step is no sum over everything that a step makes. While the last layer runs backward all layers'
 keeps are there; while an early one does, most are gone, but most gradients have come. So a step is walked through:
@@ -10,8 +10,8 @@ keeps are there; while an early one does, most are gone, but most gradients have
     backward of a layer's attention its kept or recomputed tensors, and their gradients
     the embedding's gradient, and the optimizer's step
 
-How: each moment is a sum over the tensors that the code holds then, in the order of the code
-(`kernels/expert_operation.py`, transformers' decoder layer, TRL's fused head). Between layers of one kind a moment
+How: each phase is a sum over the tensors that the code holds then, in the order of the code
+(`kernels/expert_operation.py`, transformers' decoder layer, TRL's fused head). Between layers of one kind a phase
 grows or shrinks linearly with the layer's number, so only the layers at the borders of the plan are computed.
 
 Leaves out: temporaries inside kernels (there are none of note with triton; the plain paths on the CPU have more),
@@ -45,7 +45,7 @@ PRODUCT_FLOPS, COPY_BYTES = 7e14, 3e12
 
 
 @dataclass(frozen=True)
-class Moment:
+class Phase:
     """What a step holds at one time, by kind."""
 
     name: str
@@ -56,35 +56,35 @@ class Moment:
     copies: int = 0
     gradients: int = 0
     workspace: int = 0
-    passing: int = 0
+    transient: int = 0
 
     @property
     def bytes(self) -> int:
         kept = self.inputs + self.attention + self.gate_up + self.routing
-        return kept + self.copies + self.gradients + self.workspace + self.passing
+        return kept + self.copies + self.gradients + self.workspace + self.transient
 
 
-def largest_moment(run: Run) -> Moment:
-    return max(moments(run), key=lambda moment: moment.bytes)
+def step_peak(run: Run) -> Phase:
+    return max(phases(run), key=lambda phase: phase.bytes)
 
 
-def moment_items(run: Run, moment: Moment) -> list[MemoryItem]:
-    """The moment as rows of a table; kinds that the run never has are left out."""
+def peak_items(run: Run, phase: Phase) -> list[MemoryItem]:
+    """The phase as rows of a table; kinds that the run never has are left out."""
     arch, layers = run.arch, run.arch.layers
     full = 4 * run.trained
-    share = "" if moment.gradients == full else f", {moment.gradients / full:.0%} of them at the largest moment"
+    share = "" if phase.gradients == full else f", {phase.gradients / full:.0%} of them at the peak"
     whole = f"of {arch.experts} experts" if run.backend == "grouped" else "of one expert"
     attention = f"{run.keep_attention} of {layers} layers keep them, the others recompute theirs one by one"
     gate_up = f"{run.keep_gate_up} of {layers} layers keep them"
     rows = [
-        ("gradients", moment.gradients, "training", f"{run.trained:,} in float32{share}"),
-        ("autocast copies", moment.copies, "step", f"{8 * run.size}-bit copies of the attention's weights"),
-        ("layer inputs", moment.inputs, "step", f"{layers} layers, {run.tokens:,} x {arch.hidden} each"),
-        ("routing", moment.routing, "step", "indices and weights, never recomputed"),
-        ("attention activations", moment.attention, "step", attention),
-        ("gate_up outputs", moment.gate_up, "step", gate_up),
-        ("experts' workspace", moment.workspace, "step", f"{run.backend}: matrices {whole} in {8 * run.size} bits"),
-        ("largest moment", moment.passing, "step", moment.name),
+        ("gradients", phase.gradients, "training", f"{run.trained:,} in float32{share}"),
+        ("autocast copies", phase.copies, "step", f"{8 * run.size}-bit copies of the attention's weights"),
+        ("layer inputs", phase.inputs, "step", f"{layers} layers, {run.tokens:,} x {arch.hidden} each"),
+        ("routing", phase.routing, "step", "indices and weights, never recomputed"),
+        ("attention activations", phase.attention, "step", attention),
+        ("gate_up outputs", phase.gate_up, "step", gate_up),
+        ("experts' workspace", phase.workspace, "step", f"{run.backend}: matrices {whole} in {8 * run.size} bits"),
+        ("transient at the peak", phase.transient, "step", phase.name),
     ]
     return [MemoryItem(name, size, kind, detail) for name, size, kind, detail in rows if size]  # type: ignore[arg-type]
 
@@ -108,8 +108,8 @@ def recompute_seconds(run: Run) -> tuple[float, float]:
 # ---- the walk -------------------------------------------------------------------------------------------------
 
 
-def moments(run: Run, *, every_layer: bool = False) -> Iterator[Moment]:
-    """The moments of a step; of the layers, those that can be the largest."""
+def phases(run: Run, *, every_layer: bool = False) -> Iterator[Phase]:
+    """The phases of a step; of the layers, those that can be the largest."""
     arch, layers, sizes = run.arch, run.arch.layers, _sizes(run)
     borders = {0, layers - 1}
     for keep in (run.keep_attention, run.keep_gate_up):
@@ -122,9 +122,9 @@ def moments(run: Run, *, every_layer: bool = False) -> Iterator[Moment]:
     if run.method == "non_moe":
         gradient = 4 * arch.vocab * arch.hidden + run.tokens * arch.hidden * run.stream
         gradients = 4 * run.trained if run.accumulates else _gradients(run, -1)
-        yield Moment("the embedding's gradient", gradients=gradients, passing=gradient)
+        yield Phase("the embedding's gradient", gradients=gradients, transient=gradient)
     temporaries = 4 * run.trained * OPTIMIZER_TEMPORARIES.get(run.optimizer, 0)
-    yield Moment("the optimizer's step", gradients=4 * run.trained, passing=temporaries)
+    yield Phase("the optimizer's step", gradients=4 * run.trained, transient=temporaries)
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,12 @@ def _attention(run: Run) -> int:
     return run.tokens * (norms + projections + flash)
 
 
-def _forward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Moment:
+def _forward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Phase:
     keeps = layer >= run.arch.layers - run.keep_attention
     workspace, rows = max(sizes.forward, key=sum)
     # The sum that the experts' output is added to, the normed input, and its copy in the products' type.
-    passing = sizes.stream * (0 if keeps and sizes.input else 1) + sizes.experts_input
-    passing += sizes.stream if run.mixed else 0
+    transient = sizes.stream * (0 if keeps and sizes.input else 1) + sizes.experts_input
+    transient += sizes.stream if run.mixed else 0
     return _at(
         run,
         sizes,
@@ -215,11 +215,11 @@ def _forward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Moment:
         attention=sizes.attention if keeps else 0,
         copies=(layer + 1) * copy,
         workspace=workspace,
-        passing=passing + rows,
+        transient=transient + rows,
     )
 
 
-def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Moment]:
+def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Phase]:
     arch, layers = run.arch, run.arch.layers
     keeps_attention, keeps_gate_up = layer >= layers - run.keep_attention, layer >= layers - run.keep_gate_up
     kept_copies = copy * max(0, layer + 1 - (layers - run.keep_attention))
@@ -237,14 +237,14 @@ def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Moment
         copies=kept_copies + (copy if there and not keeps_attention else 0),
         gradients=gradients,
         workspace=workspace,
-        passing=gradient + rows,
+        transient=gradient + rows,
     )
     q, kv = _widths(run)
     # Of the stream and of the norm's input; of the output, q, k and v; flash attention's float32 sum for q, and its k
     # and v for every query head; one dequantized matrix, and its gradient where it trains.
     matrix = max(out * in_ for out, in_ in arch.attention_shapes().values())
-    passing = 2 * sizes.stream + run.tokens * (run.size * (4 * q + 2 * kv) + 4 * (q + arch.heads))
-    passing += (run.size + (4 if run.method == "non_moe" else 0)) * matrix
+    transient = 2 * sizes.stream + run.tokens * (run.size * (4 * q + 2 * kv) + 4 * (q + arch.heads))
+    transient += (run.size + (4 if run.method == "non_moe" else 0)) * matrix
     yield _at(
         run,
         sizes,
@@ -253,11 +253,11 @@ def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Moment
         attention=sizes.attention,
         copies=kept_copies + (0 if keeps_attention else copy),
         gradients=gradients,
-        passing=passing,
+        transient=transient,
     )
 
 
-def _lm_head(run: Run, sizes: _Sizes, copy: int) -> Iterator[Moment]:
+def _lm_head(run: Run, sizes: _Sizes, copy: int) -> Iterator[Phase]:
     """TRL's fused head: a tile of logits at a time, the hidden states' gradient in float32."""
     arch, size, (rows, columns) = run.arch, run.size, LOGIT_TILE
     tokens = math.ceil(run.tokens * run.supervised)  # the others' logits are not computed
@@ -274,7 +274,7 @@ def _lm_head(run: Run, sizes: _Sizes, copy: int) -> Iterator[Moment]:
         "forward of the LM head",
         layers,
         copies=layers * copy,
-        passing=norm + 2 * sizes.stream + tile,
+        transient=norm + 2 * sizes.stream + tile,
     )
     yield _at(
         run,
@@ -283,7 +283,7 @@ def _lm_head(run: Run, sizes: _Sizes, copy: int) -> Iterator[Moment]:
         layers,
         copies=kept,
         gradients=_gradients(run, layers),
-        passing=norm + sizes.stream + 4 * tokens * arch.hidden + tile,
+        transient=norm + sizes.stream + 4 * tokens * arch.hidden + tile,
     )
 
 
@@ -298,9 +298,9 @@ def _at(
     copies: int = 0,
     gradients: int = 0,
     workspace: int = 0,
-    passing: int = 0,
-) -> Moment:
-    """A moment while `layer` runs: what the layers before it keep, and what is given; past the last, all keep."""
+    transient: int = 0,
+) -> Phase:
+    """A phase while `layer` runs: what the layers before it keep, and what is given; past the last, all keep."""
     layers = run.arch.layers
     whole = max(0, layer - (layers - run.keep_attention))
     gate_up = max(0, layer - (layers - run.keep_gate_up))
@@ -309,7 +309,7 @@ def _at(
     inputs_kept = _block_inputs(run, whole, max(0, whole - gate_up))
     own_input = sizes.stream if layer < layers - run.keep_attention else sizes.input
     before = sizes.stream * (layer - whole) + sizes.input * whole
-    return Moment(
+    return Phase(
         name,
         inputs=before + own * own_input,
         attention=whole * sizes.attention + inputs_kept * sizes.experts_input + attention + experts_input,
@@ -318,7 +318,7 @@ def _at(
         copies=copies,
         gradients=4 * run.trained if run.accumulates else gradients,
         workspace=workspace,
-        passing=passing,
+        transient=transient,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finetune.memory.advice import Advice, advise
 from finetune.memory.run import GIB, Backend, MemoryItem, Run
 from finetune.memory.static import training, weights
-from finetune.memory.step import largest_moment, moment_items
+from finetune.memory.step import peak_items, step_peak
 
 # What the driver and the kernels take of a device before the first tensor: 0.5 GiB is assumed.
 CUDA_CONTEXT = GIB // 2
@@ -71,12 +72,6 @@ class MemoryEstimate:
         """True as well when the device's size is not known."""
         return self.device_bytes is None or self.total_bytes <= self.device_bytes
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(what, GiB, how) for a table, the total last."""
-        rows = [(item.name, f"{item.bytes / GIB:.2f}", item.detail) for item in self.items]
-        size = "" if self.device_bytes is None else f"of {self.device_bytes / GIB:.2f} GiB that it may use"
-        return [*rows, ("total", f"{self.total_bytes / GIB:.2f}", size)]
-
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
@@ -126,7 +121,7 @@ def total(run: Run) -> int:
 
 def _items(run: Run) -> tuple[MemoryItem, ...]:
     always = [*weights(run), *training(run)]
-    step = moment_items(run, largest_moment(run))
+    step = peak_items(run, step_peak(run))
     if run.device == "cpu":
         return (*always, *step)
     margin = FRAGMENTATION_AT_LEAST + sum(item.bytes for item in step) // FRAGMENTATION
@@ -141,13 +136,5 @@ def _items(run: Run) -> tuple[MemoryItem, ...]:
 
 def _largest_micro_batch(run: Run, device_bytes: int) -> int:
     """The largest micro-batch that fits, 0 when none does."""
-    low, high = 0, 1
-    while high <= MAX_MICRO_BATCH and total(replace(run, micro_batch=high)) <= device_bytes:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if total(replace(run, micro_batch=middle)) <= device_bytes:
-            low = middle
-        else:
-            high = middle
-    return low
+    sizes = range(1, MAX_MICRO_BATCH + 1)
+    return bisect_left(sizes, True, key=lambda size: total(replace(run, micro_batch=size)) > device_bytes)

@@ -265,11 +265,10 @@ def test_an_unknown_device_gives_no_verdict():
 # ---- presentation ---------------------------------------------------------------------------------------------
 
 
-def test_rows_and_dict_say_the_same():
+def test_the_document_adds_up():
     result = estimated(MIXTRAL, device_bytes=80 * GIB)
-    rows = result.rows()
-    assert rows[0] == ("experts", "21.67", "NF4, double quantization: 45.10 B weights")
-    assert rows[-1] == ("total", f"{result.total_bytes / GIB:.2f}", "of 80.00 GiB that it may use")
+    assert (result.items[0].name, result.items[0].detail) == ("experts", "NF4, double quantization: 45.10 B weights")
+    assert round(result.items[0].bytes / GIB, 2) == 21.67
     document = json.loads(json.dumps(result.to_dict()))
     assert document["total_bytes"] == sum(entry["bytes"] for entry in document["items"]) == result.total_bytes
     assert document["fits"] is True

@@ -1,7 +1,7 @@
-"""The largest moment of a step, against what real steps on the CPU hold at most, and against brute force.
+"""The peak of a step, against what real steps on the CPU hold at most, and against brute force.
 
 The models are small, but their proportions are a real one's: rows of experts outweigh everything else. What must agree
-is the sum of the tensors that the code keeps and passes around; with other proportions another moment is the largest.
+is the sum of the tensors that the code keeps and passes around; with other proportions another phase is the peak.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune.adapter.lora import add_attention_lora
 from finetune.adapter.non_moe import unfreeze_non_moe
 from finetune.memory.activations import ActivationPlan, apply_plan
 from finetune.memory.run import Run
-from finetune.memory.step import largest_moment, moments, recompute_seconds
+from finetune.memory.step import phases, recompute_seconds, step_peak
 from finetune.moe import Moe4bitConfig
 from finetune.moe.arch import MoeArch
 from finetune.router.auxiliary import AuxiliaryLoss
@@ -130,7 +130,7 @@ def run_of(shape: MixtralConfig, **settings: Any) -> Run:
 
 
 def largest(run: Run, keep: Callable[[str], bool]) -> int:
-    return max(moment.bytes for moment in moments(run) if keep(moment.name))
+    return max(phase.bytes for phase in phases(run) if keep(phase.name))
 
 
 NON_MOE = {"method": "non_moe", "attention_storage": "16bit"}
@@ -169,19 +169,19 @@ def test_the_lm_head_holds_what_is_estimated(tmp_path: Path, settings: dict[str,
     shape = config(vocab_size=4096, intermediate_size=64)
     run = run_of(shape, device="cpu", **settings)
     found = peak_of(build(tmp_path, run, shape), run, decoder_only=False)
-    moment = largest_moment(run)
-    assert "LM head" in moment.name
-    assert moment.bytes == pytest.approx(found, rel=TOLERANCE)
+    phase = step_peak(run)
+    assert "LM head" in phase.name
+    assert phase.bytes == pytest.approx(found, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("settings", [{}, NON_MOE, {"fused_layers": False}], ids=["lora", "non_moe", "plain"])
-def test_the_largest_moment_is_at_a_border_of_the_plan(settings: dict[str, Any]) -> None:
+def test_the_peak_is_at_a_border_of_the_plan(settings: dict[str, Any]) -> None:
     """Only those layers are computed; here all are, for every plan, with experts that weigh as much as attention."""
     arch = replace(MIXTRAL, layers=6, intermediate=1024)
     for attention in range(7):
         for gate_up in range(7):
             run = Run(arch, keep_attention=attention, keep_gate_up=gate_up, **settings)
-            assert largest_moment(run).bytes == max(moment.bytes for moment in moments(run, every_layer=True))
+            assert step_peak(run).bytes == max(phase.bytes for phase in phases(run, every_layer=True))
 
 
 def test_what_recomputing_costs() -> None:
@@ -196,11 +196,11 @@ def test_what_recomputing_costs() -> None:
 
 def test_gradients_accumulate_towards_the_end() -> None:
     run = Run(MIXTRAL, method="non_moe", attention_storage="16bit", micro_batch=2)
-    by_name = {moment.name: moment.gradients for moment in moments(run)}
+    by_name = {phase.name: phase.gradients for phase in phases(run)}
     first, last = by_name["backward of the experts in layer 0"], by_name["backward of the experts in layer 31"]
     head = 4 * (MIXTRAL.vocab * MIXTRAL.hidden + MIXTRAL.hidden)
     assert last == head == by_name["backward of the LM head"]
     assert first == pytest.approx(4 * run.trained - head - 4 * run.trained / 40, rel=0.02)
     assert by_name["the optimizer's step"] == 4 * run.trained
-    accumulating = moments(replace(run, accumulation=2))
-    assert {moment.gradients for moment in accumulating} == {4 * run.trained}
+    accumulating = phases(replace(run, accumulation=2))
+    assert {phase.gradients for phase in accumulating} == {4 * run.trained}

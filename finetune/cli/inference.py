@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.cli.options import Base, Debug, Device, DeviceGib, Json, ResidencyOption, RoutingFile, sane_size
 from finetune.cli.reporting import reporting
 from finetune.errors import require_packages
+
+if TYPE_CHECKING:
+    from finetune.infer import Engine
 
 Model = Annotated[str, typer.Argument(help="Model or adapter folder, or hub id.", show_default=False)]
 Adapters = Annotated[
@@ -100,21 +105,16 @@ def chat(
         if ui:
             require_packages("gradio", "httptools", where="finetune chat --ui", extra="ui")
         from finetune.chat import talk, talk_on_page
-        from finetune.infer import Engine, EngineSettings, Sampling, parse_adapters
+        from finetune.infer import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        adapters = parse_adapters(adapter or ())
-
-        def load(max_batch: int) -> Engine:
-            settings = EngineSettings(
-                max_batch=max_batch,
-                max_length=max_length,
-                residency=residency,  # type: ignore[arg-type]  # checked there
-                device_gib=device_gib,
-                routing=routing,
-            )
-            return Engine.load(model, adapters=adapters, base=base, device=device, settings=settings)
-
+        limits: dict[str, Any] = {
+            "max_length": max_length,
+            "residency": residency,
+            "device_gib": device_gib,
+            "routing": routing,
+        }
+        load = _loader(model, adapter, base=base, device=device, **limits)
         if ui:
             talk_on_page(load, sampling, system, report, host=host, port=port)
         else:
@@ -158,26 +158,20 @@ def serve(
     with reporting(False, debug) as report:
         packages = ("fastapi", "uvicorn", "httptools", "prometheus_client")
         require_packages(*packages, where="finetune serve", extra="serve")
-        from finetune.infer import EngineSettings
         from finetune.serve import serve as run
 
+        limits: dict[str, Any] = {
+            "max_length": max_length,
+            "residency": residency,
+            "device_gib": device_gib,
+            "routing": routing,
+        }
+        load = _loader(model, adapter, name=name, base=base, device=device, kv_gib=kv_gib, **limits)
         run(
-            model,
+            partial(load, max_batch),
             report,
             host=host,
             port=port,
-            adapters=adapter or (),
-            name=name,
-            base=base,
-            device=device,
-            settings=EngineSettings(
-                max_batch=max_batch,
-                max_length=max_length,
-                kv_gib=kv_gib,
-                residency=residency,  # type: ignore[arg-type]  # checked there
-                device_gib=device_gib,
-                routing=routing,
-            ),
             max_waiting=max_waiting,
             max_body_mib=max_body_mib,
             max_connections=max_connections,
@@ -185,3 +179,22 @@ def serve(
             allowed_hosts=allowed_host or (),
             cors_origins=cors_origin or (),
         )
+
+
+def _loader(
+    model: str, adapter: list[str] | None, *, name: str | None = None, base: str | None, device: str, **limits: Any
+) -> Callable[[int], Engine]:
+    """Loads the engine for so many answers at once.
+
+    Args:
+        limits: further ones of `EngineSettings`.
+    """
+    from finetune.infer import Engine, EngineSettings, parse_adapters
+
+    adapters = parse_adapters(adapter or ())
+
+    def load(max_batch: int) -> Engine:
+        settings = EngineSettings(max_batch=max_batch, **limits)
+        return Engine.load(model, adapters=adapters, name=name, base=base, device=device, settings=settings)
+
+    return load

@@ -23,8 +23,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -208,23 +209,20 @@ class Engine:
         """
         name = self._name(model)
         selector, loaded = self._selectors[name], replace(self.loaded, tokenizer=self._tokenizers[name])
-        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        answer: Future[T] = Future()
 
         def job() -> None:
             try:
                 with self._runner.active(selector):
-                    answer.put((function(loaded), None))
+                    answer.set_result(function(loaded))
             except BaseException as error:  # noqa: BLE001 # handed to the caller, whose function it is
-                answer.put((None, error))
+                answer.set_exception(error)
 
         with self._lock:
             self._require_open()
             self._jobs.append(job)
             self._lock.notify()
-        value, error = answer.get()
-        if error is not None:
-            raise error
-        return value
+        return answer.result()
 
     def stats(self) -> EngineStats:
         with self._lock:

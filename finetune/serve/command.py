@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from finetune.console import Report
 from finetune.errors import FinetuneError
-from finetune.infer import Engine, EngineSettings, parse_adapters
+from finetune.infer import Engine
 from finetune.serve.admission import Admission
 from finetune.serve.app import make_app
 from finetune.serve.auth import read_hosts, read_origins
@@ -22,16 +22,11 @@ KEY_VARIABLE = "FINETUNE_API_KEY"
 
 
 def serve(
-    path: str,
+    load: Callable[[], Engine],
     report: Report,
     *,
     host: str,
     port: int,
-    adapters: Sequence[str],
-    name: str | None,
-    base: str | None,
-    device: str,
-    settings: EngineSettings,
     max_waiting: int,
     max_body_mib: float,
     max_connections: int,
@@ -42,26 +37,23 @@ def serve(
     """Serves a model until SIGTERM or SIGINT.
 
     Args:
-        path: model or adapter folder, or hub id.
-        adapters: `NAME=PATH`, each a further model.
-        name: of the model, its folder's by default.
+        load: called once the address is had; raises as `Engine.load`.
         max_waiting: answers that may wait beyond those that decode at once.
         max_connections: clients that are connected at once.
         key_file: holds the key that clients must show.
         allowed_hosts, cors_origins: see `auth.py`.
 
     Raises:
-        FinetuneError: an adapter, key file, address, host name, origin or model that cannot be used.
+        FinetuneError: a key file, address, host name, origin or model that cannot be used.
         EngineError: the engine failed for good.
     """
-    named = parse_adapters(adapters)
     key = read_key(key_file)
     origins = read_origins(cors_origins)
     with closing(bind(host, port)) as bound:
         hosts = read_hosts(allowed_hosts, bound, key)
         if key is None and not is_local(bound):
             report.line(f"warning: {host} is open to other machines, and no --api-key-file is given")
-        engine = Engine.load(path, adapters=named, name=name, base=base, device=device, settings=settings)
+        engine = load()
         for model in engine.names:
             engine.encode_text("warm", model)  # makes the encoder, which takes half a second
         gc.freeze()  # what is loaded stays; looking through it for garbage would hold up every answer

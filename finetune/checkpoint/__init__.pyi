@@ -1,5 +1,6 @@
 from .folder import check_model_folder as check_model_folder
 from .folder import incomplete as incomplete
+from .folder import misshapen as misshapen
 from .folder import require_every_expert as require_every_expert
 from .folder import shard_files as shard_files
 from .headers import TensorInfo as TensorInfo

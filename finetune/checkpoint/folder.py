@@ -113,6 +113,20 @@ def incomplete(missing: list[str]) -> ModelError:
     )
 
 
+def misshapen(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+    """The error for a weight of another shape than config.json gives it; [experts, out, in] where it is fused."""
+    if len(found) == 3 and found[0] != expected[0]:
+        what = f"the checkpoint holds {found[0]} of {expected[0]} experts"
+    else:
+        what = f"a weight of the checkpoint has the shape {list(found)}"
+    return ModelError(
+        what,
+        where=where,
+        allowed=f"{list(expected)} by config.json",
+        fix="download the checkpoint again, or use the config.json that belongs to it",
+    )
+
+
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name

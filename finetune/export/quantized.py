@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 from finetune.disk import require_fresh, require_space, staged
 from finetune.errors import ModelError
-from finetune.kernels import ExpertStorage
 from finetune.moe import (
     QUANT_METHOD,
-    AttentionStorage,
     BaseSpec,
     Census,
     load_base,
     read_config,
     refuse_without_toolkit,
     require_quantized_experts,
+    require_storage,
     saved_quantization,
     take_census,
 )
@@ -37,20 +35,7 @@ def write_quantized(
         ModelError: the checkpoint cannot be loaded or is quantized otherwise, or the storage does not exist.
         OutputError: the folder is not empty, or the disk has no room.
     """
-    if attention not in get_args(AttentionStorage):
-        raise ModelError(
-            f"attention storage {attention!r} does not exist",
-            where="--attention",
-            allowed=" or ".join(get_args(AttentionStorage)),
-            fix="use nf4 for the least memory",
-        )
-    if experts not in get_args(ExpertStorage):
-        raise ModelError(
-            f"expert storage {experts!r} does not exist",
-            where="--experts",
-            allowed=", ".join(get_args(ExpertStorage)),
-            fix="use nf4 for quality, hqq3 or hqq2 where the experts would not fit",
-        )
+    require_storage(attention, experts, where="--")
     require_fresh(output)
     spec = BaseSpec(path, revision, attention, experts=experts)  # type: ignore[arg-type]
     saved = saved_quantization(read_config(path, revision))

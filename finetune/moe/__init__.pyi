@@ -33,6 +33,7 @@ from .config import QUANT_METHOD as QUANT_METHOD
 from .config import AttentionStorage as AttentionStorage
 from .config import of_plain_weights as of_plain_weights
 from .config import refuse_without_toolkit as refuse_without_toolkit
+from .config import require_storage as require_storage
 from .experts import FEW_CHOICES as FEW_CHOICES
 from .experts import QuantizedExperts as QuantizedExperts
 from .experts import run_experts as run_experts

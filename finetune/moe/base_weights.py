@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.checkpoint import TensorInfo, incomplete, read_tensor_infos, shard_files
+from finetune.checkpoint import TensorInfo, incomplete, misshapen, read_tensor_infos, shard_files
 from finetune.errors import FinetuneError, ModelError
 from finetune.kernels import ExpertStorage, PackedExperts, dequantize_expert, empty_experts, packed_type, quantize_nf4
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path, hub_expert_names, hub_name, role_of
@@ -80,12 +80,7 @@ class Tensors:
             raise incomplete(missing)
         for name, shape in shapes.items():
             if self._infos[name].shape != shape:
-                raise ModelError(
-                    f"a weight of the checkpoint has the shape {list(self._infos[name].shape)}",
-                    where=f"{self._infos[name].file}: {name}",
-                    allowed=f"{list(shape)} by config.json",
-                    fix="download the checkpoint again, or use the config.json that belongs to it",
-                )
+                raise misshapen(f"{self._infos[name].file}: {name}", self._infos[name].shape, shape)
 
     def read(self, name: str, *, row: int | None = None) -> Tensor:
         """The tensor as it is stored, or only `tensor[row]`: a map of the file, which goes when the tensor goes."""
@@ -248,10 +243,6 @@ class TrainedBase:
                 stored |= {f"{path}.{projection}_{field}": tuple(tensor.shape) for field, tensor in parts}
             elif self._holds_fused:
                 stored[name] = shape
-            else:
-                experts, out, in_ = shape
-                layer, _ = expert_place(name)
-                for expert in range(experts):
-                    names = hub_expert_names(self.arch.model_type, layer, expert, projection)
-                    stored |= {matrix: (out // len(names), in_) for matrix in names}
+        if not (self._holds_packed or self._holds_fused):
+            stored |= self.arch.hub_expert_shapes()
         return stored

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.errors import AdapterError, ModelError
 from finetune.kernels import PackedExperts
@@ -61,7 +62,7 @@ def take_census(model: nn.Module) -> Census:
     totals: dict[tuple[str, str], list[int]] = {}
     unquantized: list[tuple[str, int]] = []
     storages = {name: module.storage for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
-    for name, tensor in _tensors(model):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         role, dtype = role_of(name), str(tensor.dtype).removeprefix("torch.")
         pieces = [tensor]
         if isinstance(tensor, Params4bit) and tensor.quant_state is not None:
@@ -156,8 +157,3 @@ def require_same_experts(recorded: Mapping[str, str], found: Mapping[str, str], 
 
 def _expert_hash(weights: PackedExperts, expert: int) -> str:
     return packed_hash(type(weights)(*(tensor[expert : expert + 1] for tensor in weights)))
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

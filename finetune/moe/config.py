@@ -60,20 +60,7 @@ class Moe4bitConfig(QuantizationConfigMixin):
         # NF4 stays version 1, so that earlier releases of this toolkit read it.
         own_version = 1 if experts == "nf4" else 2
         self.format_version = own_version if format_version is None else format_version
-        if attention not in get_args(AttentionStorage):
-            raise ModelError(
-                f"attention storage {attention!r} does not exist",
-                where="Moe4bitConfig.attention",
-                allowed=" or ".join(get_args(AttentionStorage)),
-                fix='use "nf4" for the least memory or "16bit" to train or merge attention exactly',
-            )
-        if experts not in get_args(ExpertStorage):
-            raise ModelError(
-                f"expert storage {experts!r} does not exist",
-                where="Moe4bitConfig.experts",
-                allowed=", ".join(get_args(ExpertStorage)),
-                fix='use "nf4" for quality, "hqq3" or "hqq2" where the experts would not fit',
-            )
+        require_storage(attention, experts, where="Moe4bitConfig.")
         if self.format_version != own_version:
             raise ModelError(
                 f"this folder was saved in format {format_version} of {QUANT_METHOD}",
@@ -97,6 +84,25 @@ class Moe4bitConfig(QuantizationConfigMixin):
         if self.experts == "nf4":
             del content["experts"]
         return content
+
+
+def require_storage(attention: str, experts: str, *, where: str) -> None:
+    """Refuses a storage that does not exist; `where` stands before "attention" or "experts".
+
+    Raises:
+        ModelError: names those that do.
+    """
+    for name, value, known, fix in (
+        ("attention", attention, AttentionStorage, "nf4 for the least memory, 16bit to train or merge it exactly"),
+        ("experts", experts, ExpertStorage, "nf4 for quality, hqq3 or hqq2 where the experts would not fit"),
+    ):
+        if value not in get_args(known):
+            raise ModelError(
+                f"{name.removesuffix('s')} storage {value!r} does not exist",
+                where=f"{where}{name}",
+                allowed=", ".join(get_args(known)),
+                fix=f"use {fix}",
+            )
 
 
 def refuse_without_toolkit(folder: Path) -> None:

@@ -99,7 +99,12 @@ def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(path, revision=revision).to_dict()
     except (OSError, ValueError) as error:
-        raise _hub_error(path, error) from None
+        raise ModelError(
+            f"{path!r} is neither a local folder nor a model that could be fetched from the hub: {_first_line(error)}",
+            where="model.path, or the command's argument",
+            allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
+            fix="check the spelling, the network, and for gated models the HF_TOKEN",
+        ) from None
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -254,7 +259,7 @@ def _from_pretrained(
         raise ModelError(
             f"the model could not be loaded: {_first_line(error)}",
             where=base.path,
-            fix="mend what the message names; --debug shows the report of transformers",
+            fix="correct what the message names; --debug shows the report of transformers",
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -323,12 +328,3 @@ def is_local(path: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _hub_error(path: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"{path!r} is neither a local folder nor a model that could be fetched from the hub: {_first_line(error)}",
-        where="model.path, or the command's argument",
-        allowed="a folder with config.json and safetensors, or a hub id like mistralai/Mixtral-8x7B-v0.1",
-        fix="check the spelling, the network, and for gated models the HF_TOKEN",
-    )

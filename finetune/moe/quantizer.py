@@ -26,6 +26,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from finetune.checkpoint import misshapen
 from finetune.errors import ModelError
 from finetune.kernels import BLOCK, ExpertStorage, quantized_parameter
 from finetune.moe.arch import EXPERT_PROJECTIONS, MoeArch, experts_path
@@ -138,7 +139,8 @@ class Moe4bitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.misshapen:
-            raise _misshapen_error(self.misshapen)
+            (name, (found, expected)), *others = self.misshapen.items()
+            raise misshapen(name + (f" and {len(others)} more" if others else ""), found, expected)
         require_finite(model)
         # peft and TRL look at this flag to find bitsandbytes layers; it says nothing about our experts.
         model.is_loaded_in_4bit = self.quantization_config.attention == "nf4"  # type: ignore[assignment]
@@ -202,21 +204,6 @@ class _Quantize(ConversionOps):
         assert missing_keys is not None
         missing_keys.discard(full_layer_name)
         return {}
-
-
-def _misshapen_error(misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> ModelError:
-    name, (found, expected) = next(iter(misshapen.items()))
-    others = f" and {len(misshapen) - 1} more" if len(misshapen) > 1 else ""
-    if len(found) == 3 and found[0] != expected[0]:
-        what = f"the checkpoint holds {found[0]} of {expected[0]} experts"
-    else:
-        what = f"a weight of the checkpoint has the shape {list(found)}"
-    return ModelError(
-        what,
-        where=name + others,
-        allowed=f"{list(expected)} by config.json",
-        fix="download the checkpoint again, or use the config.json that belongs to it",
-    )
 
 
 def _linear4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:

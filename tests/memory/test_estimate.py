@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from finetune.memory.run import GIB, Run
 from finetune.memory.static import nf4_bytes
@@ -24,6 +24,7 @@ from finetune.memory.totals import MemoryEstimate, estimate
 from finetune.moe import Moe4bitConfig
 from finetune.moe.arch import MoeArch
 from finetune.moe.census import take_census
+from tests.models import tiny_config, tiny_model
 
 MIXTRAL = MoeArch.from_config(MixtralConfig().to_dict())
 ARCHS = {
@@ -73,22 +74,12 @@ def test_a_matrix_in_nf4_takes_the_bytes_that_bitsandbytes_allocates(shape: tupl
 
 
 def test_the_weights_of_a_quantized_model_to_the_byte(tmp_path: Path):
-    config = MixtralConfig(
-        vocab_size=120,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    arch = MoeArch.from_config(tiny_config("mixtral").to_dict())
     for storage in ("nf4", "16bit"):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=Moe4bitConfig(attention=storage), dtype=torch.bfloat16
         )
-        arch = MoeArch.from_config(config.to_dict())
         result = estimated(arch, attention_storage=storage)
         counted: dict[str, int] = {}
         for row in take_census(model).rows:
@@ -102,23 +93,10 @@ def test_the_weights_of_a_quantized_model_to_the_byte(tmp_path: Path):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_trained_parameters_are_counted_as_peft_makes_them(use_dora: bool):
-    arch = replace(SMALL, experts=2)
-    config = MixtralConfig(
-        vocab_size=arch.vocab,
-        hidden_size=arch.hidden,
-        intermediate_size=arch.intermediate,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        num_key_value_heads=arch.kv_heads,
-        num_local_experts=arch.experts,
-    )
-    targets = ("q_proj", "v_proj")
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config)
+    model, targets = tiny_model("mixtral"), ("q_proj", "v_proj")
+    arch = MoeArch.from_config(model.config.to_dict())
     everything_else = sum(p.numel() for name, p in model.named_parameters() if ".mlp." not in name)
     assert estimated(arch, method="non_moe", attention_storage="16bit").trained_bytes == 4 * everything_else
-    with torch.device("cpu"):
-        model = MixtralForCausalLM(config)
     peft_model = get_peft_model(model, LoraConfig(r=8, target_modules=list(targets), use_dora=use_dora))
     count = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     result = estimated(arch, lora_r=8, lora_targets=targets, use_dora=use_dora)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from finetune.adapter.adapter import load
 from finetune.errors import FinetuneError, ModelError
@@ -26,7 +26,7 @@ from finetune.moe.base_spec import BaseSpec
 from finetune.moe.census import require_quantized_experts, take_census
 from finetune.moe.load import load_base
 from finetune.moe.quantizer import EXPERT_BYTES_PER_WEIGHT
-from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, tiny_model
+from tests.models import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, dequantized_twin, save_fused, save_lora, tiny_model
 from tests.moe.loading import assert_same_bits, bits, logits, relative_error, reload, tensors_of
 from tests.running import run_finetune
 
@@ -36,8 +36,6 @@ SHAPES = ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
 
 
 def quantized(folder: Path, storage: Any, family: str = "mixtral") -> Any:
-    from transformers import AutoModelForCausalLM
-
     plain = tiny_model(family, dtype=torch.bfloat16)
     save_fused(plain, folder)
     config = Moe4bitConfig(experts=storage)
@@ -106,40 +104,11 @@ def test_nf4_folders_are_what_they_were(tmp_path: Path) -> None:
     assert quantization.experts == "nf4"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "what", "allowed"),
-    [
-        ({"experts": "hqq4"}, "expert storage 'hqq4' does not exist", "nf4, hqq3, hqq2"),
-        ({"experts": "hqq2", "format_version": 1}, "saved in format 1 of moe_4bit", "2 for experts in hqq2"),
-        ({"format_version": 2}, "saved in format 2 of moe_4bit", "1 for experts in nf4"),
-        ({"experts": "hqq2", "format_version": 3}, "saved in format 3 of moe_4bit", "2 for experts in hqq2"),
-    ],
-)
-def test_configs_that_cannot_be(arguments: Any, what: str, allowed: str) -> None:
-    with pytest.raises(ModelError) as caught:
-        Moe4bitConfig(**arguments)
-    assert what in str(caught.value)
-    assert f"allowed: {allowed}" in str(caught.value)
-
-
-def test_an_adapter_of_the_nf4_base_goes_onto_the_folder(
-    tmp_path: Path, small_mixtral: Path, saved_adapter: Path
-) -> None:
+def test_an_adapter_of_the_nf4_base_goes_onto_the_folder(tmp_path: Path, small_mixtral: Path) -> None:
     """`--base DIR`, whose fingerprint is the routers'; merged, the experts keep their bytes."""
     census = write_quantized(str(small_mixtral), tmp_path / "two", experts="hqq2", device="cpu")
     assert {row.dtype for row in census.rows if row.role == "experts"} == {"hqq2"}
-    # LoRA's B is zero after initialization: something of its own, so that it shows.
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for file in saved_adapter.iterdir():
-        (adapter / file.name).write_bytes(file.read_bytes())
-    weights = load_file(adapter / "adapter_model.safetensors")
-    torch.manual_seed(0)
-    save_file(
-        {n: torch.randn_like(t) / 10 if "lora_B" in n else t for n, t in weights.items()},
-        adapter / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    adapter = save_lora(small_mixtral, tmp_path / "adapter", std=0.1)
     here = load(str(adapter), base_path=str(tmp_path / "two"), dtype="float32", device="cpu")
     assert here.base.experts == "hqq2"
     ids = torch.arange(3, 20)[None]

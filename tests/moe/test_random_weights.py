@@ -19,11 +19,17 @@ from tests.models import EXPERTS, FAMILIES, dequantized_twin, tiny_config, tiny_
 
 
 def build(
-    family: str, attention: str = "nf4", *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **overrides: bool
+    family: str,
+    attention: str = "nf4",
+    *,
+    experts: ExpertStorage = "nf4",
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    **overrides: bool,
 ) -> PreTrainedModel:
     return build_random_model(
         tiny_config(family, **overrides),
-        Moe4bitConfig(attention=attention),
+        Moe4bitConfig(attention=attention, experts=experts),
         dtype=dtype,
         device=torch.device("cpu"),
         attn_implementation="sdpa",
@@ -58,21 +64,13 @@ def test_structure_and_bytes_equal_those_of_a_loaded_model(tmp_path: Path, famil
 
 @pytest.mark.parametrize(("experts", "bits"), [("hqq2", 2), ("hqq3", 3)])
 def test_experts_of_fewer_bits_have_the_spread_of_the_config(experts: ExpertStorage, bits: int) -> None:
-    config = tiny_config("mixtral")
-    model = build_random_model(
-        config,
-        Moe4bitConfig(experts=experts),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        attn_implementation="sdpa",
-        seed=0,
-    )
+    model, spread = build("mixtral", experts=experts, dtype=torch.float32), tiny_config("mixtral").initializer_range
     for name in ("gate_up_proj", "down_proj"):
         stack = model.get_submodule("model.layers.0.mlp.experts").packed(name)  # type: ignore[operator]
         weight = dequantize_expert(stack, 0, torch.float32)
         assert len(weight.unique()) == 2**bits
-        assert weight.std().item() == pytest.approx(config.initializer_range, rel=0.05)
-        assert abs(weight.mean().item()) < 0.05 * config.initializer_range
+        assert weight.std().item() == pytest.approx(spread, rel=0.05)
+        assert abs(weight.mean().item()) < 0.05 * spread
 
 
 def test_values_are_drawn_and_the_rotary_tables_are_real() -> None:

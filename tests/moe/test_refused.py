@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,23 +154,38 @@ def test_config_survives_copies_pickles_and_dicts(attention: str) -> None:
     assert finetune.Moe4bitConfig is Moe4bitConfig
 
 
-def test_config_errors() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"attention": "int8"}, ("attention storage 'int8' does not exist", "allowed: nf4, 16bit", "fix: use")),
+        ({"experts": "hqq4"}, ("expert storage 'hqq4' does not exist", "allowed: nf4, hqq3, hqq2", "fix: use")),
+        (
+            {"experts": "hqq2", "format_version": 1},
+            ("saved in format 1 of moe_4bit", "allowed: 2 for experts in hqq2", "upgrade moe-qlora"),
+        ),
+        (
+            {"format_version": 2},
+            (
+                "saved in format 2 of moe_4bit",
+                "where: config.json: quantization_config.format_version",
+                "allowed: 1 for experts in nf4",
+            ),
+        ),
+        (
+            {"experts": "hqq2", "format_version": 3},
+            ("saved in format 3 of moe_4bit", "allowed: 2 for experts in hqq2"),
+        ),
+        (
+            {"load_in_4bit": True, "bits": 4},
+            ("unknown keys ['bits', 'load_in_4bit']", "allowed: attention, experts, format_version"),
+        ),
+    ],
+)
+def test_configs_that_cannot_be(arguments: dict[str, Any], says: tuple[str, ...]) -> None:
     with pytest.raises(ModelError) as caught:
-        Moe4bitConfig(attention="int8")
-    assert "attention storage 'int8' does not exist" in str(caught.value)
-    assert "allowed: nf4 or 16bit" in str(caught.value)
-    assert "fix: use" in str(caught.value)
-
-    with pytest.raises(ModelError) as caught:
-        Moe4bitConfig(format_version=2)
-    assert "saved in format 2 of moe_4bit" in str(caught.value)
-    assert "where: config.json: quantization_config.format_version" in str(caught.value)
-    assert "upgrade moe-qlora" in str(caught.value)
-
-    with pytest.raises(ModelError) as caught:
-        Moe4bitConfig(load_in_4bit=True, bits=4)
-    assert "unknown keys ['bits', 'load_in_4bit']" in str(caught.value)
-    assert "allowed: attention, experts, format_version" in str(caught.value)
+        Moe4bitConfig(**arguments)
+    for text in says:
+        assert text in str(caught.value)
 
 
 def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:

@@ -154,24 +154,17 @@ def test_shapes_and_paths_are_those_of_the_real_model(family: str) -> None:
         assert model.get_submodule(router_path(layer)).weight.shape == (arch.experts, arch.hidden)
 
 
+@pytest.mark.parametrize("router", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", [ATTENTION_PROJECTIONS, ("q_proj",), ("k_proj", "o_proj")], ids="-".join)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_count_equals_pefts(family: str, targets: tuple[str, ...], dora: bool) -> None:
-    config = tiny_config(family)
-    model = AutoModelForCausalLM.from_config(config)
-    arch = MoeArch.from_config(config.to_dict())
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=list(targets), use_dora=dora))
-    assert arch.lora_params(8, targets, dora=dora) == model.get_nb_trainable_parameters()[0] == count(model, "adapter")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_and_router_count_equals_pefts(family: str) -> None:
+def test_lora_count_equals_pefts(family: str, targets: tuple[str, ...], dora: bool, router: bool) -> None:
     config = tiny_config(family)
     arch = MoeArch.from_config(config.to_dict())
-    settings = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=[ROUTER])
+    trained = [ROUTER] if router else None
+    settings = LoraConfig(r=8, target_modules=list(targets), use_dora=dora, modules_to_save=trained)
     model = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
-    expected = arch.lora_params(8, ("q_proj",), router=True)
+    expected = arch.lora_params(8, targets, dora=dora, router=router)
     assert expected == model.get_nb_trainable_parameters()[0] == count(model, "adapter")
     assert count(model, "router") == arch.router_params
 
@@ -205,10 +198,16 @@ def test_other_types_are_refused_with_the_allowed_ones(model_type: str | None) -
     assert "fix: use a Mixtral, Qwen3-MoE or OLMoE checkpoint" in text
 
 
-@pytest.mark.parametrize("dense", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}], ids=str)
-def test_dense_layers_are_refused(dense: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("dense", "said"),
+    [
+        ({"mlp_only_layers": [1]}, "mlp_only_layers=[1], decoder_sparse_step=1"),
+        ({"decoder_sparse_step": 2}, "mlp_only_layers=[], decoder_sparse_step=2"),
+    ],
+)
+def test_dense_layers_are_refused(dense: dict[str, Any], said: str) -> None:
     text = message({**tiny_config("qwen3_moe").to_dict(), **dense})
-    assert text.startswith("this qwen3_moe mixes dense and sparse layers")
+    assert text.startswith(f"this qwen3_moe mixes dense and sparse layers ({said})\n")
     assert "allowed: models whose every layer holds experts" in text
 
 

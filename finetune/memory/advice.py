@@ -76,7 +76,7 @@ def advise(run: Run, device_bytes: int, total: Total) -> Advice:
         strongest = [levels[-1] for levels in _changes(run)]
         least = min(total(_changed(run, AUTO, *strongest, batch)) for batch in _batches(run))
         nothing = f"nothing of this model fits into {device_bytes / GIB:.2f} GiB; the least is {least / GIB:.2f} GiB"
-        return Advice(tuple(lines), what_fits=f"{nothing}: {_card(run, least)}")
+        return Advice(tuple(lines), what_fits=nothing if run.device == "cpu" else f"{nothing}: {_card(least)}")
     overrides = tuple(f"{key}={value}" for change in made for key, value in change.keys.items())
     settings = " ".join(f"--set {override}" for override in overrides)
     return Advice(tuple(lines), overrides, f"{settings} ({total(_changed(run, *made)) / GIB:.2f} GiB)")
@@ -99,7 +99,7 @@ def _changes(run: Run) -> Iterator[list[Change]]:
     if lora and (ranks := _halved(run.lora_r, LEAST_RANK)):
         yield [Change({"trainable.lora.r": r, "trainable.lora.alpha": _alpha(run, r)}, {"lora_r": r}) for r in ranks]
     if rows := _halved(run.seq_len, LEAST_ROW):
-        yield [Change({"training.max_length": row}, {"seq_len": row, "supervised": 1.0}) for row in rows]
+        yield [Change({"training.max_length": row}, {"seq_len": row}) for row in rows]
     if not lora:
         keys = {"trainable.method": "attention_lora", "quantization.attention": "nf4"}
         yield [Change(keys, {"method": "attention_lora", "attention_storage": "nf4"})]
@@ -123,8 +123,7 @@ def _batch(run: Run, micro_batch: int) -> Change:
         return Change({}, {"micro_batch": micro_batch})
     steps = effective // micro_batch
     keys = {"training.per_device_train_batch_size": micro_batch, "training.gradient_accumulation_steps": steps}
-    # A smaller micro-batch may hold a larger share of supervised tokens.
-    return Change(keys, {"micro_batch": micro_batch, "accumulation": steps, "supervised": 1.0})
+    return Change(keys, {"micro_batch": micro_batch, "accumulation": steps})
 
 
 def _batches(run: Run) -> tuple[Change, Change]:
@@ -144,8 +143,7 @@ def _largest_batch(run: Run, device_bytes: int, total: Total) -> int:
 
     def too_large(size: int) -> bool:
         accumulation = math.ceil(run.micro_batch * run.accumulation / size)
-        changed = replace(run, micro_batch=size, accumulation=accumulation, supervised=1.0)
-        return total(changed) > device_bytes
+        return total(replace(run, micro_batch=size, accumulation=accumulation)) > device_bytes
 
     return bisect_left(range(1, run.micro_batch + 1), True, key=too_large)
 
@@ -175,9 +173,7 @@ def _what_fits(run: Run, device_bytes: int, total: Total) -> list[Change] | None
     return [*made, _batch(changed, max(1, _largest_batch(changed, device_bytes, total)))]
 
 
-def _card(run: Run, least: int) -> str:
-    if run.device == "cpu":
-        return "a machine with more memory"
+def _card(least: int) -> str:
     for label, gib in CARDS.items():
         if least <= gib * GIB:
             return f"a card of {label} GB"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from finetune.data import IGNORED, Reading, Source, Supervision, apply_template,
 from finetune.errors import DeviceError, FinetuneError, ModelError
 from finetune.kernels import choose_backend
 from finetune.memory.activations import ActivationPlan, plan_activations
-from finetune.memory.run import GIB, Dtype, Run
+from finetune.memory.run import GIB, Dtype, Run, everything_supervised
 from finetune.memory.step import recompute_seconds
 from finetune.memory.totals import CUDA_CONTEXT, MemoryEstimate, estimate, total
 from finetune.moe import MoeArch, load_tokenizer, read_config, resolve_dtype, saved_quantization, wants_fused_layers
@@ -136,7 +138,7 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
         optimizer=training.get("optim", "adamw_torch_fused"),
         micro_batch=micro_batch,
         seq_len=seq_len,
-        supervised=_supervised_share(recipe, tokens=micro_batch * seq_len, max_length=training.get("max_length")),
+        supervised=_supervised_share(recipe, max_length=training.get("max_length")),
         accumulation=training.get("gradient_accumulation_steps", 1),
         dtype=_DTYPES[dtype],
         backend=choose_backend(
@@ -148,13 +150,14 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
     )
 
 
-def _supervised_share(recipe: Recipe, *, tokens: int, max_length: int | None) -> float:
-    """The largest share of supervised tokens in a micro-batch, from the first rows of a local file; else all of them.
+def _supervised_share(recipe: Recipe, *, max_length: int | None) -> Callable[[int], float]:
+    """The largest share of supervised tokens in a micro-batch of so many tokens, from the first rows of a local file;
+    else all of them.
 
     The logits of a small model are most of what its step needs: 33 of 117 MiB for tiny-mixtral.
     """
     if not Path(recipe.data.train).is_file():
-        return 1.0
+        return everything_supervised
     disable_progress_bars()
     try:
         tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
@@ -165,12 +168,16 @@ def _supervised_share(recipe: Recipe, *, tokens: int, max_length: int | None) ->
         supervision = Supervision(data.loss_on, max_length, data.too_long)
         rows = encode_source(reading, tokenizer, supervision).dataset["labels"]
     except FinetuneError:  # `finetune train` says it where it matters
-        return 1.0
+        return everything_supervised
     finally:
         enable_progress_bars()
     supervised = [label != IGNORED for labels in rows for label in labels]
-    batches = (supervised[begin : begin + tokens] for begin in range(0, len(supervised) - tokens + 1, tokens))
-    return max((sum(batch) / tokens for batch in batches), default=1.0) or 1.0
+
+    def largest_share(tokens: int) -> float:
+        batches = (supervised[begin : begin + tokens] for begin in range(0, len(supervised) - tokens + 1, tokens))
+        return max((sum(batch) / tokens for batch in batches), default=1.0) or 1.0
+
+    return cache(largest_share)
 
 
 def _usable_bytes(device: torch.device) -> int:

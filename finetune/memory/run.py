@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,11 @@ class MemoryItem:
     detail: str
 
 
+def everything_supervised(tokens: int) -> float:
+    """Where the rows are not known."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Run:
     """One process of a run; `dataclasses.replace` asks what would be if.
@@ -38,7 +44,7 @@ class Run:
         micro_batch: sequences of one forward and backward pass (`training.per_device_train_batch_size`).
         seq_len: tokens of a sequence (`training.max_length`).
         lora_alpha: takes no memory; advice of a smaller rank keeps alpha / r.
-        supervised: share of a micro-batch's tokens whose logits the LM head computes.
+        supervised: share of a micro-batch's tokens, by their number, whose logits the LM head computes.
         accumulation: micro-batches of a step; of more than one, the earlier ones' gradients are there while one runs.
         router: the routers train too.
         auxiliary: the loss holds the routers' auxiliary losses (`router/auxiliary.py`).
@@ -65,7 +71,7 @@ class Run:
     optimizer: str = "adamw_torch_fused"
     micro_batch: int = 1
     seq_len: int = 1024
-    supervised: float = 1.0
+    supervised: Callable[[int], float] = everything_supervised
     accumulation: int = 1
     keep_attention: int = 0
     keep_gate_up: int = 0
@@ -80,7 +86,6 @@ class Run:
         assert self.method == "attention_lora" or self.attention_storage == "16bit", "NF4 weights cannot train"
         assert self.micro_batch > 0
         assert self.seq_len > 0
-        assert 0 < self.supervised <= 1
         assert 0 <= self.keep_attention <= self.arch.layers
         assert 0 <= self.keep_gate_up <= self.arch.layers
 

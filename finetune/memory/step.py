@@ -260,7 +260,7 @@ def _backward(run: Run, sizes: _Sizes, layer: int, copy: int) -> Iterator[Phase]
 def _lm_head(run: Run, sizes: _Sizes, copy: int) -> Iterator[Phase]:
     """TRL's fused head: a tile of logits at a time, the hidden states' gradient in float32."""
     arch, size, (rows, columns) = run.arch, run.size, LOGIT_TILE
-    tokens = math.ceil(run.tokens * run.supervised)  # the others' logits are not computed
+    tokens = math.ceil(run.tokens * run.supervised(run.tokens))  # the others' logits are not computed
     tile = min(tokens, rows) * columns * size
     if run.device == "cpu":
         tile += PLAIN_TILE_COPIES * min(tokens, rows) * min(columns, arch.vocab) * 4

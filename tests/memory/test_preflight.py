@@ -208,6 +208,18 @@ def test_what_fits_does(name: str, overrides: list[str]) -> None:
     assert fitted
 
 
+def test_what_fits_does_for_a_small_model_whose_logits_are_most_of_it() -> None:
+    """There the share of supervised tokens counts, which differs from one micro-batch to another."""
+    recipe = REPOSITORY / "recipes" / "tiny-mixtral" / "qlora-attention.yaml"
+    for gib in (0.15, 0.25, 0.4, 0.8):
+        overrides = ["training.per_device_train_batch_size=16", f"memory.budget_gib={gib}"]
+        found = preflight(load_recipe(recipe, overrides), torch.device("cpu"))
+        assert not found.fits
+        changed = preflight(load_recipe(recipe, [*overrides, *found.overrides]), torch.device("cpu"))
+        assert changed.fits == bool(found.overrides)
+        assert found.largest_micro_batch == 0 or found.overrides
+
+
 def test_the_least_of_a_model_is_what_nothing_undercuts() -> None:
     """Of a card that is a little smaller it says the same; on one that is as large, something fits."""
     least = float(classic(gib=20).what_fits.split("the least is ")[1].split(" GiB")[0])

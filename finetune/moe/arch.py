@@ -288,11 +288,6 @@ class MoeArch:
             self.attention_params + self.expert_params + self.router_params + self.norm_params + self.embedding_params
         )
 
-    @property
-    def active_params(self) -> int:
-        """Parameters that one token passes through."""
-        return self.total_params - self.expert_params * (self.experts - self.top_k) // self.experts
-
     def lora_params(
         self, r: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS, *, dora: bool = False, router: bool = False
     ) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,24 @@ def test_the_run_merges_to_the_recorded_weights(name: str, tmp_path: Path) -> No
         torch.testing.assert_close(now[key], tensor, atol=0 if exact else 1e-4, rtol=0 if exact else 2**-7)
     if name == "nf4":
         assert hash_experts(open_recorded(tmp_path / name).model) == TRUTH["folders"]["nf4"]["experts_sha256"]
+
+
+def test_a_process_without_the_toolkit_refuses_a_merged_folder() -> None:
+    program = f"""if True:
+        import sys
+        from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+        bnb = BitsAndBytesConfig(load_in_4bit=True)
+        for loader, config in ((AutoModelForCausalLM, None), (AutoModel, None), (AutoModelForCausalLM, bnb)):
+            try:
+                loader.from_pretrained({str(RECORDED / "nf4")!r}, quantization_config=config)
+            except ValueError as error:
+                print(error)
+        assert "finetune" not in sys.modules
+        """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == 3
+    assert all("these weights are for moe-qlora: run `import finetune.quant`" in refusal for refusal in refusals)
 
 
 def test_the_words_in_a_merged_folder_still_hold() -> None:

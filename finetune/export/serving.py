@@ -26,6 +26,7 @@ _UNRECORDED = {
     "compare this model with it before it serves.",
 }
 _KEPT = "Attention is in bfloat16; the experts' bytes are those that the adapter was merged onto."
+_NOT_RUN = "The commands of other programs follow their documentation; they are not run by the tests of moe-qlora."
 # Ollama's template language for `[INST] system, blank line, user [/INST] answer</s>`.
 _MISTRAL_TEMPLATE = (
     '{{- range $index, $_ := .Messages }}{{- if eq .Role "user" }}[INST] '
@@ -80,6 +81,8 @@ A plain {dtype} checkpoint in the hub's layout: transformers 4 and 5 load it wit
 | `finetune serve` | this folder, experts quantized to NF4 again | `finetune serve ./{name}` |
 
 For several GPUs add vLLM's and SGLang's `--tensor-parallel-size N`, TGI's `--num-shard N`.
+
+{_NOT_RUN}
 """
 
 
@@ -109,4 +112,6 @@ One GGUF in {about["type"]}, with tokenizer and chat template inside.
 | llama.cpp | the GGUF | `llama-server -m {file} --jinja` |
 | LM Studio | the GGUF | `lms import {file}` |
 | vLLM, SGLang, TGI | not this folder: 16 bits | `finetune merge ADAPTER --format bf16 --output {name}-bf16` |
+
+{_NOT_RUN}
 """

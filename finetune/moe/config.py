@@ -25,8 +25,9 @@ QUANT_METHOD = "moe_4bit"
 AttentionStorage = Literal["nf4", "16bit"]
 REFUSAL_KEY = "transformers_weights"
 _REFUSAL = (
-    "these weights are for moe-qlora: run `from finetune import Moe4bitConfig` before from_pretrained. "
-    "Its experts are quantized in a way that transformers alone does not read, and would leave random"
+    "these weights are for moe-qlora: run `from finetune import Moe4bitConfig` before from_pretrained, or serve the "
+    "folder with `finetune serve FOLDER`. Its experts are quantized in a way that transformers alone does not read, "
+    "and would leave random; `finetune merge ADAPTER --format bf16` writes a folder that transformers reads alone"
 )
 
 

@@ -90,7 +90,12 @@ def assert_only_for_this_toolkit(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *refusals, experts = done.stdout.splitlines()
     assert len(refusals) == 2
-    assert all("run `from finetune import Moe4bitConfig` before from_pretrained" in refusal for refusal in refusals)
+    for says in (
+        "these weights are for moe-qlora: run `from finetune import Moe4bitConfig` before from_pretrained",
+        "`finetune serve FOLDER`",
+        "`finetune merge ADAPTER --format bf16`",
+    ):
+        assert all(says in refusal for refusal in refusals)
     assert experts == "QuantizedExperts"
 
 

@@ -29,6 +29,7 @@ from finetune.console import Report, gib
 from finetune.disk import require_space, write_json
 from finetune.moe.arch import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MoeArch, hub_expert_names
 from finetune.moe.base_spec import BaseSpec, fingerprint_of
+from finetune.moe.base_weights import Tensors
 from finetune.moe.load import load_tokenizer
 
 SHAPE = BUNDLED.parent / "mixtral-8x7b" / "shape" / "config.json"
@@ -138,19 +139,8 @@ def make_adapter(folder: Path, base: Path, arch: MoeArch) -> None:
     save_file(tensors, folder / LORA_TENSORS, metadata={"format": "pt"})
     load_tokenizer(str(BUNDLED / "model")).save_pretrained(folder)
     torch.manual_seed(0)
-    router = next(
-        tensor
-        for name, tensor in _layer_tensors(base / "layer-0.safetensors")
-        if name.endswith("block_sparse_moe.gate.weight")
-    )
+    router = Tensors([base / "layer-0.safetensors"]).read("model.layers.0.block_sparse_moe.gate.weight")
     BaseSpec(str(base), fingerprint=fingerprint_of([router] * arch.layers)).save(folder)
-
-
-def _layer_tensors(file: Path) -> list[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return [(name, opened.get_tensor(name)) for name in opened.keys() if "gate" in name]  # noqa: SIM118
 
 
 def copy_seconds(source: Path, target: Path) -> float:

@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parents[1] / "finetune"
 # A room imports only from rows above its own; rooms in one row do not import each other.
 ROWS = (
     ("errors", "console", "values", "signals", "private_api"),
-    ("checkpoint", "disk", "jsonl", "kernels", "report", "web"),
-    ("moe", "runfolder"),
+    ("checkpoint", "disk", "kernels", "report", "web"),
+    ("jsonl", "moe", "runfolder"),
     ("recipe", "quant"),
     ("data", "run_files"),
     ("adapter", "memory"),

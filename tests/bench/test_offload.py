@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.bench.trace import SHARED, make_trace, shared_share
+from finetune.bench.offload import SHARED, make_trace, shared_share
 
 
 def test_consecutive_tokens_share_experts_as_often_as_the_paper_counts() -> None:

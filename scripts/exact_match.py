@@ -13,12 +13,18 @@ import argparse
 import gc
 import json
 import queue
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from finetune.cli.reporting import quiet_libraries
 from finetune.console import Report
-from finetune.infer import Engine, EngineSettings, Event, FinishedEvent, Request, Sampling
-from finetune.recipe.origin import provenance
+from finetune.errors import FinetuneError
+
+quiet_libraries(debug=False)
+
+from finetune.infer import Engine, EngineSettings, Event, FinishedEvent, Request, Sampling  # noqa: E402
+from finetune.recipe.origin import provenance  # noqa: E402
 
 
 def main() -> None:
@@ -78,4 +84,8 @@ def _text(events: queue.SimpleQueue[Event]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FinetuneError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -107,3 +107,17 @@ def test_without_smollm2_the_tiny_model_is_tuned_and_it_is_said(tmp_path: Path, 
     assert merge.startswith("finetune merge outputs/quickstart/run/adapter --output outputs/quickstart/merged")
     assert ask.startswith("python scripts/exact_match.py" if reachable else "finetune generate")
     assert (tmp_path / "outputs" / "smollm2-moe-4").is_dir() is reachable
+
+
+def test_the_pages_show_the_recorded_count() -> None:
+    recorded = json.loads((REPOSITORY / "bench" / "results" / "cpu" / "quickstart.json").read_text(encoding="utf-8"))
+    expected = [messages[-1]["content"] for messages in conversations("heldout")]
+    assert recorded["expected"] == expected
+    right = {name: sum(map(str.__eq__, given, expected)) for name, given in recorded["answers"].items()}
+    assert right == recorded["right"]
+    assert right["base"] <= 0.2 * len(expected)
+    assert right["tuned"] >= 0.8 * len(expected)
+    page = (REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    for text in (page, (REPOSITORY / "README.md").read_text(encoding="utf-8")):
+        for name, count in right.items():
+            assert re.search(rf"{name} +[│|] +{count} of {len(expected)} [│|] +{count / len(expected):.0%}", text)

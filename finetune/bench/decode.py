@@ -76,7 +76,8 @@ def bench_decode(
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as scratch:
         loaded = _load(model, Path(scratch), attention, experts, random_weights, device)
         longest = max(*contexts, prefill, FIRST_TOKEN_PROMPT) + tokens
-        settings = EngineSettings(max_batch=max(batches), max_length=min(longest, _positions(loaded)))
+        config: Any = loaded.model.config
+        settings = EngineSettings(max(batches), min(longest, config.max_position_embeddings))
         rate = copy_rate(loaded.device) if loaded.device.type == "cuda" else None
         reset_peak(loaded.device)
         with Engine(ServedModels(loaded, (), {"model": 0}), model, settings) as engine:
@@ -92,12 +93,7 @@ def bench_decode(
         peak = read_peak(loaded.device)
     document = {
         "bench": "decode",
-        "model": model,
-        "random_weights": random_weights,
-        "attention": loaded.base.attention,
-        "experts": loaded.base.experts,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "tokens": tokens,
+        **_measured(loaded, model, random_weights, tokens),
         "copy_bytes_per_second": rounded(rate),
         "rows": rows,
         "first_token_seconds": rounded(first),
@@ -129,12 +125,7 @@ def _offloaded(
         measured = bench_offload(loaded, budgets, batches=batches, contexts=contexts, tokens=tokens)
     document = {
         "bench": "offload",
-        "model": model,
-        "random_weights": random_weights,
-        "attention": loaded.base.attention,
-        "experts": loaded.base.experts,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "tokens": tokens,
+        **_measured(loaded, model, random_weights, tokens),
         **measured,
         **conditions(loaded.device),
     }
@@ -158,9 +149,15 @@ def _load(
     return load_base(spec, device=device, random_weights_seed=0, experts_on=experts_on)
 
 
-def _positions(loaded: LoadedModel) -> int:
-    config: Any = loaded.model.config
-    return int(config.max_position_embeddings)
+def _measured(loaded: LoadedModel, model: str, random_weights: bool, tokens: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "random_weights": random_weights,
+        "attention": loaded.base.attention,
+        "experts": loaded.base.experts,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "tokens": tokens,
+    }
 
 
 def _steps(engine: Engine, batch: int, context: int, tokens: int, rate: float | None) -> dict[str, Any]:

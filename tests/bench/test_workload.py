@@ -64,11 +64,6 @@ def test_the_log_falls_into_the_window(tmp_path: Path) -> None:
     assert made.recipe.training["logging_steps"] == 4
 
 
-def test_with_weights_the_model_stays(tmp_path: Path) -> None:
-    made = make_workload(MIXTRAL, [], scratch=tmp_path, batch=1, length=64, steps=1, random_weights=False)
-    assert made.recipe.model.path == "mistralai/Mixtral-8x7B-v0.1"
-
-
 def test_which_shape(tmp_path: Path, small_mixtral: Path) -> None:
     assert shape_path(str(small_mixtral), tmp_path) == str(small_mixtral)
     assert shape_path("some/model", tmp_path) == "some/model"
@@ -76,11 +71,17 @@ def test_which_shape(tmp_path: Path, small_mixtral: Path) -> None:
     assert (tmp_path / "model" / "config.json").read_bytes() == (SHAPE / "config.json").read_bytes()
 
 
-def test_a_model_named_by_the_user_is_not_the_recipe_s_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "random_weights", "model"),
+    [([], False, "mistralai/Mixtral-8x7B-v0.1"), (["model.path=other/model"], True, "other/model")],
+)
+def test_a_model_that_is_not_replaced_by_a_shape(
+    tmp_path: Path, overrides: list[str], random_weights: bool, model: str
+) -> None:
     made = make_workload(
-        MIXTRAL, ["model.path=other/model"], scratch=tmp_path, batch=1, length=64, steps=1, random_weights=True
+        MIXTRAL, overrides, scratch=tmp_path, batch=1, length=64, steps=1, random_weights=random_weights
     )
-    assert made.recipe.model.path == "other/model"
+    assert made.recipe.model.path == model
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.folder import check_model_folder, incomplete, require_every_expert, shard_files
 from finetune.checkpoint.headers import TensorInfo, check_safetensors, read_tensor_infos
-from finetune.checkpoint.json_file import read_json
 from finetune.checkpoint.resumable import Checkpoints, find_checkpoints
 from finetune.errors import AdapterError, FinetuneError, ModelError, OutputError
 from tests.models import save_fused, tiny_model
@@ -86,23 +85,6 @@ def test_missing_config(folder: Path) -> None:
     assert text.startswith("there is no config.json\n")
     assert f"where: {folder}" in text
     assert "fix: name a folder that transformers or peft saved" in text
-
-
-def test_config_that_is_not_json(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "mixtral",')
-    text = message(lambda: check_model_folder(folder))
-    assert text.startswith("config.json is not valid JSON: Expecting property name")
-    assert f"where: {folder / 'config.json'}" in text
-    assert "fix: copy the file again" in text
-    (folder / "config.json").write_bytes(b"\xff\xfe\x00")
-    assert "config.json is not valid JSON: it is not UTF-8 text" in message(lambda: check_model_folder(folder))
-    (folder / "config.json").write_text("[1, 2]")
-    assert "config.json does not hold a JSON object" in message(lambda: check_model_folder(folder))
-
-
-def test_read_json_raises_the_kind_it_is_told(tmp_path: Path) -> None:
-    text = message(lambda: read_json(tmp_path / "adapter_config.json", kind=AdapterError), AdapterError)
-    assert text.startswith("there is no adapter_config.json")
 
 
 def test_no_safetensors(folder: Path) -> None:

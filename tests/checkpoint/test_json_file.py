@@ -59,8 +59,8 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "list": "list does not hold a JSON object",
         "nothing": "there is no nothing",
     }.items():
-        with pytest.raises(ModelError, match=says):
-            read_json(tmp_path / name)
+        with pytest.raises(AdapterError, match=says):
+            read_json(tmp_path / name, kind=AdapterError)
 
     def denied(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))

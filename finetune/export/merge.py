@@ -27,15 +27,6 @@ from finetune.moe import Onto, resolve_device
 FORMATS = ("nf4", *DTYPES, "gguf")
 SHARD_SIZE = "2GB"
 FIDELITY_FILE = "fidelity.json"
-# Option -> the formats that it belongs to.
-_BELONGS = {
-    "--data": ("nf4",),
-    "--attention": ("nf4",),
-    "--onto original": (*DTYPES, "gguf"),
-    "--original": (*DTYPES, "gguf"),
-    "--shard-size": ("nf4", *DTYPES),
-    "--gguf-type": ("gguf",),
-}
 _UNRECORDED = {
     "trained": "The adapter does not say what it was trained on (it has no base.json): it is merged onto the 4-bit "
     "values of its base. If it was trained on the 16-bit weights, --onto original (bf16, fp16 or gguf) is closer.",
@@ -74,26 +65,27 @@ def run_merge(
     Raises:
         FinetuneError: an option does not exist or belongs to another format, or as the format's own function.
     """
-    asked = {
-        "--data": data is not None,
-        "--onto original": onto == "original",
-        "--original": original is not None,
-        "--shard-size": shard_size is not None,
-        "--gguf-type": gguf_type is not None,
-        "--attention": attention is not None,
-    }
     _require_known("--format", format, FORMATS)
     _require_known("--attention", attention or "bf16", tuple(DTYPES))
     _require_known("--onto", onto or "trained", ("trained", "original"))
-    for option in (option for option, given in asked.items() if given and format not in _BELONGS[option]):
-        raise OutputError(
-            f"{option} does not go with --format {format}",
-            where="command line",
-            allowed=f"--format {' or '.join(_BELONGS[option])}",
-            fix="leave it out, or choose such a format",
-        )
+    for option, given, formats in (
+        ("--data", data is not None, ("nf4",)),
+        ("--onto original", onto == "original", (*DTYPES, "gguf")),
+        ("--original", original is not None, (*DTYPES, "gguf")),
+        ("--shard-size", shard_size is not None, ("nf4", *DTYPES)),
+        ("--gguf-type", gguf_type is not None, ("gguf",)),
+        ("--attention", attention is not None, ("nf4",)),
+    ):
+        if given and format not in formats:
+            raise OutputError(
+                f"{option} does not go with --format {format}",
+                where="command line",
+                allowed=f"--format {' or '.join(formats)}",
+                fix="leave it out, or choose such a format",
+            )
     require_fresh(output)
-    parse_size(shard_size or SHARD_SIZE)
+    size = shard_size or SHARD_SIZE
+    parse_size(size)
     adapters = [Weighted(adapter, 1.0 if factor is None else factor), *map(Weighted.parse, others)]
     is_live = adapters == [Weighted(adapter)]
     if data is not None and not is_live:
@@ -109,7 +101,6 @@ def run_merge(
     source = open_source(adapters, onto=target, base_path=base, original=original)
     if not source.recorded and onto is None:
         report.line(_UNRECORDED[source.weights.onto])
-    size = shard_size or SHARD_SIZE
     if format == "nf4":
         live = adapter if is_live and rows else None
         writing = {"format": "nf4", "shard_size": size, "attention": attention or "bf16"}

@@ -62,6 +62,48 @@ DATA = [
         "rows.csv row 1: bytes that cannot be read.*fix: save the file as UTF-8.*iconv -f CP1252",
     ),
     checked(
+        "UTF-16 without a byte order mark",
+        "rows.csv",
+        "question,answer\na,b\n".encode("utf-16-le"),
+        "the file is UTF-16.*fix: save it as UTF-8: `iconv -f UTF-16",
+    ),
+    checked(
+        "a JSON list under the name of JSON lines",
+        "rows.jsonl",
+        f"[\n{ROW},\n{ROW}\n]\n",
+        "one JSON list over several lines, not one object a line.*fix: name it rows.json, or .*jq -c",
+    ),
+    checked(
+        "an object over several lines in JSON lines",
+        "rows.jsonl",
+        '{\n  "question": "a",\n  "answer": "b"\n}\n',
+        "rows.jsonl line 1: not valid JSON: it ends in the middle of a value.*fix: write one object a line",
+    ),
+    checked(
+        "Python's dicts as they are printed",
+        "rows.jsonl",
+        "{'question': 'a', 'answer': 'b'}\n",
+        "not valid JSON.*fix: these are Python's dicts.*json.dumps",
+    ),
+    checked(
+        "a quote that is never closed",
+        "rows.csv",
+        'question,answer\n"a,b\n',
+        "row 1: not CSV: unexpected end of data.*fix: write cells as a CSV library does.*double quotes",
+    ),
+    checked(
+        "a comma outside quotes",
+        "rows.csv",
+        "question,answer\na,b\nYes, or no?,no\n",
+        "more or fewer cells than the header's 2; a text with commas in it goes in double quotes.*row 2.*fix: ",
+        status=1,
+    ),
+    checked(
+        "plain text", "rows.txt", "Once upon a time", "ends in '.txt' is not read.*fix: write questions and answers"
+    ),
+    checked("a spreadsheet", "rows.xlsx", b"PK\3\4", "ends in '.xlsx' is not read.*fix: save the sheet as CSV"),
+    checked("an archive", "rows.zip", b"PK\3\4", "ends in '.zip' is not read.*fix: unpack it"),
+    checked(
         "a list of rows with a comma missing",
         "rows.json",
         f"[{ROW}\n{ROW}]",
@@ -348,7 +390,79 @@ ADAPTERS = [
     ),
 ]
 
-MISTAKES = [*DATA, *RECIPES, *MODELS, *ADAPTERS]
+OTHER_RECIPES = [
+    *(
+        Mistake(
+            f"a data file as a recipe: {name}",
+            {name: content},
+            f"finetune {command} {name}",
+            f"this is a data file, not a recipe.*fix: .*`finetune data check {name} --model MODEL`.*set data.train",
+        )
+        for name, content, command in (
+            ("rows.jsonl", f"{ROW}\n{ROW}\n", "data check"),
+            ("rows.csv", "question,answer\na,b\n", "train"),
+            ("rows.json", f"[{ROW}]", "preflight"),
+            ("rows.parquet", b"PAR1", "train"),
+        )
+    ),
+    Mistake(
+        "a misspelled data file with --model",
+        {"rows.jsonl": ROW},
+        "finetune data check row.jsonl --model MODEL",
+        "there is no data file 'row.jsonl'.*what is there: rows.jsonl.*fix: check the path",
+    ),
+    Mistake(
+        "a recipe of axolotl",
+        {
+            "axolotl.yaml": "base_model: mistralai/Mixtral-8x7B-v0.1\nload_in_4bit: true\ndatasets:\n"
+            "  - path: tatsu-lab/alpaca\n    type: alpaca\nsequence_len: 4096\nmicro_batch_size: 2\nadapter: qlora\n"
+            "lora_r: 32\nspecial_tokens:\n"
+        },
+        "finetune train axolotl.yaml",
+        "a recipe of axolotl.*fix: start from `finetune recipe list`.*base_model: model.path\n.*"
+        "load_in_4bit: quantization.experts\n.*datasets.path: data.train\n.*sequence_len: training.max_length\n.*"
+        "micro_batch_size: training.per_device_train_batch_size\n.*adapter: trainable.method.*"
+        "lora_r: trainable.lora.r\n.*special_tokens: leave it out: the tokenizer",
+    ),
+    Mistake(
+        "a recipe of LLaMA-Factory",
+        {
+            "lf.yaml": "model_name_or_path: mistralai/Mixtral-8x7B-v0.1\nstage: sft\ndo_train: true\n"
+            "finetuning_type: lora\nlora_rank: 8\ndataset: alpaca\ncutoff_len: 2048\nlearning_rate: 1.0e-4\n"
+        },
+        "finetune preflight lf.yaml",
+        "a recipe of LLaMA-Factory.*fix: .*model_name_or_path: model.path\n.*do_train: leave it out.*"
+        "lora_rank: trainable.lora.r\n.*cutoff_len: training.max_length\n.*learning_rate: training.learning_rate",
+    ),
+    Mistake(
+        "a recipe of torchtune",
+        {
+            "tune.yaml": "model:\n  _component_: torchtune.models.mistral.lora_mistral_7b\n  lora_rank: 64\n"
+            "checkpointer:\n  _component_: torchtune.training.Hf\n  checkpoint_dir: /tmp/M\nepochs: 3\n"
+        },
+        "finetune train tune.yaml",
+        "a recipe of torchtune.*fix: .*model.lora_rank: trainable.lora.r\n.*checkpointer.checkpoint_dir: model.path\n"
+        ".*epochs: training.num_train_epochs",
+    ),
+    Mistake(
+        "settings of `trl sft`",
+        {"sft.yaml": "model_name_or_path: mistralai/Mixtral-8x7B-v0.1\ndataset_name: a/b\nmax_seq_length: 1024\n"},
+        "finetune train sft.yaml",
+        "a recipe of TRL.*fix: .*dataset_name: data.train\n.*max_seq_length: training.max_length",
+    ),
+    Mistake(
+        "LoRA on all linear layers",
+        {
+            "rows.jsonl": ROW,
+            "r.yaml": recipe("{train: ./rows.jsonl}", "trainable: {lora: {target_modules: all-linear}}"),
+        },
+        "finetune train r.yaml",
+        "cannot train 'all-linear' with LoRA: it would attach to the router and to the experts, which are frozen.*"
+        r"fix: write target_modules: \[q_proj, k_proj, v_proj, o_proj\].*trainable.method: non_moe",
+    ),
+]
+
+MISTAKES = [*DATA, *OTHER_RECIPES, *RECIPES, *MODELS, *ADAPTERS]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.name for mistake in MISTAKES])

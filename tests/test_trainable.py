@@ -176,7 +176,11 @@ def test_subset_dora_and_rank_stabilization_in_fp32_on_a_bf16_base(four_bit: boo
         ("router", "a router trains in full or not at all", "trainable.router: true"),
         ("lm_head", "embeddings and head do not take LoRA", "trainable.method: non_moe"),
         ("embed_tokens", "embeddings and head do not take LoRA", "trainable.method: non_moe"),
-        ("all-linear", "attach to the router and to the experts", "name the projections"),
+        (
+            "all-linear",
+            "attach to the router and to the experts",
+            "write target_modules: [q_proj, k_proj, v_proj, o_proj]",
+        ),
         ("q_porj", "no projection of that name", "did you mean 'q_proj'?"),
         ("banana", "no projection of that name", "remove it"),
     ],

@@ -44,6 +44,20 @@ _HASHED_WHOLE = 1 << 30  # larger files are recognized by size and time of chang
 _BAD_RECORD = RowFault(
     "bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)", fix=SAVE_AS_UTF8
 )
+_QUOTES = (
+    'write cells as a CSV library does: a text with a comma, a quote or a line end in double quotes, "" for a quote'
+)
+# What users name besides: suffix -> what to do about it.
+_OTHER_FILES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8), with columns question and answer"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it, and name a file or folder of what was in it"),
+    **dict.fromkeys((".yaml", ".yml"), "name data here; a recipe is what `finetune train` takes"),
+    **dict.fromkeys(
+        (".txt", ".md", ".pdf", ".docx", ".html"),
+        "write questions and answers: a CSV with columns question and answer, or JSON lines; pretraining on plain text "
+        "is not done here",
+    ),
+}
 
 
 class FileReader(Reader):
@@ -139,7 +153,7 @@ def _whole_json(path: Path) -> Any:
         except GZIP_DAMAGE as fault:
             raise _not("gzip", path, fault) from fault
     line, _, rest = beginning.partition(b"\n")
-    if not beginning.startswith(b"[") and _is_object(line) and rest.strip():
+    if not beginning.startswith(b"[") and _is_json(line) and rest.strip():
         return None
     try:
         with open_binary(path) as file:
@@ -171,11 +185,12 @@ def _lists_in(value: dict[str, Any]) -> dict[str, list[Any]]:
     return {key: rows for key, rows in lists.items() if not {"role", "from"} & rows[0].keys()}
 
 
-def _is_object(line: bytes) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        json.loads(line)
     except (ValueError, RecursionError):
         return False
+    return True
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -245,7 +260,7 @@ class Arrow(FileReader):
 
 
 class Csv(FileReader):
-    """Comma or tab separated cells under a header; every cell is a string. Positions count records, not lines."""
+    """Separated cells under a header; every cell is a string. Positions count records, not lines."""
 
     def chunks(self, index: int) -> Iterator[tuple[RawChunk, int]]:
         return self._value_chunks(index, self._rows())
@@ -261,8 +276,7 @@ class Csv(FileReader):
                     # A line that is not there stands as a lone surrogate, which no UTF-8 text can hold.
                     yield "\udcff" if isinstance(line, RowFault) else line.decode("utf-8", "surrogateescape") + "\n"
 
-        delimiter = "\t" if suffix_of(self.path).startswith(".tsv") else ","
-        records = csv.reader(lines(), delimiter=delimiter, strict=True)
+        records = csv.reader(lines(), delimiter=self._delimiter(), strict=True)
         header = self._header(records)
         values: list[Any] = []
         while True:
@@ -271,7 +285,7 @@ class Csv(FileReader):
             except StopIteration:
                 break
             except csv.Error as fault:
-                values.append(RowFault(f"not CSV: {fault}"))
+                values.append(RowFault(f"not CSV: {fault}", fix=_QUOTES))
                 continue
             if cells:
                 values.append(_record(header, cells))
@@ -279,6 +293,17 @@ class Csv(FileReader):
                 yield values, done
                 values = []
         yield values, self._bytes
+
+    def _delimiter(self) -> str:
+        """Tab in .tsv; else a comma, or where the header has none the semicolon of European spreadsheets, or a tab."""
+        if suffix_of(self.path).startswith(".tsv"):
+            return "\t"
+        try:
+            with open_binary(self.path) as file:
+                header = file.readline(BLOCK).decode("utf-8", "replace")
+        except GZIP_DAMAGE:
+            return ","  # reading on says what is wrong
+        return next((mark for mark in (",", ";", "\t") if mark in header), ",")
 
     def _header(self, records: Iterator[list[str]]) -> list[str]:
         try:
@@ -296,7 +321,8 @@ def _record(header: list[str], cells: list[str]) -> dict[str, str] | RowFault:
     if any(_is_broken(cell) for cell in cells):
         return _BAD_RECORD
     if len(cells) != len(header):
-        return RowFault(f"more or fewer cells than the header's {len(header)}")
+        reason = f"more or fewer cells than the header's {len(header)}; a text with commas in it goes in double quotes"
+        return RowFault(reason, fix=_QUOTES)
     return dict(zip(header, cells, strict=True))
 
 
@@ -352,25 +378,33 @@ def open_file(path: Path, *, name: str) -> FileReader:
             f"a data file that ends in {suffix or 'nothing'!r} is not read",
             where=str(path),
             allowed=", ".join(SUFFIXES),
-            fix="convert it to JSON lines, one {messages: [...]} a line",
+            fix=_OTHER_FILES.get(suffix, "convert it to JSON lines, one {messages: [...]} a line"),
         )
-    _require_data(path)
+    _require_data(path, suffix)
     return OPENERS[suffix.removesuffix(".gz")](path, name=name)
 
 
-def _require_data(path: Path) -> None:
-    """Refuses what stands in for the data, or is written in another encoding as a whole."""
+def _require_data(path: Path, suffix: str) -> None:
+    """Refuses what stands in for the data, or is written in another way as a whole."""
     with path.open("rb") as file:
-        beginning = file.read(64)
+        beginning = file.read(BLOCK)
     if beginning.startswith(b"version https://git-lfs"):
         raise DataError(
             "the file is a pointer of git-lfs, and the data are not here",
             where=str(path),
             fix="fetch them: `git lfs pull` in the repository, or `hf download ID --repo-type dataset`",
         )
-    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")) and suffix_of(path) in _TEXTS:
+    utf16 = beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in (beginning[:1], beginning[1:2])
+    if utf16 and suffix in _TEXTS:
         raise DataError(
             "the file is UTF-16, as PowerShell's `>` writes it, and not UTF-8",
             where=str(path),
             fix="save it as UTF-8: `iconv -f UTF-16 -t UTF-8 FILE > NEW`",
+        )
+    line, _, rest = beginning.removeprefix(BOM).lstrip().partition(b"\n")
+    if suffix in (".jsonl", ".ndjson") and line.startswith(b"[") and rest.strip() and not _is_json(line):
+        raise DataError(
+            "the file is one JSON list over several lines, not one object a line",
+            where=str(path),
+            fix=f"name it {path.stem}.json, or write one object a line: `jq -c '.[]' FILE > NEW.jsonl`",
         )

@@ -161,6 +161,7 @@ def _parse_line(line: bytes) -> Any:
 
 SAVE_AS_UTF8 = "save the file as UTF-8; for one that Windows wrote: `iconv -f CP1252 -t UTF-8 FILE > NEW`"
 _ONE_A_LINE = "write one object a line (`jq -c . FILE > NEW.jsonl`), or one list of all rows into a .json file"
+_BY_JSON_DUMPS = "these are Python's dicts as str() prints them: write each row with json.dumps(row)"
 _NO_OBJECT = RowFault(
     "valid JSON, but not an object", fix="name the file .json if it is one list of all rows, or write one object a line"
 )
@@ -177,7 +178,8 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as fault:
         if fault.pos >= len(text.rstrip()) or fault.msg.startswith("Unterminated"):
             raise RowFault("not valid JSON: it ends in the middle of a value", fix=_ONE_A_LINE) from None
-        raise RowFault(f"not valid JSON: {fault.msg}", fix=_ONE_A_LINE) from None
+        python = text.lstrip().startswith("{'")
+        raise RowFault(f"not valid JSON: {fault.msg}", fix=_BY_JSON_DUMPS if python else _ONE_A_LINE) from None
     except RecursionError:
         raise RowFault("not valid JSON: nested too deeply") from None
     except ValueError:  # Python reads no integer of more than 4300 digits

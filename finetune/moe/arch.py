@@ -64,7 +64,12 @@ _REFUSED_TARGETS = (
         "embeddings and head do not take LoRA here",
         "remove it, or train them with trainable.method: non_moe",
     ),
-    ({"all-linear"}, "it would attach to the router and to the experts", "name the projections"),
+    (
+        {"all-linear", "all_linear", "all"},
+        "it would attach to the router and to the experts, which are frozen in 4 bits",
+        "write target_modules: [q_proj, k_proj, v_proj, o_proj], which is all that takes LoRA here, or leave the key "
+        "out; trainable.method: non_moe trains everything but the experts in full",
+    ),
 )
 
 # Far beyond every model; a wrong digit is found here, and not by a loop over a billion layers.

@@ -4,6 +4,7 @@ from .bundled import bundled_recipes as bundled_recipes
 from .bundled import bundled_shape as bundled_shape
 from .bundled import copy_recipe as copy_recipe
 from .load import load_recipe as load_recipe
+from .load import recipe_for_data as recipe_for_data
 from .load import resolved_yaml as resolved_yaml
 from .origin import provenance as provenance
 from .schema import Recipe as Recipe

@@ -10,6 +10,7 @@ Whether the named model, data or device exists is not asked here: that is the bu
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from finetune.errors import FinetuneError, RecipeError
 from finetune.recipe import yaml12
 from finetune.recipe.explain import explain
 from finetune.recipe.faults import OVERRIDE, located
+from finetune.recipe.foreign import foreign_recipe
 from finetune.recipe.schema import Recipe
 from finetune.runfolder import RunFolder, run_of
 from finetune.values import dotted, shown
 
 _LARGEST = 1_000_000  # bytes; a recipe has about a thousand, a checkpoint given by mistake many millions
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+_SECTIONS = frozenset(Recipe.model_fields)
 
 # Values that may name a file or a folder, and whether "./" starts at the recipe (outputs start where one works).
 _PATHS = {
@@ -54,6 +58,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _anchor(document.value, file.parent)
     if of_run and isinstance(document.value.get("output"), dict):
         document.value["output"]["dir"] = str(run.root)  # it may have been moved
+    return _checked(document, overrides)
+
+
+def recipe_for_data(data: str, model: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that says no more than what it trains on and for which model; overrides and errors as `load_recipe`."""
+    value = {"model": {"path": model}, "data": {"train": data}, "output": {"dir": "outputs"}}
+    return _checked(yaml12.Document(value, {(): "the command line"}), overrides)
+
+
+def _checked(document: yaml12.Document, overrides: Sequence[str]) -> Recipe:
     _apply_overrides(document, overrides)
     _anchor(document.value, Path())
     try:
@@ -71,6 +85,8 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 
 def _parse(path: Path) -> yaml12.Document:
+    if path.is_file() and path.name.lower().removesuffix(".gz").endswith(_DATA):
+        raise _is_data(path)
     try:
         with path.open("rb") as file:
             raw = file.read(_LARGEST + 1)
@@ -89,6 +105,8 @@ def _parse(path: Path) -> yaml12.Document:
     document = yaml12.parse(
         text, lambda line, column: f"{path}:{line}" if column is None else f"{path}:{line}:{column}"
     )
+    if path.suffix.lower() == ".json" and not (isinstance(document.value, dict) and _SECTIONS & document.value.keys()):
+        raise _is_data(path)
     if not document.places and document.faults:  # not YAML at all
         raise RecipeError(document.faults)
     if document.value is None:
@@ -96,7 +114,15 @@ def _parse(path: Path) -> yaml12.Document:
     if not isinstance(document.value, dict):
         what = f"a recipe is a mapping of sections, and this is {shown(document.value)}"
         raise _refuse(what, document.places[()], "start from a file in recipes/")
+    if (foreign := foreign_recipe(document.value, _SECTIONS, document.places[()])) is not None:
+        raise RecipeError([foreign])
     return document
+
+
+def _is_data(path: Path) -> RecipeError:
+    name = shlex.quote(str(path))
+    fix = f"look at it with `finetune data check {name} --model MODEL`; to train on it, set data.train in a recipe"
+    return _refuse("this is a data file, not a recipe", str(path), fix)
 
 
 def _apply_overrides(document: yaml12.Document, overrides: Sequence[str]) -> None:

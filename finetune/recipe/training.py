@@ -109,7 +109,7 @@ REFUSED: Mapping[str, str] = {
 }
 
 # Earlier names, for the field that now does it.
-_RENAMED = {
+RENAMED = {
     "max_seq_length": "max_length",
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",  # takes a ratio when below 1
@@ -134,7 +134,7 @@ def open_fields() -> dict[str, TrainingField]:
     return {
         name: OURS.get(name, field)
         for name, field in training_fields().items()
-        if name not in OWNERS and not _refusal(name)
+        if name not in OWNERS and not refusal(name)
     }
 
 
@@ -186,10 +186,10 @@ def _unknown(name: str, fields: Mapping[str, TrainingField]) -> Fault:
     if name in OWNERS:
         owner = OWNERS[name]
         return _fault(name, f"`{name}` is decided by `{owner}`, not under `training`", fix=f"set `{owner}` instead")
-    reason = _refusal(name)
+    reason = refusal(name)
     if reason is not None:
         return _fault(name, f"`training.{name}` cannot be set in a recipe: {reason}", fix="remove it")
-    close = _RENAMED.get(name) or nearest(name, fields)
+    close = RENAMED.get(name) or nearest(name, fields)
     return _fault(
         name,
         f"unknown key `{name}` in `training`",
@@ -198,7 +198,7 @@ def _unknown(name: str, fields: Mapping[str, TrainingField]) -> Fault:
     )
 
 
-def _refusal(name: str) -> str | None:
+def refusal(name: str) -> str | None:
     for pattern, reason in REFUSED.items():
         if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
             return reason

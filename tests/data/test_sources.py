@@ -452,12 +452,20 @@ def test_cells_that_are_no_csv(tmp_path: Path) -> None:
     usable, reasons = faults(path)
     assert usable == [{"a": "1", "b": "2"}, {"a": "x\x00y", "b": "10"}]
     assert reasons == {
-        2: "more or fewer cells than the header's 2",
-        3: "more or fewer cells than the header's 2",
+        **dict.fromkeys(
+            (2, 3), "more or fewer cells than the header's 2; a text with commas in it goes in double quotes"
+        ),
         4: "not CSV: ',' expected after '\"'",
         5: "bytes that cannot be read (bad UTF-8, a line beyond 64 MiB, or the end of a damaged file)",
         7: "not CSV: unexpected end of data",
     }
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_cells_that_other_marks_separate(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'question{mark}answer\n"a{mark}b, c"{mark}d\n')
+    assert faults(path) == ([{"question": f"a{mark}b, c", "answer": "d"}], {})
 
 
 def test_bad_bytes_in_a_column_cost_only_their_row(tmp_path: Path) -> None:
@@ -496,6 +504,9 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
     text = refusal(tmp_path / "a.txt")
     assert "a data file that ends in '.txt' is not read" in text
     assert ".jsonl, .ndjson, .json, .parquet, .csv, .tsv, .arrow, .jsonl.gz" in text
+    for suffix, fix in ((".xlsx", "save the sheet as CSV"), (".zip", "unpack it"), (".md", "plain text is not done")):
+        (tmp_path / f"a{suffix}").write_text("hello")
+        assert fix in refusal(tmp_path / f"a{suffix}")
     (tmp_path / "a.parquet.gz").write_text("hello")
     assert "a data file that ends in '.parquet.gz' is not read" in refusal(tmp_path / "a.parquet.gz")
 
@@ -580,6 +591,10 @@ def test_a_file_that_is_damaged_further_on(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": []}\n'.encode("utf-16"), ("the file is UTF-16", "`iconv -f UTF-16 -t UTF-8")),
         ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), ("the file is UTF-16",)),
         ("a.jsonl", b'[{"a": 1}]', ("a.jsonl line 1: valid JSON, but not an object", "name the file .json")),
+        ("a.jsonl", b'[\n{"a": 1},\n{"a": 2}\n]\n', ("one JSON list over several lines", "name it a.json, or write")),
+        ("a.jsonl", b"{'a': 1}\n", ("a.jsonl line 1: not valid JSON: ", "write each row with json.dumps")),
+        ("a.csv", "prompt,completion\na,b\n".encode("utf-16-le"), ("the file is UTF-16",)),
+        ("a.csv", b'prompt,completion\n"a,b\n', ("not CSV: unexpected end of data", "in double quotes")),
         (
             "a.jsonl",
             b'{\n  "a": 1\n}\n',
@@ -598,7 +613,20 @@ def test_a_file_that_is_damaged_further_on(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b"{}\n{}\n", ("a.jsonl line 1: an object without a column",)),
     ],
-    ids=["utf16", "utf16-csv", "list", "pretty", "lfs", "lfs-parquet", "cp1252", "empty-objects"],
+    ids=[
+        "utf16",
+        "utf16-csv",
+        "list",
+        "list-lines",
+        "python",
+        "utf16-le",
+        "quote",
+        "pretty",
+        "lfs",
+        "lfs-parquet",
+        "cp1252",
+        "empty",
+    ],
 )
 def test_the_reason_of_the_first_row_where_none_can_be_read(
     tmp_path: Path, name: str, content: bytes, says: tuple[str, ...]

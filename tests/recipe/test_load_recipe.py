@@ -256,9 +256,12 @@ def test_every_fault_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
         ),
         (
             "trainable:\n  lora:\n    target_modules: all-linear",
-            "cannot train 'all-linear' with LoRA: it would attach to the router and to the experts\n"
+            "cannot train 'all-linear' with LoRA: it would attach to the router and to the experts, which are "
+            "frozen in 4 bits\n"
             "  where: r.yaml:9: trainable.lora.target_modules\n"
-            "  allowed: q_proj, k_proj, v_proj, o_proj\n  fix: name the projections",
+            "  allowed: q_proj, k_proj, v_proj, o_proj\n"
+            "  fix: write target_modules: [q_proj, k_proj, v_proj, o_proj], which is all that takes LoRA here, or "
+            "leave the key out; trainable.method: non_moe trains everything but the experts in full",
         ),
         (
             "trainable:\n  lora:\n    target_modules: [w1, q_proj]",

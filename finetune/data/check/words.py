@@ -36,7 +36,7 @@ def verdict(document: Mapping[str, Any]) -> Verdict:
     warnings = sum(fault["level"] == "warning" for fault in document["faults"])
     counted = [counts(number, name) for number, name in ((errors, "fault"), (warnings, "warning")) if number]
     if errors:
-        return Verdict("error", ", ".join(counted), "Training is refused until the faults are mended.")
+        return Verdict("error", ", ".join(counted), "Training is refused until the faults are corrected.")
     if warnings:
         return Verdict("warning", ", ".join(counted), "Training would start. Look at this first.")
     return Verdict("fine", "The data is fine", "Nothing stands in the way of training.")

@@ -54,7 +54,14 @@ def main() -> None:
     counted = [(name, f"{count} of {of}", f"{count / of:.0%}") for name, count in right.items()]
     report.table(f"Right to the letter, of {of} held-out prompts", ("model", "right", "share"), counted)
     if args.json is not None:
-        document = {"prompts": of, "right": right, "expected": expected, "answers": answers, **provenance()}
+        document = {
+            "bench": "exact_match",
+            "prompts": of,
+            "right": right,
+            "expected": expected,
+            "answers": answers,
+            **provenance(),
+        }
         args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 

@@ -76,3 +76,18 @@ def test_preflight_counts_with_the_bundled_shape_and_says_so(tmp_path: Path) -> 
     unknown = run_finetune("preflight", recipe, "--gpu-gib", 11.6, "--set", "model.path=some/model")
     assert unknown.status == 2
     assert "'some/model' is neither a local folder nor a model that could be fetched from the hub" in unknown.stderr
+
+
+H200 = sorted((REPOSITORY / "bench" / "results" / "h200").glob("recipe-*.json"))
+
+
+@pytest.mark.parametrize("path", H200, ids=lambda path: path.stem)
+def test_a_header_says_what_was_recorded(path: Path) -> None:
+    run = json.loads(path.read_text(encoding="utf-8"))
+    (budget,) = run["overrides"]
+    measured = RECIPES[run["recipe"].removeprefix("recipes/").removesuffix(".yaml")].measured
+    peak, speed = run["memory"]["peak"]["allocated"] / 2**30, run["trainer"]["tokens_per_second"]
+    assert f"held to {budget.partition('=')[2]} GiB, {run['batch']} x {run['length']}: {peak:.1f} GiB" in measured
+    assert f"{peak:.1f} GiB peak, {speed:,.0f} tokens/s" in measured
+    # The estimate says more than was needed, and not much.
+    assert -0.5 <= run["memory"]["estimate_error_percent"] <= 0.1

@@ -1,4 +1,7 @@
-"""What the README shows is what happens: its Python runs, its commands exist, its error message is the real one."""
+"""What README and docs/ say is so: the Python runs, links lead somewhere, numbers are the recorded ones.
+
+Their commands run in test_docs_commands.py.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,12 @@ from tests.conftest import REPOSITORY
 from tests.running import run_finetune
 from tests.serve.serving import serving
 
-TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"))}
+TEXT = "\n".join(PAGES.values())
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
 def test_the_python_runs(tmp_path: Path) -> None:
@@ -50,7 +54,7 @@ def test_the_client_streams() -> None:
 
 
 def test_the_recipe_is_one(tmp_path: Path) -> None:
-    (recipe,) = blocks("yaml")
+    (recipe,) = (block for block in blocks("yaml") if block.startswith("model:"))
     assert yaml.safe_load(recipe)["model"]
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.yaml").training["learning_rate"] == 2e-4
@@ -71,8 +75,33 @@ def test_every_command_and_file_exists() -> None:
         assert re.search(rf"^│ {command} ", shown, re.MULTILINE), command
     for script in set(re.findall(r"scripts/\w+\.(?:sh|py)", TEXT)):
         assert (REPOSITORY / script).is_file(), script
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert (REPOSITORY / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
+
+
+def test_the_index_names_every_page_and_the_readme_is_short() -> None:
+    index = PAGES[REPOSITORY / "docs" / "README.md"]
+    assert not [page.name for page in PAGES if page.name != "README.md" and f"({page.name})" not in index]
+    assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 200
+
+
+def test_messages_of_the_troubleshooting_page_are_said() -> None:
+    """Each that stands in backticks in its first column is in the code, or in that of torch or the shell."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "finetune").rglob("*.py"))
+    code = re.sub(r"""["']\s*f?["']""", "", code)
+    page = PAGES[REPOSITORY / "docs" / "troubleshooting.md"]
+    for row in re.findall(r"^\| (.+?) \|", page, re.MULTILINE):
+        for said in re.findall(r"`([^`]+)`", row):
+            assert said in code or said in ("command not found: finetune", "CUDA out of memory"), said
+
+
+def test_which_gpu_is_the_recorded_table() -> None:
+    for path in sorted((REPOSITORY / "bench" / "results" / "h200").glob("recipe-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        peak, speed = run["memory"]["peak"]["allocated"] / 2**30, run["trainer"]["tokens_per_second"]
+        cells = f"| {run['batch']} x {run['length']} | {peak:.1f} GiB | {speed:,.0f} |"
+        assert len(rows_with(cells)) == 1, path.stem
 
 
 RECORDED = REPOSITORY / "bench" / "results" / "h100-80gb"
@@ -86,7 +115,7 @@ def rows_with(*cells: str) -> list[str]:
 def test_the_table_is_the_recorded_one(path: Path) -> None:
     """The table's numbers are those of the raw JSON lines, and its row is theirs."""
     run = json.loads(path.read_text())
-    (row,) = rows_with(f"**{run['trainer']['tokens_per_second']:,.0f}**")
+    (row,) = rows_with(f"**{run['trainer']['tokens_per_second']:,.0f}**", f"| {run['trainer_over_bare']:.1%} |")
     assert row.startswith(f"| {run['batch']} x {run['length']}")
     assert ("memory.budget_gib" in row) is (run["overrides"] != [])
     assert ("`non_moe`" in row) is (run["method"] == "non_moe")
@@ -100,7 +129,8 @@ def test_the_peers_are_the_recorded_ones() -> None:
     for peer in json.loads((RECORDED / "peers.json").read_text())["peers"]:
         if peer["status"] == "measured":
             peak = f"{peer['peak_allocated_bytes'] / 2**30:.1f} GiB"
-            assert len(rows_with(f"| {peer['tokens_per_second']:,.0f} |", peak)) == 1
+            # In the README, and in docs/speed.md beside our rows.
+            assert len(rows_with(f"| {peer['tokens_per_second']:,.0f} |", peak)) == 2
 
 
 def test_the_cost_of_watching_is_the_recorded_one() -> None:

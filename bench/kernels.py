@@ -204,7 +204,7 @@ def _experts(
     """One layer's experts, forward and backward."""
     case = {"backend": backend, "tokens": tokens, "routing": routing}
     try:
-        choose_backend(backend, device, dtype, rows=tokens * arch.top_k, experts=arch.experts)
+        choose_backend(backend, device, dtype, rows=tokens * arch.top_k, experts=arch.experts, weights=1)
     except DeviceError:
         return {**case, "status": "does not run here"}
     layer.backend = backend

@@ -100,7 +100,7 @@ def test_which_gpu_is_the_recorded_table() -> None:
     for path in sorted((REPOSITORY / "bench" / "results" / "h200").glob("recipe-*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         peak, speed = run["memory"]["peak"]["allocated"] / 2**30, run["trainer"]["tokens_per_second"]
-        cells = f"| {run['batch']} x {run['length']} | {peak:.1f} GiB | {speed:,.0f} |"
+        cells = f"| {run['batch']} x {run['length']} | {peak:.1f} GiB | {speed:,.0f} "
         assert len(rows_with(cells)) == 1, path.stem
 
 

@@ -142,7 +142,12 @@ def _run(recipe: Recipe, arch: MoeArch, device: torch.device) -> Run:
         accumulation=training.get("gradient_accumulation_steps", 1),
         dtype=_DTYPES[dtype],
         backend=choose_backend(
-            recipe.model.experts_backend, device, dtype, rows=micro_batch * seq_len * arch.top_k, experts=arch.experts
+            recipe.model.experts_backend,
+            device,
+            dtype,
+            rows=micro_batch * seq_len * arch.top_k,
+            experts=arch.experts,
+            weights=2 * arch.intermediate * arch.hidden,
         ),
         fused_layers=wants_fused_layers(recipe.model.fused_layers, device, arch.model_type),
         processes=int(os.environ.get("WORLD_SIZE", "1")),

@@ -6,6 +6,7 @@ tensors are frozen parameters, not buffers, so that DDP does not broadcast 23 GB
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,8 @@ def run_experts(
     source = None
     if not keep_gate_up and torch.is_grad_enabled():
         x, source = remember(x)
-    chosen = choose_backend(backend, device, x.dtype, rows=top_k_index.numel(), experts=gate_up.packed.shape[0])
+    rows, experts, weights = top_k_index.numel(), gate_up.packed.shape[0], math.prod(gate_up.matrix_shape)
+    chosen = choose_backend(backend, device, x.dtype, rows=rows, experts=experts, weights=weights)
     # The routing and the gate_up output are kept whatever checkpoint surrounds this: a routing that is recomputed
     # can differ in a token, and the gate_up output is `keep_gate_up`'s business.
     with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):

@@ -39,7 +39,15 @@ def test_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(expert_operation, "_capability", lambda device: capability)
-    assert choose_backend(wanted, device, dtype, rows=2 * tokens, experts=8) == expected
+    assert choose_backend(wanted, device, dtype, rows=2 * tokens, experts=8, weights=4096 * 28672) == expected
+
+
+def test_narrow_experts_are_grouped_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-30B-A3B and OLMoE at 4 x 4096 tokens and top-8."""
+    monkeypatch.setattr(expert_operation, "_capability", lambda device: (9, 0))
+    for experts, width in ((128, 1536), (64, 2048)):
+        rows = 8 * 4 * 4096
+        assert choose_backend("auto", CUDA, BF16, rows=rows, experts=experts, weights=2048 * width) == "grouped"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,7 @@ def test_grouped_where_it_does_not_run(
 ) -> None:
     monkeypatch.setattr(expert_operation, "_capability", lambda device: capability)
     with pytest.raises(DeviceError) as error:
-        choose_backend("grouped", device, dtype, rows=1, experts=8)
+        choose_backend("grouped", device, dtype, rows=1, experts=8, weights=1)
     name = str(dtype).removeprefix("torch.")
     assert str(error.value) == (
         f"the grouped backend of the experts does not run in {name} on {device.type}\n"
